@@ -1,0 +1,236 @@
+"""Train a deep ensemble, a SAM ensemble or a SharpBalance ensemble.
+
+    python main.py                                                   # deep ensemble on digits
+    python main.py --sam --rho 0.1                                   # every member with SAM
+    python main.py --sam --rho 0.1 --flat_ratio 0.5                  # SharpBalance
+
+Writes under --save_path (default runs/<data>_<method>): args.json, environment.json, command.txt, summary.json, and for
+each member seed_<seed>/ with checkpoint.pth.tar, model_best.pth.tar, log.jsonl, fisher.npy and sam_mask.npy.
+The same command again goes on with a run that was cut off.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from models import MODELS, create_model
+from utils import InputError
+from utils.checkpoint import find_checkpoints, read_settings
+from utils.cli import Parser, Seeds, add_checkpoint_options, add_data_options, add_flag, number, run, start_device
+from utils.data import DATASETS, load_data
+from utils.ensemble import evaluate_members, train_ensemble
+from utils.partition import SELECT, UNSELECTED
+
+# The paper's recipe for the colour sets, small ones for the others: (width, epochs, batch_size, lr).
+RECIPES = {
+    "cifar10": (64, 200, 128, 0.1),
+    "cifar100": (64, 200, 128, 0.1),
+    "tiny_imgnet": (64, 200, 128, 0.1),
+    "fashion_mnist": (16, 30, 128, 0.1),
+    "digits": (8, 30, 64, 0.1),
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line and fill in what depends on the data set.
+
+    A bad or contradicting setting ends the program with one line and status 2, before any data is read.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.resume and not args.evaluate:
+        if len(args.resume) > 1 or not (args.resume[0] / "args.json").is_file():
+            parser.error(
+                f"argument --resume: {args.resume[0]} is not a run folder with args.json, which training needs"
+            )
+        try:
+            settings = read_settings(args.resume[0])
+        except InputError as error:
+            parser.error(str(error))
+        # Flags that are given stand; if they contradict the run they are refused where it is opened.
+        parser.set_defaults(**settings)
+        resume = args.resume
+        args = parser.parse_args(argv)
+        args.save_path, args.resume, args.overwrite, args.evaluate = resume[0], None, False, False
+
+    for name, value in zip(("width", "epochs", "batch_size", "lr"), RECIPES[args.data], strict=True):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    check_method(parser, args)
+    if args.rho is None:
+        args.rho = 0.05 if args.sam else 0.0
+    if args.initial_epochs is None:
+        args.initial_epochs = args.epochs // 2
+    released = "others" if args.data == "cifar10" else "one"
+    select, unselected = ("flattest", released) if args.partition == "released" else ("sharpest", "normal")
+    args.select = args.select or select
+    args.unselected = args.unselected or unselected
+    if args.save_path is None:
+        args.save_path = Path("runs") / f"{args.data}_{method(args)}"
+
+    info = DATASETS[args.data]
+    try:
+        with torch.device("meta"):  # no memory, no random numbers
+            create_model(args.model, info.num_classes, args.width, info.image_size, len(info.mean))
+    except ValueError as error:
+        parser.error(f"argument --{error}")
+    return args
+
+
+def check_method(parser: Parser, args: argparse.Namespace) -> None:
+    """Refuse settings that contradict each other."""
+    if args.flat_ratio and not args.sam:
+        parser.error(
+            f"argument --flat_ratio: {args.flat_ratio} given without --sam, so that no sample could have SAM; "
+            "add --sam, or leave --flat_ratio out"
+        )
+    if args.sam_adaptive and not args.sam:
+        parser.error("argument --sam_adaptive: given without --sam; add --sam, or leave it out")
+    for name in ("select", "unselected"):
+        if getattr(args, name) and not args.flat_ratio:
+            parser.error(f"argument --{name}: {getattr(args, name)} given without a --flat_ratio above 0; add one")
+    if args.flat_ratio and args.initial_epochs is not None and args.initial_epochs >= args.epochs:
+        parser.error(
+            f"argument --initial_epochs: {args.initial_epochs} given with --epochs {args.epochs}: the split would never "
+            f"come; give at most {args.epochs - 1}, or leave --flat_ratio out for SAM on all samples"
+        )
+    if args.rho and not args.sam:
+        print(f"note: --rho {args.rho} has no effect without --sam", file=sys.stderr)
+    if args.flat_ratio and len(args.seed) == 1 and (args.select or "") not in ("random", "same"):
+        print("note: one member alone: there are no others whose samples it could take over", file=sys.stderr)
+
+
+def method(args: argparse.Namespace) -> str:
+    """deep_ensemble, deep_ensemble_sam or sharpbalance."""
+    if not args.sam:
+        return "deep_ensemble"
+    return "sharpbalance" if args.flat_ratio else "deep_ensemble_sam"
+
+
+def build_parser() -> Parser:
+    """All options, in groups."""
+    parser = Parser(__doc__)
+    add_data_options(parser)
+
+    group = parser.add_argument_group("network")
+    group.add_argument("--model", choices=MODELS, default="resnet18", help="network of every member")
+    group.add_argument(
+        "--width", type=number(int, 1), metavar="N", help=f"64 is the published size of every network ({_by_data(0)})"
+    )
+
+    group = parser.add_argument_group("ensemble")
+    group.add_argument(
+        "--seed", nargs="+", action=Seeds, default=[13, 17, 27], metavar="N", help="one seed for each member"
+    )
+    add_flag(group, "sam", "train with sharpness-aware minimization (SAM)")
+    group.add_argument(
+        "--rho",
+        type=number(float, 0),
+        metavar="R",
+        help="radius of SAM's perturbation, in the norm of all weights (default: 0.05)",
+    )
+    add_flag(group, "sam_adaptive", "ASAM: the perturbation of each weight is relative to its size")
+    group.add_argument(
+        "--flat_ratio",
+        type=number(float, 0, 1),
+        default=0.0,
+        metavar="K",
+        help="share of the samples that each member picks by sharpness, 0 to 1; above 0 is SharpBalance",
+    )
+    group.add_argument(
+        "--initial_epochs",
+        type=number(int, 0),
+        metavar="N",
+        help="epochs with SAM on all samples, before the scores are exchanged (default: half of --epochs)",
+    )
+    group.add_argument(
+        "--partition",
+        choices=("released", "paper"),
+        default="released",
+        help="released: as the authors' code (select flattest; unselected others on cifar10, one elsewhere); "
+        "paper: as its text (select sharpest, unselected normal)",
+    )
+    group.add_argument("--select", choices=SELECT, help="which samples a member picks (default: by --partition)")
+    group.add_argument(
+        "--unselected",
+        choices=UNSELECTED,
+        help="samples that nobody picked: normal steps for all, SAM at one member, or SAM at all others but one "
+        "(default: by --partition)",
+    )
+    group.add_argument(
+        "--bn_perturbed",
+        choices=("update", "freeze"),
+        default="update",
+        help="running statistics of BatchNorm in SAM's pass at the perturbed weights",
+    )
+
+    group = parser.add_argument_group("optimization")
+    group.add_argument(
+        "--epochs", type=number(int, 1), metavar="N", help=f"passes over the training set ({_by_data(1)})"
+    )
+    group.add_argument("--batch_size", type=number(int, 2), metavar="N", help=f"samples a step ({_by_data(2)})")
+    group.add_argument("--lr", type=number(float, 0), metavar="R", help=f"learning rate at the start ({_by_data(3)})")
+    group.add_argument("--momentum", type=number(float, 0, 1), default=0.9, metavar="R", help="momentum of SGD")
+    group.add_argument(
+        "--weight_decay", type=number(float, 0), default=5e-4, metavar="R", help="weight decay, on all parameters"
+    )
+    group.add_argument(
+        "--schedule",
+        choices=("step", "cosine"),
+        default="step",
+        help="learning rate: times 0.1 at 1/2 and 3/4 of the epochs, or a cosine to 0",
+    )
+    group.add_argument("--amp", choices=("none", "bf16"), default="none", help="autocast of the forward passes")
+
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--save_path", type=Path, metavar="DIR", help="folder of the run (default: runs/<data>_<method>)"
+    )
+    add_flag(group, "overwrite", "start anew in a folder that holds a run")
+    add_flag(group, "evaluate", "train nothing: print the accuracies of the run in --save_path, or of --resume")
+    add_checkpoint_options(parser)
+    return parser
+
+
+def _by_data(column: int) -> str:
+    values: dict[object, list[str]] = {}
+    for data, recipe in RECIPES.items():
+        values.setdefault(recipe[column], []).append(data)
+    if len(values) == 1:
+        return f"default: {next(iter(values))}"
+    return "default: " + ", ".join(f"{value} on {'/'.join(names)}" for value, names in values.items())
+
+
+def print_summary(rows: dict) -> None:
+    """A table of members and ensemble."""
+    print(f"{'member':>10}  {'epochs':>6}  {'val acc':>8}  {'val NLL':>8}  {'test acc':>8}  {'test NLL':>8}")
+    for row in [*rows["members"], rows["ensemble"]]:
+        seed, epoch = ("ensemble", "") if "seed" not in row else (f"seed {row['seed']}", row["epoch"])
+        print(
+            f"{seed:>10}  {epoch!s:>6}  {row['val_acc']:8.2%}  {row['val_loss']:8.4f}  {row['test_acc']:8.2%}"
+            f"  {row['test_loss']:8.4f}"
+        )
+    if "test_disagreement" in rows["ensemble"]:
+        print(f"mean disagreement of two members on test: {rows['ensemble']['test_disagreement']:.2%}")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train, or evaluate, as the settings say."""
+    device = start_device(args.device, args.threads)
+    paths = find_checkpoints(args.resume or [args.save_path], args.checkpoint) if args.evaluate else []
+    data = load_data(args.data, args.data_path, device, args.train_idx_path, args.val_idx_path, args.download)
+    if args.evaluate:
+        print_summary(evaluate_members(paths, data))
+        return
+    print(f"{method(args)} of {len(args.seed)} x {args.model} (width {args.width}) on {args.data}, in {args.save_path}")
+    summary = train_ensemble(args, data)
+    for name, rows in summary.items():
+        print(f"\ncheckpoints '{name}' ({'best validation accuracy' if name == 'best' else 'end of training'})")
+        print_summary(rows)
+    print(f"\nwrote {args.save_path}")
+
+
+if __name__ == "__main__":
+    run(main, parse_args())

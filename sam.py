@@ -1,0 +1,173 @@
+"""Sharpness-aware minimization (SAM), around any torch optimizer. This file imports torch only and can be used alone.
+
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)
+    for images, labels in batches:
+        loss_function(model(images), labels).backward()
+        optimizer.first_step(zero_grad=True)   # weights: w + eps
+        loss_function(model(images), labels).backward()
+        optimizer.second_step(zero_grad=True)  # weights: w, then one step of SGD with the gradient taken at w + eps
+
+Reference: Foret et al., "Sharpness-aware minimization for efficiently improving generalization", ICLR 2021; the
+adaptive form: Kwon et al., "ASAM", ICML 2021.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class SAM(torch.optim.Optimizer):
+    """Takes the step of `base_optimizer` at w with the gradient found at w + eps.
+
+    With g the gradient at w over all parameters of all groups and T the identity, or diag(|w|) if `adaptive`:
+
+        eps = rho T^2 g / (||T g||_2 + 1e-12)
+
+    State and param_groups are those of the base optimizer, so that learning-rate schedulers act on both, and
+    `state_dict` holds the momentum. rho and adaptive stand in the param_groups and may differ between groups; the
+    norm is taken over all groups. Weight decay is no part of g: the base optimizer adds it in its own step.
+    With rho = 0 the weights are those of the base optimizer, bit for bit.
+
+    Parameters whose gradient is None at `first_step` are neither moved nor restored. The weights at w are kept in
+    buffers that are allocated once, and come back bit for bit.
+
+    Args:
+        params: parameters or param_groups, as for any optimizer.
+        base_optimizer: the class of the optimizer that takes the step.
+        rho: radius of the perturbation, 0 or more.
+        adaptive: ASAM's perturbation, relative to the size of each weight.
+        kwargs: arguments of the base optimizer (lr, momentum, ...).
+
+    Raises:
+        ValueError: if rho is negative or not finite.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
+        rho: float = 0.05,
+        adaptive: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(params, {"rho": rho, "adaptive": adaptive})
+        for group in self.param_groups:
+            if not 0 <= group["rho"] < float("inf"):
+                raise ValueError(f"rho: {group['rho']} given, a finite number of 0 or more is needed")
+        self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
+        self.defaults.update(self.base_optimizer.defaults)
+        self._share()
+
+    def _share(self) -> None:
+        self.param_groups = self.base_optimizer.param_groups
+        self.state = self.base_optimizer.state
+        self._saved: dict[Tensor, Tensor] = {}
+        self._moved: list[Tensor] = []
+        self._perturbed = False
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Move the weights from w to w + eps, with the gradients that stand in `.grad`.
+
+        Raises:
+            RuntimeError: if the weights are perturbed already, or if no parameter has a gradient.
+        """
+        if self._perturbed:
+            raise RuntimeError("first_step: the weights are perturbed already; call second_step or restore first")
+        groups = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        self._moved = [p for group in groups for p in group]
+        if not self._moved:
+            raise RuntimeError("first_step: no parameter has a gradient; call backward before it")
+        self._saved.update({p: torch.empty_like(p) for p in self._moved if p not in self._saved})
+        torch._foreach_copy_([self._saved[p] for p in self._moved], self._moved)
+        self._perturbed = True
+
+        scaled = []  # T g
+        for group, params in zip(self.param_groups, groups, strict=True):
+            grads = [p.grad for p in params]
+            scaled += torch._foreach_mul(torch._foreach_abs(params), grads) if group["adaptive"] and params else grads
+        norms = torch._foreach_norm(scaled)
+        norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+        for group, params in zip(self.param_groups, groups, strict=True):
+            if not params:
+                continue
+            directions, scaled = scaled[: len(params)], scaled[len(params) :]
+            if group["adaptive"]:
+                directions = torch._foreach_mul(torch._foreach_abs(params), directions)
+            # The scale stays a tensor on the device: no host sync.
+            eps = torch._foreach_mul(directions, group["rho"] / (norm + 1e-12))
+            torch._foreach_add_(params, eps)
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Bring the weights back from w + eps to w, bit for bit, without a step; at w it does nothing."""
+        if self._perturbed:
+            torch._foreach_copy_(self._moved, [self._saved[p] for p in self._moved])
+            self._moved = []
+            self._perturbed = False
+
+    @torch.no_grad()
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Bring the weights back to w and take the base optimizer's step with the gradients that stand in `.grad`.
+
+        Raises:
+            RuntimeError: if no `first_step` came before it.
+        """
+        if not self._perturbed:
+            raise RuntimeError("second_step: the weights are not perturbed; call first_step before it")
+        self.restore()
+        self.base_optimizer.step()
+        self._opt_called = True  # what a scheduler looks at before it warns that no step was taken
+        if zero_grad:
+            self.zero_grad()
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:
+        """One whole SAM step. `closure` clears the gradients, computes the loss, calls backward and returns the loss.
+
+        It is called twice, at w and at w + eps. If it raises, the weights are back at w.
+
+        Returns:
+            The loss at w.
+
+        Raises:
+            RuntimeError: without a closure.
+        """
+        if closure is None:
+            raise RuntimeError(
+                "step: SAM evaluates the loss twice and needs a closure for it; "
+                "pass one, or call first_step and second_step with a backward pass before each"
+            )
+        closure = torch.enable_grad()(closure)
+        loss = closure()
+        # A tensor that the second call changes in place would change the loss at w as well.
+        loss = loss.detach().clone() if isinstance(loss, Tensor) else loss
+        try:
+            self.first_step()
+            closure()
+        except BaseException:
+            self.restore()
+            raise
+        self.second_step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned; the weights must not be perturbed.
+
+        Raises:
+            RuntimeError: between `first_step` and `second_step`.
+        """
+        if self._perturbed:
+            raise RuntimeError("load_state_dict: the weights are perturbed; call second_step or restore first")
+        self.base_optimizer.load_state_dict(state_dict)
+        self._share()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "base_optimizer": self.base_optimizer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()

@@ -1,0 +1,248 @@
+"""Files of a run: atomic writes, checkpoints that load without executing anything, and the authors' checkpoints."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models import create_model
+from models.resnet import BLOCKS
+from utils import InputError, RunError
+
+# The file of each choice of --checkpoint, in a member's folder.
+CHECKPOINTS = {"last": "checkpoint.pth.tar", "best": "model_best.pth.tar"}
+# What a checkpoint of ours always holds; the authors' hold `state_dict` and little that we need besides.
+REQUIRED = ("state_dict", "epoch", "model", "dataset", "width", "num_classes", "image_size", "in_channels")
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Write a file so that at any moment either its old or its new content is there, whole, on the disk.
+
+    A temporary file in the same folder, fsync, rename, fsync of the folder.
+
+    Raises:
+        RunError: if it cannot be written; the old content remains.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(
+            f"{path}: could not be written ({error.strerror}; {len(content) / 2**20:.1f} MiB are needed); what was "
+            "there before is untouched: make room and give the same command again"
+        ) from error
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Atomically write a value as indented JSON."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_array(path: str | Path, array: np.ndarray) -> None:
+    """Atomically write an array as .npy."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    write_atomically(path, buffer.getvalue())
+
+
+def read_array(path: str | Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray | None:
+    """Read an array that `write_array` wrote; None if it is missing, damaged or of another shape or dtype."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return array if array.shape == shape and array.dtype == dtype else None
+
+
+def digest(array: np.ndarray) -> str:
+    """SHA-256 of an array's bytes."""
+    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
+
+
+def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
+    """Atomically write a dict of tensors and primitives; the same content gives the same bytes.
+
+    Raises:
+        RunError: if it cannot be written.
+    """
+    buffer = io.BytesIO()  # torch puts the name of a file into the archive; a buffer has none
+    torch.save(checkpoint, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of ours or of the authors' release, on the CPU, without executing anything in it.
+
+    The state_dict of the result has no `module.` prefixes (DataParallel) and no `mask` buffers (the authors' Tiny
+    ResNet holds two of ones beside each layer).
+
+    Raises:
+        InputError: naming the file, if it is missing, damaged, not a checkpoint, or holds objects beyond tensors and
+            primitives.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it refers to {refused.group(1)}" if refused else "it is damaged or not a torch file"
+        raise InputError(
+            f"{path}: {reason}; only tensors, numbers, strings, lists and dicts are read, and nothing was executed"
+        ) from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # a truncated archive raises nearly anything
+        raise InputError(f"{path}: damaged or not a torch file ({str(error).splitlines()[0]})") from error
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError(f"{path}: not a checkpoint: it must be a dict whose 'state_dict' holds tensors")
+    names = {name: name.removeprefix("module.") for name in state}
+    checkpoint["state_dict"] = {short: state[name] for name, short in names.items() if not short.endswith("mask")}
+    return checkpoint
+
+
+def find_checkpoints(paths: list[Path], which: str) -> list[Path]:
+    """The checkpoint files that `--resume` means: of a run folder all members', of a member folder its own.
+
+    Args:
+        paths: run folders, member folders or checkpoint files.
+        which: best | last, for folders.
+
+    Raises:
+        InputError: naming the path that is none of these, or the member whose checkpoint is missing.
+    """
+    name, found = CHECKPOINTS[which], []
+    for path in paths:
+        if path.is_file():
+            found.append(path)
+            continue
+        if not path.is_dir():
+            raise InputError(f"--resume {path}: no such file or folder")
+        folders = [path]
+        if (path / "args.json").is_file():
+            folders = [path / f"seed_{seed}" for seed in read_settings(path)["seed"]]
+        for folder in folders:
+            if not (folder / name).is_file():
+                raise InputError(f"--resume {path}: {folder / name} is missing; give a run of main.py or a checkpoint")
+            found.append(folder / name)
+    return found
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The args.json of a run.
+
+    Raises:
+        InputError: if it is not readable or not what main.py writes.
+    """
+    try:
+        settings = json.loads((folder / "args.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / 'args.json'}: cannot be read ({error})") from error
+    seeds = settings.get("seed") if isinstance(settings, dict) else None
+    if not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds):
+        raise InputError(f"{folder / 'args.json'}: not the settings of a run: it holds no list of seeds")
+    return settings
+
+
+def load_model(path: str | Path, **told: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """Build the network of a checkpoint and fill it, on the CPU, in eval mode.
+
+    Args:
+        path: a checkpoint file, of ours or of the authors' release.
+        told: what the caller knows of `model`, `dataset`, `width`, `num_classes`, `image_size` and `in_channels`; None
+            means: not known. A checkpoint of ours holds them all; for the authors', which lacks them, all but
+            `dataset` are read off the tensors.
+
+    Returns:
+        The network and the checkpoint, in which the entries of `REQUIRED` stand.
+
+    Raises:
+        InputError: naming the file and what contradicts or does not fit.
+    """
+    checkpoint = load_checkpoint(path)
+    if not all(name in checkpoint for name in REQUIRED):
+        found = _read_off(checkpoint["state_dict"])
+        if found is None:
+            raise InputError(f"{path}: its tensors have the names of no network known here")
+        checkpoint = {"epoch": None, "dataset": told.get("dataset"), **checkpoint, **found}
+    for name, value in told.items():
+        if value is not None and checkpoint[name] != value:
+            raise InputError(f"{path}: --{name} {value} contradicts the checkpoint, which has {checkpoint[name]}")
+    arguments = ("model", "num_classes", "width", "image_size", "in_channels")
+    try:
+        model = create_model(*(checkpoint[name] for name in arguments))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: describes a network that cannot be built ({error})") from error
+    fill_model(model, checkpoint["state_dict"], path)
+    return model.eval(), checkpoint
+
+
+def fill_model(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    """Load a state_dict whose names and shapes must be the model's own.
+
+    Raises:
+        InputError: naming the file and the first tensor that does not fit.
+    """
+    own = model.state_dict()
+    for name, tensor in own.items():
+        if name not in state:
+            raise InputError(f"{path}: not of this network: it lacks {name}")
+        if state[name].shape != tensor.shape:
+            raise InputError(
+                f"{path}: not of this network: {name} is {list(state[name].shape)}, {list(tensor.shape)} is needed"
+            )
+    for name in state:
+        if name not in own:
+            raise InputError(f"{path}: not of this network, which has no {name}")
+    model.load_state_dict(state)
+
+
+def _read_off(state: dict[str, Tensor]) -> dict[str, Any] | None:
+    """Name, width, classes, channels and image size of the network that a state_dict of the authors' belongs to."""
+
+    def blocks(stage: str) -> int:
+        return len({name.split(".")[0] for name in (n.removeprefix(stage) for n in state if n.startswith(stage))})
+
+    if "block1.layer.0.conv1.weight" in state and "fc.weight" in state:
+        stem, last = state["conv1.weight"], state["fc.weight"]
+        widen_factor = len(state["block1.layer.0.conv1.weight"]) // len(stem)
+        model = f"wrn-{6 * blocks('block1.layer.') + 4}-{widen_factor}"
+        width, image_size = 4 * len(stem), 32
+    else:
+        if "layer1.0.conv1.weight" in state and "linear.weight" in state:
+            stem, last, image_size = state["conv1.weight"], state["linear.weight"], 32
+            depths = tuple(blocks(f"layer{stage}.") for stage in (1, 2, 3, 4))
+            bottleneck = "layer1.0.conv3.weight" in state
+        elif "conv1.0.weight" in state and "fc.weight" in state:
+            stem, last, image_size = state["conv1.0.weight"], state["fc.weight"], 64
+            depths = tuple(blocks(f"conv{stage}_x.") for stage in (2, 3, 4, 5))
+            bottleneck = "conv2_x.0.residual_function.6.weight" in state
+        else:
+            return None
+        model = next((f"resnet{n}" for n, d in BLOCKS.items() if d == depths and (n >= 50) == bottleneck), None)
+        width = len(stem)
+    return {
+        "model": model,
+        "width": width,
+        "num_classes": len(last),
+        "in_channels": stem.shape[1],
+        "image_size": image_size,
+    }

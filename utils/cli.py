@@ -1,0 +1,180 @@
+"""What the scripts' command lines share: a parser, argument types, groups of options, and how errors end."""
+
+import argparse
+import ctypes
+import difflib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from utils import InputError, RunError
+from utils.data import DATASETS
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors (exit status 2), and no difference between - and _ in option names."""
+
+    def __init__(self, doc: str):
+        super().__init__(
+            description=doc, formatter_class=_Help, allow_abbrev=False, argument_default=None, add_help=True
+        )
+
+    def parse_args(
+        self, args: list[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """As argparse's; a misspelt option is answered with the nearest one."""
+        words = sys.argv[1:] if args is None else args
+        parsed, unknown = self.parse_known_args([_underscored(word) for word in words], namespace)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
+            self.error(f"{unknown[0]}: no such option" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with status 2."""
+        fail(message, status=2)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, where they are not None, and keeps the line breaks of the description."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def _underscored(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, *value = word.split("=", 1)
+    return "=".join(["--" + name[2:].replace("-", "_"), *value])
+
+
+def fail(message: str, status: int) -> NoReturn:
+    """Print `<script>: error: <message>` as one line on stderr and exit."""
+    script = Path(sys.argv[0]).name or "python"
+    print(f"{script}: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Call a script's main and turn what the user can mend into one line: bad input status 2, a failed run status 1."""
+    try:
+        main(args)
+    except InputError as error:
+        fail(str(error), status=2)
+    except RunError as error:
+        fail(str(error), status=1)
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on after the last finished epoch", status=130)
+
+
+def boolean(text: str) -> bool:
+    """true, yes, 1 and false, no, 0 in any case."""
+    if text.lower() in ("true", "yes", "1"):
+        return True
+    if text.lower() in ("false", "no", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"'{text}' is neither True nor False")
+
+
+def number(kind: type, low: float, high: float = float("inf"), open_low: bool = False) -> Callable[[str], Any]:
+    """An argument type: int or float from low to high, finite; `open_low` leaves low itself out."""
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        ok = (
+            value is not None and low <= value <= high and abs(value) < float("inf") and not (open_low and value == low)
+        )
+        if not ok:
+            what = "a whole number" if kind is int else "a number"
+            above = f"above {low:g}" if open_low else f"of {low:g} or more"
+            span = above if high == float("inf") else f"from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"'{text}' given, {what} {span} is needed")
+        return value
+
+    return convert
+
+
+class Seeds(argparse.Action):
+    """One seed a member: `--seed 13 17 27`, `--seed "13 17 27"`."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        seeds = []
+        for text in " ".join(values).replace(",", " ").split():
+            if not (text.isascii() and text.isdigit()) or int(text) >= 2**32:
+                parser.error(f"argument {option}: '{text}' given, whole numbers from 0 to {2**32 - 1} are needed")
+            seeds.append(int(text))
+        twice = next((seed for seed in seeds if seeds.count(seed) > 1), None)
+        if twice is not None:
+            parser.error(f"argument {option}: {twice} given twice, two members of one seed are the same network")
+        if not seeds:
+            parser.error(f"argument {option}: no seed given, one is needed for each member")
+        setattr(namespace, self.dest, seeds)
+
+
+def add_flag(group: Any, name: str, text: str) -> None:
+    """A boolean option: --name, --name True, --name False."""
+    group.add_argument(f"--{name}", type=boolean, nargs="?", const=True, default=False, metavar="True|False", help=text)
+
+
+def add_data_options(parser: Parser) -> None:
+    """Which data set, where it lies, and on what it is computed."""
+    group = parser.add_argument_group("data and device")
+    group.add_argument("--data", "--dataset", choices=DATASETS, default="digits", help="data set")
+    group.add_argument(
+        "--data_path", type=Path, default=Path("data"), metavar="DIR", help="folder that holds the data sets"
+    )
+    group.add_argument(
+        "--train_idx_path", type=Path, metavar="FILE", help=".npy of the indices to train on, in the official order"
+    )
+    group.add_argument("--val_idx_path", type=Path, metavar="FILE", help=".npy of the indices to validate on")
+    add_flag(group, "download", "fetch a missing data set through torchvision (not tiny_imgnet)")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
+    group.add_argument("--threads", type=number(int, 1), metavar="N", help="CPU threads (default: one for each core)")
+
+
+def add_checkpoint_options(parser: Parser) -> None:
+    """Which saved members."""
+    group = parser.add_argument_group("saved members")
+    group.add_argument(
+        "--resume", type=Path, nargs="+", metavar="PATH", help="a run folder, member folders, or checkpoint files"
+    )
+    group.add_argument(
+        "--checkpoint", choices=("best", "last"), default="best", help="which checkpoint of a folder counts"
+    )
+
+
+def start_device(name: str, threads: int | None) -> torch.device:
+    """The device for `--device`, and the CPU's settings: threads, and memory that is kept once it was used.
+
+    Raises:
+        InputError: if the device is not there.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    _keep_freed_memory()
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device in available if available[device])
+    if not available[name]:
+        raise InputError(f"--device {name}: torch finds none here; use --device cpu")
+    return torch.device(name)
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory: large tensors are otherwise unmapped and faulted in again at every step."""
+    m_trim_threshold, m_mmap_threshold, largest = -1, -3, 2**30
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_mmap_threshold, largest)
+        libc.mallopt(m_trim_threshold, largest)
+    except (OSError, AttributeError):
+        pass  # another C library, which has its own ways

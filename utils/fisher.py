@@ -1,0 +1,329 @@
+"""Per-sample squared gradient norms: the sharpness score that SharpBalance ranks training samples by.
+
+The trace of the empirical Fisher information of one sample (x, y) is the squared norm of its loss gradient over all
+trainable parameters, ||grad_theta CE(f(x), y)||^2. One forward and one backward pass give it for a whole batch: a hook
+on every layer turns the layer's input and the gradient of its output into the layer's squared norms and lets both go,
+so that neither a weight gradient of the batch nor anything of size batch x parameters is ever formed.
+"""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vjp, vmap
+
+from models.resnet_tiny import Scale
+from models.vit import Tokens
+
+# Numbers that a layer's working set holds at a time (8 MiB in float32): the samples of a batch are taken in groups.
+CHUNK_NUMBERS = 2**21
+# Convolutions with fewer input channels than this have all their kernel offsets in one product.
+NARROW = 8
+# Samples at a time for layers without a formula of their own.
+VMAP_CHUNK = 16
+# Moving a number through memory takes about as long as this many multiply-adds of a matrix product.
+MOVE_COST = 10
+
+_warned: set[str] = set()
+
+
+class _NeedsWholeModel(Exception):
+    """The model uses a layer twice or shares a parameter: norms of its layers do not add up."""
+
+
+def per_sample_fisher(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Squared norm of each sample's loss gradient: s_i = ||grad_theta CE(f(x_i), y_i)||_2^2.
+
+    It is the trace of the *empirical* Fisher of one sample (true label, not a drawn one), of the unreduced
+    cross-entropy, over all parameters with `requires_grad`. The value of a sample does not depend on its batch.
+
+    Args:
+        model: a network in eval mode throughout: in train mode BatchNorm mixes the samples of a batch, and a
+            gradient of one sample does not exist.
+        images: [B, ...], not augmented.
+        labels: int64 [B].
+
+    Returns:
+        [B], in the dtype and on the device of the images.
+
+    Layers: Conv2d (any stride, padding, dilation, groups), Linear (also on sequences), BatchNorm1d/2d, LayerNorm and
+    the models' own Scale and Tokens have formulas. Any other layer with parameters is differentiated sample by sample
+    with chunked vmap, and so is the whole model where it shares a parameter or calls a layer twice; a warning says so
+    once. Weights, `requires_grad` and `.grad` are as before afterwards.
+
+    Source: the authors' score (arXiv 2407.12996); for the layer norms Goodfellow, arXiv 1510.01799, and Rochette et
+    al., arXiv 1912.06015.
+
+    Raises:
+        ValueError: if any module of the model is in train mode, or if it has no trainable parameter.
+    """
+    if any(module.training for module in model.modules()):
+        raise ValueError(
+            "per_sample_fisher needs a model in eval mode: in train mode BatchNorm and dropout mix or perturb "
+            "samples, so that no gradient belongs to one sample; call model.eval() first"
+        )
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ValueError("per_sample_fisher: the model has no parameter with requires_grad")
+    try:
+        return _by_layers(model, images, labels, {id(parameter) for parameter in trainable})
+    except _NeedsWholeModel as reason:
+        _warn_once(str(reason))
+        return _by_vmap(model, images, labels)
+
+
+def _by_layers(model: nn.Module, images: Tensor, labels: Tensor, trainable: set[int]) -> Tensor:
+    scores = images.new_zeros(len(images))
+    called: set[nn.Module] = set()
+    listening = True
+
+    def keep_input(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        if not listening:
+            return None
+        if module in called:
+            raise _NeedsWholeModel(f"{type(module).__name__} is called twice in one forward pass")
+        called.add(module)
+        first = not output.requires_grad
+        if first:
+            # Nothing before this layer asks for a gradient: backward ends here. The copy may be changed in place.
+            output = output.detach().requires_grad_().clone()
+        inputs = tuple(arg.detach() for arg in args)
+        versions = [tensor._version for tensor in inputs]
+
+        def add_norms(output_grad: Tensor) -> None:
+            nonlocal listening
+            if [tensor._version for tensor in inputs] != versions:
+                raise RuntimeError(
+                    f"the input of {type(module).__name__} was changed in place after its use, so that its "
+                    "per-sample gradient is lost; write the change out of place"
+                )
+            listening = False
+            with torch.no_grad():
+                scores.add_(_layer_norms(module, inputs, output_grad, trainable))
+            listening = True
+
+        output.register_hook(add_norms)
+        return output if first else None
+
+    owners = [m for m in model.modules() if any(id(p) in trainable for p in m.parameters(recurse=False))]
+    if sum(id(p) in trainable for m in owners for p in m.parameters(recurse=False)) > len(trainable):
+        raise _NeedsWholeModel("a parameter belongs to two layers")
+    parameters = [parameter for parameter in model.parameters() if id(parameter) in trainable]
+    handles = [module.register_forward_hook(keep_input) for module in owners]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        with torch.enable_grad():
+            F.cross_entropy(model(images.detach()), labels, reduction="sum").backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+    return scores
+
+
+def _by_vmap(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    constant = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
+
+    def loss(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        logits = functional_call(model, {**constant, **parameters}, (image.unsqueeze(0),))
+        return F.cross_entropy(logits, label.unsqueeze(0))
+
+    def squared_norm(image: Tensor, label: Tensor) -> Tensor:
+        return sum(g.square().sum() for g in grad(loss)(trainable, image, label).values())
+
+    return vmap(squared_norm, chunk_size=VMAP_CHUNK)(images, labels)
+
+
+def _layer_norms(module: nn.Module, inputs: tuple[Tensor, ...], output_grad: Tensor, trainable: set[int]) -> Tensor:
+    """Squared norms [B] of the per-sample gradients of the module's own trainable parameters."""
+    # A subclass may compute something else, so that the type has to be exactly the known one.
+    norms = _KNOWN.get(type(module))
+    if norms is None or getattr(module, "padding_mode", "zeros") != "zeros":
+        _warn_once(f"{type(module).__name__} has no per-sample formula here")
+        return _unknown(module, inputs, output_grad, trainable)
+    wants = {name for name, p in module.named_parameters(recurse=False) if id(p) in trainable}
+    return norms(module, inputs[0], output_grad, wants)
+
+
+def _unknown(module: nn.Module, inputs: tuple[Tensor, ...], output_grad: Tensor, trainable: set[int]) -> Tensor:
+    own = {name: p.detach() for name, p in module.named_parameters(recurse=False) if id(p) in trainable}
+
+    def squared_norm(arguments: tuple[Tensor, ...], cotangent: Tensor) -> Tensor:
+        batch_of_one = tuple(argument.unsqueeze(0) for argument in arguments)
+        _, backward = vjp(lambda own: functional_call(module, own, batch_of_one), own)
+        return sum(g.square().sum() for g in backward(cotangent.unsqueeze(0))[0].values())
+
+    return vmap(squared_norm, chunk_size=VMAP_CHUNK)(inputs, output_grad)
+
+
+def _direct(left: Tensor, right: Tensor) -> Tensor:
+    """||sum_t left_t right_t'||_F^2 for left [B, T, P] and right [B, T, D], by the P x D matrices themselves."""
+    step = max(1, CHUNK_NUMBERS // (left.shape[2] * right.shape[2]))
+    chunks = zip(left.split(step), right.split(step), strict=True)
+    return torch.cat([torch.bmm(a.mT, b).square().sum((1, 2)) for a, b in chunks])
+
+
+def _gram(x: Tensor) -> Tensor:
+    """Inner products of the rows, [B, T, D] -> [B, T, T]."""
+    return torch.bmm(x, x.mT)
+
+
+def _linear(module: nn.Linear, x: Tensor, g: Tensor, wants: set[str]) -> Tensor:
+    """Weight gradient sum_t g_t x_t', bias gradient sum_t g_t; t runs over all dimensions between first and last."""
+    x, g = x.reshape(len(x), -1, x.shape[-1]), g.reshape(len(g), -1, g.shape[-1])
+    positions, rows, columns = g.shape[1], g.shape[2], x.shape[2]
+    norms = g.new_zeros(len(g))
+    if "weight" in wants:
+        if positions * (rows + columns + 3 * MOVE_COST) < rows * columns:
+            norms += (_gram(x) * _gram(g)).sum((1, 2))
+        else:
+            norms += _direct(g, x)
+    if "bias" in wants:
+        norms += g.sum(1).square().sum(1)
+    return norms
+
+
+def _conv2d(module: nn.Conv2d, x: Tensor, g: Tensor, wants: set[str]) -> Tensor:
+    """Weight gradient at kernel offset o: sum_t g_t x_{s t + o}', t over output positions, s the stride."""
+    x, g = x.permute(0, 2, 3, 1), g.permute(0, 2, 3, 1)
+    norms = g.new_zeros(len(g))
+    if "bias" in wants:
+        norms += g.sum((1, 2)).square().sum(1)
+    if "weight" in wants:
+        step = max(1, CHUNK_NUMBERS // (x[0].numel() + g[0].numel()))
+        for group in zip(x.chunk(module.groups, 3), g.chunk(module.groups, 3), strict=True):
+            chunks = zip(*(tensor.split(step) for tensor in group), strict=True)
+            norms += torch.cat([_conv2d_weight(module, x_chunk, g_chunk) for x_chunk, g_chunk in chunks])
+    return norms
+
+
+def _zero_padding(module: nn.Conv2d) -> tuple[int, int, int, int]:
+    """Zeros on the left, on the right, above and below."""
+    sides = []
+    for axis in (1, 0):
+        if module.padding == "same":
+            total = module.dilation[axis] * (module.kernel_size[axis] - 1)
+            sides += [total // 2, total - total // 2]
+        else:
+            sides += [0, 0] if module.padding == "valid" else [module.padding[axis]] * 2
+    return tuple(sides)
+
+
+def _conv2d_weight(module: nn.Conv2d, x: Tensor, g: Tensor) -> Tensor:
+    """One group: x [B, H, W, C] and g [B, H', W', P], channels last."""
+    (kernel_h, kernel_w), (stride_h, stride_w), (dilation_h, dilation_w) = (
+        module.kernel_size,
+        module.stride,
+        module.dilation,
+    )
+    left, right, top, bottom = _zero_padding(module)
+    (batch, out_h, out_w, rows), columns = g.shape, x.shape[3]
+    in_h, in_w = x.shape[1] + top + bottom, x.shape[2] + left + right
+    pixels, positions = in_h * in_w, out_h * out_w
+    offsets = [(i * dilation_h, j * dilation_w) for i in range(kernel_h) for j in range(kernel_w)]
+
+    def seen(i: int, j: int) -> tuple[slice, slice]:
+        """The rows and columns of the input that kernel offset (i, j) sees."""
+        return (
+            slice(i, i + stride_h * (out_h - 1) + 1, stride_h),
+            slice(j, j + stride_w * (out_w - 1) + 1, stride_w),
+        )
+
+    # The multiply-adds of the two forms, for one sample. The Gram matrix of the patches is a sum over the offsets,
+    # either of pieces of the Gram matrix of all pixels or of products made for each offset.
+    from_pixels = pixels**2 <= len(offsets) * positions**2
+    gram = (pixels**2 if from_pixels else len(offsets) * positions**2) * columns
+    gram += positions**2 * (rows + 3 * MOVE_COST * len(offsets))
+    if gram < len(offsets) * positions * rows * columns:
+        x = F.pad(x, (0, 0, left, right, top, bottom))
+        if from_pixels:
+            pixel_gram = _gram(x.reshape(batch, pixels, columns)).view(batch, in_h, in_w, in_h, in_w)
+            pieces = (pixel_gram[(slice(None), *seen(i, j), *seen(i, j))] for i, j in offsets)
+        else:
+            patches = (x[(slice(None), *seen(i, j))].reshape(batch, positions, columns) for i, j in offsets)
+            pieces = (_gram(patch).view(batch, out_h, out_w, out_h, out_w) for patch in patches)
+        patch_gram = next(pieces).clone()
+        for piece in pieces:
+            patch_gram += piece
+        g_gram = _gram(g.reshape(batch, positions, rows))
+        return (patch_gram.view(batch, positions, positions) * g_gram).sum((1, 2))
+
+    if columns < NARROW or not stride_h == stride_w == 1:
+        x = F.pad(x, (0, 0, left, right, top, bottom))
+        patches = [x[(slice(None), *seen(i, j))].reshape(batch, positions, columns) for i, j in offsets]
+        if columns < NARROW:
+            patches = [torch.cat(patches, dim=2)]
+    else:
+        # With g padded to the row length of the input, what an offset sees is a plain slice of the flat input.
+        x = F.pad(x, (0, 0, left, right, top, bottom + 1)).reshape(batch, -1, columns)
+        patches = [x[:, i * in_w + j : (i + out_h) * in_w + j] for i, j in offsets]
+        g = F.pad(g, (0, 0, 0, in_w - out_w))
+    g = g.reshape(batch, -1, rows)
+    return sum(_direct(g, patch) for patch in patches)
+
+
+def _batch_norm(module: nn.BatchNorm2d, x: Tensor, g: Tensor, wants: set[str]) -> Tensor:
+    """Scale gradient sum_t g_t (x_t - mean) / std, shift gradient sum_t g_t, for each channel; running statistics."""
+    x, g = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2), g.flatten(2) if g.dim() > 2 else g.unsqueeze(2)
+    g_sum = g.sum(2)
+    norms = g.new_zeros(len(g))
+    if "bias" in wants:
+        norms += g_sum.square().sum(1)
+    if "weight" in wants:
+        products = torch.linalg.vecdot(g, x, dim=2) - module.running_mean * g_sum
+        norms += (products.square() / (module.running_var + module.eps)).sum(1)
+    return norms
+
+
+def _layer_norm(module: nn.LayerNorm, x: Tensor, g: Tensor, wants: set[str]) -> Tensor:
+    """Scale gradient sum_t g_t * normalised x_t, shift gradient sum_t g_t, over the dimensions not normalised."""
+    first = x.dim() - len(module.normalized_shape)
+    norms = g.new_zeros(len(g))
+    if "bias" in wants:
+        norms += _sum_to(g, first).square().sum(1)
+    if "weight" in wants:
+        normalised = F.layer_norm(x, module.normalized_shape, eps=module.eps)
+        norms += _sum_to(g * normalised, first).square().sum(1)
+    return norms
+
+
+def _sum_to(g: Tensor, first: int) -> Tensor:
+    """[B, ..., rest] -> [B, size of rest]: sum over dimensions 1 to first - 1."""
+    return g.flatten(first).flatten(1, -2).sum(1) if g.dim() > first > 1 else g.flatten(1)
+
+
+def _scale(module: Scale, x: Tensor, g: Tensor, wants: set[str]) -> Tensor:
+    """Gradient of a channel's factor: sum_t g_t x_t."""
+    return torch.linalg.vecdot(g.flatten(2), x.flatten(2), dim=2).square().sum(1)
+
+
+def _tokens(module: Tokens, x: Tensor, g: Tensor, wants: set[str]) -> Tensor:
+    """The positions' gradient is g itself, the class token's its first row."""
+    norms = g.new_zeros(len(g))
+    if "pos_embed" in wants:
+        norms += g.square().sum((1, 2))
+    if "cls_token" in wants:
+        norms += g[:, 0].square().sum(1)
+    return norms
+
+
+_KNOWN: dict[type, Callable[[nn.Module, Tensor, Tensor, set[str]], Tensor]] = {
+    nn.Conv2d: _conv2d,
+    nn.Linear: _linear,
+    nn.BatchNorm1d: _batch_norm,
+    nn.BatchNorm2d: _batch_norm,
+    nn.LayerNorm: _layer_norm,
+    Scale: _scale,
+    Tokens: _tokens,
+}
+
+
+def _warn_once(reason: str) -> None:
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"per_sample_fisher: {reason}; chunked vmap takes over, exact but slower", stacklevel=4)

@@ -1,0 +1,199 @@
+"""One member: the SharpBalance step, an epoch of it, and evaluation."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sam import SAM
+from utils.data import ImageSet
+
+
+def sharpbalance_step(
+    model: nn.Module,
+    optimizer: SAM,
+    images: Tensor,
+    labels: Tensor,
+    sam_mask: Tensor,
+    bn_perturbed: str = "update",
+    amp: str = "none",
+) -> tuple[Tensor, Tensor]:
+    """One training step in which some samples of the batch are trained with SAM and the others plainly.
+
+    Of B samples, a are normal and b have SAM, a + b = B. With L_n and L_s the mean cross-entropy of each part:
+
+        g   = grad L_s(w)                                  the ascent gradient: the normal part does not enter it
+        eps = rho g / (||g||_2 + 1e-12)                    over all parameters (`optimizer` may be adaptive)
+        w  <- base optimizer's step with (a/B) grad L_n(w) + (b/B) grad L_s(w + eps)
+
+    b = 0 is the base optimizer's step, a = 0 is SAM's. Both SAM passes see the same augmented images. Weight decay is
+    in the step only. Each forward pass is in train mode, normalises with the statistics of its own part, and updates
+    the running statistics of BatchNorm, as in the authors' release; with bn_perturbed="freeze" the pass at w + eps
+    normalises in the same way but updates nothing. Where a part is one sample and a BatchNorm would see one value a
+    channel, that sample joins the other part.
+
+    Args:
+        model: the network, in train mode.
+        optimizer: a `sam.SAM`.
+        images: float [B, C, H, W].
+        labels: int64 [B].
+        sam_mask: bool [B], True = trained with SAM. On a GPU keep it on the CPU: the step then waits for nothing.
+        bn_perturbed: update | freeze.
+        amp: none | bf16, the autocast of the forward passes.
+
+    Returns:
+        Detached tensors: the mean cross-entropy of the batch and the number of correct predictions, both at w.
+
+    Source: arXiv 2407.12996, section 4, and engine.py of the authors' release. If a pass raises, the weights are at w.
+    """
+    normal, sam = (~sam_mask).nonzero().squeeze(1), sam_mask.nonzero().squeeze(1)
+    if 1 in (len(normal), len(sam)) and len(images) > 1 and _one_value_per_channel(model, images[:1]):
+        everything = torch.arange(len(images))
+        normal, sam = (everything[:0], everything) if len(normal) == 1 else (everything, everything[:0])
+    share_normal, share_sam = len(normal) / len(images), len(sam) / len(images)
+    loss, correct = torch.zeros((), device=images.device), torch.zeros((), device=images.device)
+
+    optimizer.zero_grad()
+    if share_normal:  # weights at w; the gradients become (a/B) grad L_n(w)
+        part_images, part_labels = _part(images, normal), _part(labels, normal)
+        normal_loss, logits = _loss(model, part_images, part_labels, amp)
+        (share_normal * normal_loss).backward()
+        loss += share_normal * normal_loss.detach()
+        correct += (logits.argmax(1) == part_labels).sum()
+    if not share_sam:
+        optimizer.base_optimizer.step()
+        return loss, correct
+
+    normal_grads = [(p, p.grad) for group in optimizer.param_groups for p in group["params"]]
+    optimizer.zero_grad()  # lets go of the gradients; the list keeps them
+    part_images, part_labels = _part(images, sam), _part(labels, sam)
+    sam_loss, logits = _loss(model, part_images, part_labels, amp)  # still at w
+    sam_loss.backward()
+    loss += share_sam * sam_loss.detach()
+    correct += (logits.argmax(1) == part_labels).sum()
+    try:
+        optimizer.first_step(zero_grad=True)  # from w to w + eps
+        for parameter, gradient in normal_grads:
+            parameter.grad = gradient  # backward adds to it
+        with _frozen_statistics(model) if bn_perturbed == "freeze" else nullcontext():
+            (share_sam * _loss(model, part_images, part_labels, amp)[0]).backward()
+        optimizer.second_step()  # back to w, then the base optimizer's step with the sum
+    finally:
+        optimizer.restore()
+    return loss, correct
+
+
+def _loss(model: nn.Module, images: Tensor, labels: Tensor, amp: str) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy and detached logits."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp == "bf16"):
+        logits = model(images)
+    logits = logits.to(images.dtype)
+    return F.cross_entropy(logits, labels), logits.detach()
+
+
+def _part(tensor: Tensor, index: Tensor) -> Tensor:
+    """The samples of one part; the whole batch is not copied."""
+    return tensor if len(index) == len(tensor) else tensor[index.to(tensor.device, non_blocking=True)]
+
+
+@contextmanager
+def _frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """BatchNorm normalises with its batch, as in train mode, and leaves its running statistics alone."""
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
+
+
+@torch.no_grad()
+def _one_value_per_channel(model: nn.Module, image: Tensor) -> bool:
+    """Whether some BatchNorm of the model sees one value a channel for this batch of one image."""
+    seen = []
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    hooks = [
+        m.register_forward_pre_hook(lambda m, args: seen.append(args[0].numel() // args[0].shape[1])) for m in layers
+    ]
+    try:
+        with evaluating(model):
+            model(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return 1 in seen
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; afterwards each of its modules is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def train_epoch(
+    model: nn.Module,
+    optimizer: SAM,
+    data: ImageSet,
+    sam_mask: Tensor,
+    seed: int,
+    epoch: int,
+    batch_size: int,
+    bn_perturbed: str = "update",
+    amp: str = "none",
+    progress: Callable[[int], None] = lambda passes: None,
+) -> tuple[float, float]:
+    """Train one epoch on augmented images.
+
+    Args:
+        model, optimizer, bn_perturbed, amp: as for `sharpbalance_step`.
+        data: the training part.
+        sam_mask: bool [N] on the CPU, which samples are trained with SAM.
+        seed, epoch: order and augmentation are a pure function of them.
+        batch_size: samples a step.
+        progress: called after each step with the number of forward-backward passes of one image that it made.
+
+    Returns:
+        Mean loss and accuracy (0 to 1) over the epoch, each sample at the weights of its own step; sums over samples,
+        divided once, so that batches of different size count right.
+    """
+    # Layers that draw from the global generator (none of ours do) depend on the member and the epoch alone, too.
+    torch.manual_seed((seed << 20) + epoch)
+    model.train()
+    loss_sum = torch.zeros((), dtype=torch.float64 if data.device.type != "mps" else torch.float32, device=data.device)
+    correct_sum = loss_sum.clone()
+    for index, images, labels in data.epoch(seed, epoch, batch_size):
+        mask = sam_mask[index]
+        loss, correct = sharpbalance_step(model, optimizer, images, labels, mask, bn_perturbed, amp)
+        loss_sum += loss * len(index)
+        correct_sum += correct
+        progress(len(index) + int(mask.sum()))
+    return loss_sum.item() / len(data), correct_sum.item() / len(data)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, data: ImageSet, batch_size: int = 512) -> Tensor:
+    """Logits of all images in order, without augmentation, in eval mode: float32 [N, classes] on the CPU."""
+    with evaluating(model):
+        return torch.cat([model(images).float() for images, _ in data.in_order(batch_size)]).cpu()
+
+
+def learning_rate(lr: float, schedule: str, epoch: int, epochs: int) -> float:
+    """The learning rate of an epoch (counted from 0) of `epochs`: a pure function, so that resuming needs no state.
+
+    step: lr, times 0.1 from epochs/2 on, times 0.1 again from 3 epochs/4 on. cosine: lr (1 + cos(pi epoch/epochs)) / 2.
+    """
+    if schedule == "cosine":
+        return lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
+    return lr * 0.1 ** ((2 * epoch >= epochs) + (4 * epoch >= 3 * epochs))
