@@ -93,8 +93,8 @@ def check_method(parser: Parser, args: argparse.Namespace) -> None:
             parser.error(f"argument --{name}: {getattr(args, name)} given without a --flat_ratio above 0; add one")
     if args.flat_ratio and args.initial_epochs is not None and args.initial_epochs >= args.epochs:
         parser.error(
-            f"argument --initial_epochs: {args.initial_epochs} given with --epochs {args.epochs}: the split would never "
-            f"come; give at most {args.epochs - 1}, or leave --flat_ratio out for SAM on all samples"
+            f"argument --initial_epochs: {args.initial_epochs} given with --epochs {args.epochs}: the split would "
+            f"never come; give at most {args.epochs - 1}, or leave --flat_ratio out for SAM on all samples"
         )
     if args.rho and not args.sam:
         print(f"note: --rho {args.rho} has no effect without --sam", file=sys.stderr)

@@ -104,7 +104,7 @@ def number(kind: type, low: float, high: float = float("inf"), open_low: bool = 
 class Seeds(argparse.Action):
     """One seed a member: `--seed 13 17 27`, `--seed "13 17 27"`."""
 
-    def __call__(
+    def __call__(  # noqa: D102
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
     ) -> None:
         seeds = []

@@ -197,8 +197,8 @@ def _scores(member: Member, split_epoch: int, train: ImageSet) -> np.ndarray:
         scores = torch.cat([per_sample_fisher(member.model, *batch) for batch in batches]).cpu().numpy()
     if not np.isfinite(scores).all():
         raise RunError(
-            f"member with seed {member.seed}, epoch {member.epoch}: {np.sum(~np.isfinite(scores))} sharpness scores are "
-            "not finite; start anew with a smaller --lr or --rho and another --save_path"
+            f"member with seed {member.seed}, epoch {member.epoch}: {np.sum(~np.isfinite(scores))} sharpness scores "
+            "are not finite; start anew with a smaller --lr or --rho and another --save_path"
         )
     write_array(path, scores)
     return scores

@@ -29,7 +29,7 @@ MOVE_COST = 10
 _warned: set[str] = set()
 
 
-class _NeedsWholeModel(Exception):
+class _NeedsWholeModelError(Exception):
     """The model uses a layer twice or shares a parameter: norms of its layers do not add up."""
 
 
@@ -69,7 +69,7 @@ def per_sample_fisher(model: nn.Module, images: Tensor, labels: Tensor) -> Tenso
         raise ValueError("per_sample_fisher: the model has no parameter with requires_grad")
     try:
         return _by_layers(model, images, labels, {id(parameter) for parameter in trainable})
-    except _NeedsWholeModel as reason:
+    except _NeedsWholeModelError as reason:
         _warn_once(str(reason))
         return _by_vmap(model, images, labels)
 
@@ -83,7 +83,7 @@ def _by_layers(model: nn.Module, images: Tensor, labels: Tensor, trainable: set[
         if not listening:
             return None
         if module in called:
-            raise _NeedsWholeModel(f"{type(module).__name__} is called twice in one forward pass")
+            raise _NeedsWholeModelError(f"{type(module).__name__} is called twice in one forward pass")
         called.add(module)
         first = not output.requires_grad
         if first:
@@ -109,7 +109,7 @@ def _by_layers(model: nn.Module, images: Tensor, labels: Tensor, trainable: set[
 
     owners = [m for m in model.modules() if any(id(p) in trainable for p in m.parameters(recurse=False))]
     if sum(id(p) in trainable for m in owners for p in m.parameters(recurse=False)) > len(trainable):
-        raise _NeedsWholeModel("a parameter belongs to two layers")
+        raise _NeedsWholeModelError("a parameter belongs to two layers")
     parameters = [parameter for parameter in model.parameters() if id(parameter) in trainable]
     handles = [module.register_forward_hook(keep_input) for module in owners]
     try:
