@@ -67,6 +67,8 @@ def per_sample_fisher(model: nn.Module, images: Tensor, labels: Tensor) -> Tenso
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError("per_sample_fisher: the model has no parameter with requires_grad")
+    if not len(images):
+        return images.new_zeros(0)
     try:
         return _by_layers(model, images, labels, {id(parameter) for parameter in trainable})
     except _NeedsWholeModelError as reason:
@@ -126,11 +128,17 @@ def _by_layers(model: nn.Module, images: Tensor, labels: Tensor, trainable: set[
 
 
 def _by_vmap(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    constant = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
+    # Each place that holds a parameter once: functional_call would lose the parameters of a layer named twice.
+    places = {
+        f"{prefix}.{name}" if prefix else name: parameter
+        for prefix, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+    trainable = {str(id(p)): p.detach() for p in places.values() if p.requires_grad}
 
     def loss(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
-        logits = functional_call(model, {**constant, **parameters}, (image.unsqueeze(0),))
+        everything = {name: parameters.get(str(id(p)), p.detach()) for name, p in places.items()}
+        logits = functional_call(model, everything, (image.unsqueeze(0),), tie_weights=False)
         return F.cross_entropy(logits, label.unsqueeze(0))
 
     def squared_norm(image: Tensor, label: Tensor) -> Tensor:
