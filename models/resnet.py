@@ -10,6 +10,22 @@ from torch import Tensor, nn
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
+class Pointwise(nn.Conv2d):
+    """A 1x1 convolution without bias; with stride s it convolves every s-th pixel with stride 1, which is the same.
+
+    The strided form must not be used: oneDNN, as in torch 2.14 on a CPU, writes beyond its memory in the weight
+    gradient of strided 1x1 convolutions with fewer than 16 input channels, channels_last memory and an odd number of
+    images.
+    """
+
+    def __init__(self, in_planes: int, out_planes: int, stride: int):
+        super().__init__(in_planes, out_planes, 1, stride=stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        step_h, step_w = self.stride
+        return F.conv2d(x[:, :, ::step_h, ::step_w], self.weight)
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut."""
 
@@ -55,7 +71,7 @@ class Bottleneck(nn.Module):
 def _shortcut(in_planes: int, out_planes: int, stride: int) -> nn.Sequential:
     if stride == 1 and in_planes == out_planes:
         return nn.Sequential()
-    return nn.Sequential(nn.Conv2d(in_planes, out_planes, 1, stride=stride, bias=False), nn.BatchNorm2d(out_planes))
+    return nn.Sequential(Pointwise(in_planes, out_planes, stride), nn.BatchNorm2d(out_planes))
 
 
 class ResNet(nn.Module):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.resnet import BLOCKS
+from models.resnet import BLOCKS, Pointwise
 
 
 class Scale(nn.Module):
@@ -39,9 +39,7 @@ class ResidualBlock(nn.Module):
         if total_stride == 1 and channels == in_channels:
             self.shortcut: nn.Module = Scale(channels)
         else:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, stride=total_stride, bias=False), nn.BatchNorm2d(channels)
-            )
+            self.shortcut = nn.Sequential(Pointwise(in_channels, channels, total_stride), nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.residual_function(x) + self.shortcut(x), inplace=True)

@@ -8,6 +8,8 @@ checkpoints.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.resnet import Pointwise
+
 
 class WideBlock(nn.Module):
     """Pre-activation block: BatchNorm, ReLU and convolution, twice, and a shortcut."""
@@ -18,7 +20,7 @@ class WideBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_planes, planes, 3, stride=stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
-        self.convShortcut = None if in_planes == planes else nn.Conv2d(in_planes, planes, 1, stride=stride, bias=False)
+        self.convShortcut = None if in_planes == planes else Pointwise(in_planes, planes, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         activated = F.relu(self.bn1(x), inplace=True)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vjp, vmap
 
+from models.resnet import Pointwise
 from models.resnet_tiny import Scale
 from models.vit import Tokens
 
@@ -322,6 +323,7 @@ def _tokens(module: Tokens, x: Tensor, g: Tensor, wants: set[str]) -> Tensor:
 
 _KNOWN: dict[type, Callable[[nn.Module, Tensor, Tensor, set[str]], Tensor]] = {
     nn.Conv2d: _conv2d,
+    Pointwise: _conv2d,
     nn.Linear: _linear,
     nn.BatchNorm1d: _batch_norm,
     nn.BatchNorm2d: _batch_norm,

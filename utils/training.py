@@ -55,7 +55,7 @@ def sharpbalance_step(
         everything = torch.arange(len(images))
         normal, sam = (everything[:0], everything) if len(normal) == 1 else (everything, everything[:0])
     share_normal, share_sam = len(normal) / len(images), len(sam) / len(images)
-    loss, correct = torch.zeros((), device=images.device), torch.zeros((), device=images.device)
+    loss, correct = images.new_zeros(()), images.new_zeros(())
 
     optimizer.zero_grad()
     if share_normal:  # weights at w; the gradients become (a/B) grad L_n(w)

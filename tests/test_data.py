@@ -1,0 +1,336 @@
+import collections
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from tests import files, reference
+from utils import InputError
+from utils.data import DATASETS, DatasetInfo, ImageSet, batch_slices, load_data
+
+INFO = DatasetInfo(10, 32, (0.5, 0.4, 0.3), (0.2, 0.3, 0.25), 4, True, (), "")
+
+
+def image_set(n=50, info=INFO, seed=0):
+    random = np.random.default_rng(seed)
+    shape = (n, info.image_size, info.image_size, len(info.mean))
+    images = random.integers(0, 256, shape, dtype=np.uint8)
+    return images, ImageSet(images, random.integers(0, 10, n), info)
+
+
+def test_crop_equals_one_image_at_a_time():
+    images, data = image_set()
+    random = np.random.default_rng(1)
+    index = random.integers(0, 50, 300)
+    rows, columns, mirror = random.integers(0, 9, 300), random.integers(0, 9, 300), random.integers(0, 2, 300) == 1
+    out = data.crop(*(torch.from_numpy(a) for a in (index, rows, columns, mirror)))
+    for image, i, r, c, m in zip(out.numpy(), index, rows, columns, mirror, strict=True):
+        assert (image == reference.crop(images[i], r, c, m, 4)).all()
+
+
+def test_crop_equals_torchvision():
+    from torchvision.transforms import functional as T
+
+    images, data = image_set(8)
+    for i, (row, column, mirror) in enumerate(
+        [(0, 0, False), (8, 8, True), (4, 4, False), (1, 7, True), (5, 2, False)]
+    ):
+        picture = T.pad(torch.from_numpy(images[i]).permute(2, 0, 1), 4)
+        expected = T.crop(picture, row, column, 32, 32)
+        expected = T.hflip(expected) if mirror else expected
+        out = data.crop(torch.tensor([i]), torch.tensor([row]), torch.tensor([column]), torch.tensor([mirror]))
+        assert torch.equal(out[0].permute(2, 0, 1), expected)
+
+
+def test_normalise_equals_torchvision():
+    from torchvision import transforms
+
+    images, data = image_set(5)
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(INFO.mean, INFO.std)])
+    expected = torch.stack([transform(image) for image in images])
+    (out, labels), *rest = data.in_order(5)
+    assert not rest
+    torch.testing.assert_close(out, expected, rtol=0, atol=2e-6)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(labels, data.labels)
+
+
+def draws_of(data, seeds, padding):
+    """Shift and mirror of each image of each epoch, read off images that hold their own coordinates."""
+    found = []
+    for seed in seeds:
+        for _, images, _ in data.epoch(seed, 0, 500):
+            rows, columns = (images[:, :2] * 255).round().long()[:, :, 16, 15:17].unbind(1)
+            mirror = columns[:, 0] > columns[:, 1]
+            # Of a mirrored image, output column 15 shows input column 16 of the crop.
+            shift = torch.where(mirror, columns[:, 0] - 16, columns[:, 0] - 15)
+            found += zip((rows[:, 0] - 16 + padding).tolist(), (shift + padding).tolist(), mirror.tolist(), strict=True)
+    return found
+
+
+def test_distribution_is_torchvisions():
+    """Chi-square: the 9 x 9 shifts and the two orientations are equally likely and independent."""
+    from torchvision.transforms import RandomCrop
+
+    info = DatasetInfo(10, 32, (0.0,) * 3, (1.0,) * 3, 4, True, (), "")
+    grid = np.stack(np.meshgrid(np.arange(32), np.arange(32), [0], indexing="ij"), axis=-1).reshape(32, 32, 3)
+    data = ImageSet(np.tile(grid.astype(np.uint8), (4000, 1, 1, 1)), np.zeros(4000, dtype=np.int64), info)
+    draws = collections.Counter(draws_of(data, range(5), 4))
+    counts = [draws[r, c, m] for r in range(9) for c in range(9) for m in (False, True)]
+    assert sum(counts) == 20000
+    assert stats.chisquare(counts).pvalue > 1e-3
+    torch.manual_seed(0)
+    theirs = collections.Counter(RandomCrop.get_params(torch.zeros(3, 40, 40), (32, 32))[:2] for _ in range(20000))
+    ours = collections.Counter()
+    for (r, c, _), n in draws.items():
+        ours[r, c] += n
+    keys = sorted(ours)
+    assert sorted(theirs) == keys
+    assert stats.chi2_contingency([[ours[k] for k in keys], [theirs[k] for k in keys]]).pvalue > 1e-3
+
+
+def epoch_of(data, *arguments):
+    return [(i.clone(), x.clone(), y.clone()) for i, x, y in data.epoch(*arguments)]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for one, two in zip(a, b, strict=True) for x, y in zip(one, two, strict=True))
+
+
+def test_an_epoch_is_a_function_of_seed_and_epoch():
+    _, data = image_set()
+    first = epoch_of(data, 13, 2, 16)
+    torch.manual_seed(99)
+    np.random.seed(5)
+    list(data.in_order(8))
+    assert same(first, epoch_of(data, 13, 2, 16))
+    assert not same(first, epoch_of(data, 13, 3, 16))
+    assert not same(first, epoch_of(data, 17, 2, 16))
+    index = torch.cat([i for i, _, _ in first])
+    assert torch.equal(index.sort().values, torch.arange(50))
+    assert torch.equal(torch.cat([y for _, _, y in first]), data.labels[index])
+
+
+def test_augmentation_belongs_to_the_image_not_to_its_batch():
+    _, data = image_set()
+    small, large = epoch_of(data, 13, 2, 7), epoch_of(data, 13, 2, 50)
+    assert torch.equal(torch.cat([x for _, x, _ in small]), large[0][1])
+
+
+def test_no_augmentation_where_there_is_none():
+    info = DatasetInfo(10, 8, (0.5,), (0.5,), 0, False, (), "")
+    _, data = image_set(20, info)
+    plain = next(data.in_order(20))[0]
+    for index, images, _ in data.epoch(1, 1, 6):
+        assert torch.equal(images, plain[index])
+
+
+def test_a_last_batch_of_one_joins_the_one_before():
+    assert [s.stop - s.start for s in batch_slices(257, 128)] == [128, 129]
+    assert [s.stop - s.start for s in batch_slices(258, 128)] == [128, 128, 2]
+    assert [s.stop - s.start for s in batch_slices(1, 128)] == [1]
+    assert [s.stop - s.start for s in batch_slices(100, 128)] == [100]
+
+
+def test_digits():
+    data = load_data("digits")
+    assert (len(data.train), len(data.val), len(data.test)) == (809, 89, 899)
+    pixels = torch.cat([x for x, _ in data.train.in_order(100)])
+    assert abs(pixels.mean()) < 0.02
+    assert abs(pixels.std() - 1) < 0.02
+    # Three parts without an image in common.
+    every = torch.cat([x.flatten(1) for part in (data.train, data.val, data.test) for x, _ in part.in_order(500)])
+    assert len(torch.unique(every, dim=0)) == 1797
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+@pytest.mark.parametrize("old_numpy", [True, False])
+def test_cifar(name, place, old_numpy, tmp_path):
+    folder = files.write_cifar(tmp_path / DATASETS[name].places[place], name, images=20, old_numpy=old_numpy)
+    data = load_data(name, tmp_path)
+    total = 100 if name == "cifar10" else 20
+    assert (len(data.train), len(data.val), len(data.test)) == (total - total // 10, total // 10, 20)
+    batch = pickle.loads((folder / ("test_batch" if name == "cifar10" else "test")).read_bytes())
+    image = batch["data"][3].reshape(3, 32, 32).transpose(1, 2, 0)
+    centre = data.test.crop(torch.tensor([3]), torch.tensor([4]), torch.tensor([4]), torch.tensor([False]))
+    assert (centre[0].numpy() == image).all()
+    assert data.test.labels.tolist() == batch["labels" if name == "cifar10" else "fine_labels"]
+    assert len(data.record["files"]) == (6 if name == "cifar10" else 2)
+    assert not any(file["md5_is_the_published_one"] for file in data.record["files"])
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_cifar_written_by_hand_in_any_protocol(protocol, tmp_path):
+    files.write_cifar(tmp_path)
+    batch = {b"data": np.zeros((6, 3072), np.uint8), b"labels": np.arange(6)}
+    for i in range(1, 6):
+        (tmp_path / f"data_batch_{i}").write_bytes(pickle.dumps(batch, protocol=protocol))
+    assert len(load_data("cifar10", tmp_path).train) == 27
+
+
+class Payload:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            lambda p: pickle.dumps({"data": Payload(p), "labels": []}),
+            "refers to posix.system.*nothing in it was executed",
+        ),
+        (lambda p: pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [0, 10]}), "labels from 0 to 10"),
+        (lambda p: pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [0, -1]}), "labels from -1 to 0"),
+        (lambda p: pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [0]}), "one whole number for each"),
+        (lambda p: pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": ["a", {}]}), "one whole number"),
+        (lambda p: pickle.dumps({"data": np.zeros((2, 3072), np.uint8)}), "one whole number"),
+        (lambda p: pickle.dumps({"data": np.zeros((2, 3071), np.uint8), "labels": [0, 1]}), r"uint8 \(2, 3071\)"),
+        (lambda p: pickle.dumps({"data": np.zeros((2, 3072), np.float32), "labels": [0, 1]}), "float32"),
+        (lambda p: pickle.dumps({"data": np.array([{}, {}]), "labels": [0, 1]}), "array of object"),
+        (lambda p: pickle.dumps([1, 2]), "holds a list"),
+        (lambda p: pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1]})[:500], "not a CIFAR batch"),
+        (lambda p: b"", "not a CIFAR batch"),
+        # numpy's array constructor asked for 10^13 bytes
+        (lambda p: b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I10000000000000\ntS'b'\ntR.", "a form"),
+    ],
+)
+def test_bad_cifar_batches(content, message, tmp_path):
+    files.write_cifar(tmp_path)
+    marker = tmp_path / "executed"
+    (tmp_path / "data_batch_3").write_bytes(content(marker))
+    with pytest.raises(InputError, match=message) as error:
+        load_data("cifar10", tmp_path)
+    assert "data_batch_3" in str(error.value)
+    assert not marker.exists()
+
+
+def test_missing_files_and_folders(tmp_path):
+    with pytest.raises(InputError, match=r"--data_path .*no cifar10 found.*cifar-10-batches-py.*--download"):
+        load_data("cifar10", tmp_path / "nowhere")
+    with pytest.raises(InputError, match="no tiny_imgnet found"):
+        load_data("tiny_imgnet", tmp_path)
+    files.write_cifar(tmp_path)
+    (tmp_path / "data_batch_4").unlink()
+    with pytest.raises(InputError, match="data_batch_4: cannot be read"):
+        load_data("cifar10", tmp_path)
+
+
+def test_two_sets_in_one_folder(tmp_path):
+    files.write_cifar(tmp_path, "cifar10")
+    files.write_cifar(tmp_path, "cifar100")
+    assert len(load_data("cifar10", tmp_path).train) == 90
+    assert len(load_data("cifar100", tmp_path).train) == 18
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_fashion_mnist(zipped, tmp_path):
+    files.write_fashion_mnist(tmp_path / "fashion-mnist", zipped=zipped)
+    data = load_data("fashion_mnist", tmp_path)
+    assert (len(data.train), len(data.val), len(data.test)) == (36, 4, 20)
+    images, labels = next(data.test.in_order(20))
+    assert images.shape == (20, 1, 32, 32)
+    assert labels.tolist() == [i % 10 for i in range(20)]
+    border = (0 - 0.2190) / 0.3318
+    assert images[:, :, :2].unique().tolist() == pytest.approx([border], abs=1e-5)
+    raw = np.random.default_rng(0)
+    raw.integers(0, 256, (40, 28, 28), dtype=np.uint8)
+    centre = data.test.crop(torch.tensor([5]), torch.tensor([4]), torch.tensor([4]), torch.tensor([False]))
+    assert (centre[0, 2:-2, 2:-2, 0].numpy() == raw.integers(0, 256, (20, 28, 28), dtype=np.uint8)[5]).all()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda b: b[:-1], "promises"),
+        (lambda b: b + b"x", "more follow"),
+        (lambda b: b"\x00" + b[:-1], "header"),
+        (lambda b: b[:10], "not a readable IDX file"),
+        (lambda b: b"", "header"),
+        (lambda b: b[:4] + b"\xff\xff\xff\xff" + b[8:], "more than the file can hold"),
+    ],
+)
+def test_damaged_idx(damage, message, tmp_path):
+    files.write_fashion_mnist(tmp_path, zipped=False)
+    path = tmp_path / "t10k-images-idx3-ubyte"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InputError, match=message):
+        load_data("fashion_mnist", tmp_path)
+
+
+def test_damaged_gzip(tmp_path):
+    files.write_fashion_mnist(tmp_path)
+    path = tmp_path / "train-labels-idx1-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputError, match="not a readable IDX file"):
+        load_data("fashion_mnist", tmp_path)
+
+
+@pytest.mark.parametrize("val_folders", [False, True])
+def test_tiny_imagenet(val_folders, tmp_path):
+    files.write_tiny_imagenet(tmp_path / "tiny-imagenet-200", val_folders=val_folders)
+    data = load_data("tiny_imgnet", tmp_path)
+    assert (len(data.train), len(data.val), len(data.test)) == (11, 1, 6)
+    assert data.test.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    for part in (data.train, data.val, data.test):
+        index = torch.arange(len(part))
+        images = part.crop(index, index * 0 + 4, index * 0 + 4, index < 0).float().mean(dim=(1, 2, 3))
+        assert (images - (40 + 60 * part.labels)).abs().max() < 5  # label and picture belong together
+
+
+def test_bad_tiny_imagenet(tmp_path):
+    folder = files.write_tiny_imagenet(tmp_path / "a")
+    (folder / "val" / "val_annotations.txt").unlink()
+    with pytest.raises(InputError, match=r"val_annotations\.txt: missing"):
+        load_data("tiny_imgnet", folder)
+    folder = files.write_tiny_imagenet(tmp_path / "b", val_folders=True)
+    for path in sorted((folder / "val").iterdir())[1:]:
+        path.rename(folder / path.name)
+    with pytest.raises(InputError, match="1 class folders that are not the 3"):
+        load_data("tiny_imgnet", folder)
+    folder = files.write_tiny_imagenet(tmp_path / "c")
+    next((folder / "train").glob("*/images/*")).write_bytes(b"no picture")
+    with pytest.raises(InputError, match="not a readable image"):
+        load_data("tiny_imgnet", folder)
+    folder = files.write_tiny_imagenet(tmp_path / "d")
+    (folder / "wnids.txt").write_text("n00000001\n")
+    with pytest.raises(InputError, match=r"not those of .*wnids\.txt"):
+        load_data("tiny_imgnet", folder)
+
+
+def test_given_split(tmp_path):
+    np.save(tmp_path / "train.npy", np.array([5, 3, 1]))
+    np.save(tmp_path / "val.npy", np.array([0, 2]))
+    data = load_data("digits", train_idx_path=tmp_path / "train.npy", val_idx_path=tmp_path / "val.npy")
+    assert (len(data.train), len(data.val), len(data.test)) == (3, 2, 899)
+    whole = load_data("digits")
+    assert data.record["sha256_of_arrays_and_split"] != whole.record["sha256_of_arrays_and_split"]
+    with pytest.raises(InputError, match="go together"):
+        load_data("digits", train_idx_path=tmp_path / "train.npy")
+    for bad, message in (
+        (np.array([0, 0]), "distinct"),
+        (np.array([9999]), "0 to 897"),
+        (np.array([0.5]), "whole numbers"),
+        (np.array([], dtype=int), "whole numbers"),
+        (np.array([1]), "share samples"),
+    ):
+        np.save(tmp_path / "val.npy", bad)
+        with pytest.raises(InputError, match=message):
+            load_data("digits", train_idx_path=tmp_path / "train.npy", val_idx_path=tmp_path / "val.npy")
+    np.save(tmp_path / "val.npy", np.array([Payload(tmp_path / "executed")]), allow_pickle=True)
+    with pytest.raises(InputError, match=r"not a readable \.npy"):
+        load_data("digits", train_idx_path=tmp_path / "train.npy", val_idx_path=tmp_path / "val.npy")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_split_never_moves():
+    """Pinned: a split that changes with a library's version would put validation images into training."""
+    data = load_data("digits")
+    assert data.record["sha256_of_arrays_and_split"].startswith("62d7be14b0b3")

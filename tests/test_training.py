@@ -1,0 +1,263 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models import create_model
+from sam import SAM
+from tests import reference
+from utils.data import DatasetInfo, ImageSet
+from utils.training import evaluating, learning_rate, predict, sharpbalance_step, train_epoch
+
+HYPER = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-3}
+
+
+def resnet(dtype=torch.float64, size=16, seed=0):
+    torch.manual_seed(seed)
+    return create_model("resnet18", 5, 4, size).to(dtype)
+
+
+def batches(count, size=16, n=12, dtype=torch.float64, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        images = torch.randn(n, 3, size, size, generator=generator, dtype=torch.float64).to(dtype)
+        yield images, torch.randint(0, 5, (n,), generator=generator), torch.rand(n, generator=generator) < 0.5
+
+
+def states_equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_mixed_steps_equal_the_slow_form(dtype, tolerance, adaptive):
+    # In float32 a ReLU that flips ends the comparison: there the steps are small.
+    hyper = HYPER | ({"lr": 1e-3} if dtype == torch.float32 else {})
+    fast, slow = resnet(dtype), resnet(dtype)
+    optimizer = SAM(fast.parameters(), rho=0.1, adaptive=adaptive, **hyper)
+    buffers = [None] * len(list(slow.parameters()))
+    for images, labels, mask in batches(8, dtype=dtype):
+        loss, correct = sharpbalance_step(fast, optimizer, images, labels, mask)
+        expected = reference.sharpbalance_step(slow, buffers, images, labels, mask, 0.1, *hyper.values(), adaptive)
+        assert loss.item() == pytest.approx(expected, abs=tolerance)
+        assert not loss.requires_grad
+        assert 0 <= correct.item() <= len(images)
+    for name, value in fast.state_dict().items():  # weights and running statistics
+        torch.testing.assert_close(value, slow.state_dict()[name], rtol=0, atol=tolerance, msg=name)
+    assert fast.bn1.num_batches_tracked == 24  # three forward passes a step
+
+
+def test_no_sam_sample_equals_sgd_bit_for_bit():
+    ours, plain = resnet(torch.float32), resnet(torch.float32)
+    optimizer, sgd = SAM(ours.parameters(), rho=0.1, **HYPER), torch.optim.SGD(plain.parameters(), **HYPER)
+    for images, labels, mask in batches(4, dtype=torch.float32):
+        loss, _ = sharpbalance_step(ours, optimizer, images, labels, torch.zeros_like(mask))
+        sgd.zero_grad()
+        expected = F.cross_entropy(plain(images), labels)
+        expected.backward()
+        sgd.step()
+        assert loss == expected
+    assert states_equal(ours, plain)
+
+
+def sam_by_hand(model, optimizer, images, labels):
+    loss = F.cross_entropy(model(images), labels)
+    loss.backward()
+    optimizer.first_step(zero_grad=True)
+    F.cross_entropy(model(images), labels).backward()
+    optimizer.second_step(zero_grad=True)
+    return loss
+
+
+def test_no_normal_sample_equals_sam_bit_for_bit():
+    ours, plain = resnet(torch.float32), resnet(torch.float32)
+    a, b = SAM(ours.parameters(), rho=0.1, **HYPER), SAM(plain.parameters(), rho=0.1, **HYPER)
+    for images, labels, mask in batches(4, dtype=torch.float32):
+        loss, _ = sharpbalance_step(ours, a, images, labels, torch.ones_like(mask))
+        assert loss == sam_by_hand(plain, b, images, labels)
+    assert states_equal(ours, plain)
+
+
+def test_rho_zero_equals_sgd_on_the_same_parts_bit_for_bit():
+    """SGD whose gradient is gathered over the two parts, which is what BatchNorm's statistics of a part come to."""
+    ours, plain = resnet(torch.float32), resnet(torch.float32)
+    optimizer, sgd = SAM(ours.parameters(), rho=0, **HYPER), torch.optim.SGD(plain.parameters(), **HYPER)
+    for images, labels, mask in batches(4, dtype=torch.float32):
+        sharpbalance_step(ours, optimizer, images, labels, mask, bn_perturbed="freeze")
+        sgd.zero_grad()
+        for part in (~mask, mask):
+            share = part.sum().item() / len(mask)
+            (share * F.cross_entropy(plain(images[part]), labels[part])).backward()
+        sgd.step()
+    assert states_equal(ours, plain)
+
+
+def test_rho_zero_without_batch_norm_equals_sgd():
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, 16), nn.Tanh(), nn.Linear(16, 5)).double()
+    plain = copy.deepcopy(ours)
+    optimizer, sgd = SAM(ours.parameters(), rho=0, **HYPER), torch.optim.SGD(plain.parameters(), **HYPER)
+    for images, labels, mask in batches(4):
+        sharpbalance_step(ours, optimizer, images, labels, mask)
+        sgd.zero_grad()
+        F.cross_entropy(plain(images), labels).backward()
+        sgd.step()
+    for p, q in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-14)
+
+
+def test_the_normal_part_does_not_enter_the_perturbation():
+    """Where the weights are during the second pass depends on the SAM part alone."""
+    seen = []
+    for change in (0.0, 5.0):
+        model = resnet()
+        optimizer = SAM(model.parameters(), rho=0.1, lr=0.0)
+        images, labels, mask = next(batches(1))
+        images[~mask] += change
+        handle = model.register_forward_hook(lambda m, a, o: seen.append(m.linear.weight.detach().clone()))
+        sharpbalance_step(model, optimizer, images, labels, mask)
+        handle.remove()
+    assert torch.equal(seen[0], seen[1])  # both first passes at w
+    assert not torch.equal(seen[1], seen[2])  # the third at w + eps
+    assert torch.equal(seen[2], seen[5])
+
+
+def test_frozen_statistics_in_the_perturbed_pass():
+    images, labels, mask = next(batches(1))
+    updated, frozen, expected = resnet(), resnet(), resnet()
+    for model, rule in ((updated, "update"), (frozen, "freeze")):
+        sharpbalance_step(model, SAM(model.parameters(), rho=0.1, **HYPER), images, labels, mask, rule)
+    expected(images[~mask])
+    expected(images[mask])
+    assert torch.equal(frozen.bn1.running_var, expected.bn1.running_var)
+    assert frozen.bn1.num_batches_tracked == 2
+    assert updated.bn1.num_batches_tracked == 3
+    # The arithmetic of the step is the same.
+    assert all(torch.equal(p, q) for p, q in zip(updated.parameters(), frozen.parameters(), strict=True))
+    assert all(m.track_running_stats for m in frozen.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+@pytest.mark.parametrize("alone_has_sam", [True, False])
+@pytest.mark.parametrize("size", [8, 16])
+def test_a_part_of_one_sample(alone_has_sam, size):
+    """At 8x8 the last stage is 1x1 and a part of one sample joins the other; at 16x16 it stays alone."""
+    fast, slow = resnet(size=size), resnet(size=size)
+    images, labels, mask = next(batches(1, size=size))
+    mask[:] = not alone_has_sam
+    mask[3] = alone_has_sam
+    sharpbalance_step(fast, SAM(fast.parameters(), rho=0.1, **HYPER), images, labels, mask)
+    if size == 8:
+        mask = torch.full_like(mask, not alone_has_sam)
+    buffers = [None] * len(list(slow.parameters()))
+    reference.sharpbalance_step(slow, buffers, images, labels, mask, 0.1, *HYPER.values())
+    for name, value in fast.state_dict().items():
+        torch.testing.assert_close(value, slow.state_dict()[name], rtol=0, atol=1e-12, msg=name)
+    assert all(m.training for m in fast.modules())
+
+
+def test_weights_are_at_w_when_the_perturbed_pass_raises():
+    model = resnet()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = SAM(model.parameters(), rho=0.1, **HYPER)
+    images, labels, mask = next(batches(1))
+    calls = []
+
+    def fail(module, args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("third pass")
+
+    model.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="third pass"):
+        sharpbalance_step(model, optimizer, images, labels, mask)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_a_frozen_parameter_stays():
+    model = resnet()
+    model.conv1.weight.requires_grad_(False)
+    before = model.conv1.weight.clone()
+    optimizer = SAM(model.parameters(), rho=0.1, **HYPER)
+    for images, labels, mask in batches(2):
+        sharpbalance_step(model, optimizer, images, labels, mask)
+    assert torch.equal(model.conv1.weight, before)
+
+
+def test_bf16():
+    images, labels, mask = next(batches(1, dtype=torch.float32))
+    losses = []
+    for amp in ("none", "bf16"):
+        model = resnet(torch.float32)
+        optimizer = SAM(model.parameters(), rho=0.1, **HYPER)
+        losses.append(sharpbalance_step(model, optimizer, images, labels, mask, amp=amp)[0])
+    exact, loss = losses
+    assert loss.item() == pytest.approx(exact.item(), rel=0.05)
+    assert loss.item() != exact.item()
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def small_set(n=37, seed=0):
+    random = np.random.default_rng(seed)
+    info = DatasetInfo(5, 16, (0.5,) * 3, (0.25,) * 3, 2, True, (), "")
+    return ImageSet(random.integers(0, 256, (n, 16, 16, 3), dtype=np.uint8), random.integers(0, 5, n), info)
+
+
+def test_evaluation_changes_nothing():
+    data, states = small_set(), []
+    mask = torch.arange(37) % 3 > 0
+    for evaluate in (False, True):
+        model = resnet(torch.float32)
+        optimizer = SAM(model.parameters(), rho=0.1, **HYPER)
+        for epoch in range(3):
+            train_epoch(model, optimizer, data, mask, 13, epoch, 8)
+            if evaluate:
+                before = copy.deepcopy(model)
+                predict(model, data)
+                assert states_equal(model, before)
+                assert all(m.training for m in model.modules())
+                torch.rand(5)
+        states.append(model)
+    assert states_equal(*states)
+
+
+def test_train_epoch_averages_over_samples():
+    """With a learning rate of 0 and BatchNorm out of the way, the epoch's loss is the loss of its images."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, 5))
+    data, passes = small_set(), []
+    optimizer = SAM(model.parameters(), rho=0.1, lr=0.0)
+    mask = torch.arange(37) % 2 == 0
+    loss, accuracy = train_epoch(model, optimizer, data, mask, 13, 4, 8, progress=passes.append)
+    images, labels = (torch.cat(x) for x in zip(*((x, y) for _, x, y in data.epoch(13, 4, 8)), strict=True))
+    logits = model(images)
+    assert loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert accuracy == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+    assert sum(passes) == 37 + 19
+
+
+def test_predict_and_evaluating():
+    model, data = resnet(torch.float32), small_set()
+    model.layer1.eval()
+    logits = predict(model, data, batch_size=7)
+    assert logits.shape == (37, 5)
+    assert not model.layer1.training
+    assert model.layer2.training
+    with evaluating(model):
+        expected = torch.cat([model(images) for images, _ in data.in_order(37)])
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_learning_rates():
+    step = [learning_rate(0.1, "step", e, 200) for e in (0, 99, 100, 149, 150, 199)]
+    assert step == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    assert [learning_rate(1.0, "step", e, 3) for e in range(3)] == pytest.approx([1, 1, 0.1])
+    model = nn.Linear(1, 1)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, 20)
+    for epoch in range(20):
+        assert learning_rate(0.1, "cosine", epoch, 20) == pytest.approx(sgd.param_groups[0]["lr"])
+        sgd.step()
+        cosine.step()
