@@ -7,3 +7,9 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """A run that cannot go on: the scripts print its message as one line and exit with status 1."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

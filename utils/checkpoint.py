@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from models import create_model
 from models.resnet import BLOCKS
-from utils import InputError, RunError
+from utils import InputError, RunError, first_line
 
 # The file of each choice of --checkpoint, in a member's folder.
 CHECKPOINTS = {"last": "checkpoint.pth.tar", "best": "model_best.pth.tar"}
@@ -100,17 +101,21 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             primitives.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols; what cannot be read is an error all the same
+            checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"it refers to {refused.group(1)}" if refused else "it is damaged or not a torch file"
         raise InputError(
             f"{path}: {reason}; only tensors, numbers, strings, lists and dicts are read, and nothing was executed"
         ) from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # a truncated archive raises nearly anything
-        raise InputError(f"{path}: damaged or not a torch file ({str(error).splitlines()[0]})") from error
+        raise InputError(f"{path}: damaged or not a torch file ({first_line(error)})") from error
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"{path}: not a checkpoint: it must be a dict whose 'state_dict' holds tensors")

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from utils import InputError
+from utils import InputError, first_line
 
 # torchvision and scikit-learn take more than a second to import; the functions that need them import them.
 
@@ -266,7 +266,7 @@ def _split(samples: int, train_path: str | Path | None, val_path: str | Path | N
         try:
             index = np.load(path, allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise InputError(f"{flag} {path}: not a readable .npy file of indices ({_first_line(error)})") from error
+            raise InputError(f"{flag} {path}: not a readable .npy file of indices ({first_line(error)})") from error
         if index.ndim != 1 or index.dtype.kind not in "iu" or not len(index):
             raise InputError(f"{flag} {path}: {index.dtype} {index.shape} found, a list of whole numbers is needed")
         if index.min() < 0 or index.max() >= samples or len(np.unique(index)) < len(index):
@@ -297,7 +297,7 @@ def _find(name: str, data_path: Path, download: bool) -> Path:
             try:
                 fetch(str(data_path), download=True)
             except Exception as error:
-                raise InputError(f"--download: {name} could not be fetched ({_first_line(error)})") from error
+                raise InputError(f"--download: {name} could not be fetched ({first_line(error)})") from error
         folder = found()
     if folder is None:
         raise InputError(
@@ -345,7 +345,7 @@ def _cifar_batch(path: Path, content: bytes, key: str, classes: int) -> tuple[np
     try:
         batch = _CifarUnpickler(io.BytesIO(content), encoding="latin1").load()
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise InputError(f"{path}: not a CIFAR batch ({_first_line(error)}); nothing in it was executed") from error
+        raise InputError(f"{path}: not a CIFAR batch ({first_line(error)}); nothing in it was executed") from error
     if not isinstance(batch, dict):
         raise InputError(f"{path}: holds a {type(batch).__name__}, a CIFAR batch is a dict")
     images, labels = (batch.get(k, batch.get(k.encode())) for k in ("data", key))
@@ -446,7 +446,7 @@ def _read_idx(path: Path, content: bytes, magic: int, item: tuple[int, ...]) -> 
     except (OSError, EOFError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path}: not a readable IDX file ({_first_line(error)})") from error
+        raise InputError(f"{path}: not a readable IDX file ({first_line(error)})") from error
     if len(body) != size:
         raise InputError(
             f"{path}: its header promises {size} bytes, {'more' if len(body) > size else len(body)} follow"
@@ -510,7 +510,7 @@ def _read_jpeg(path: Path) -> np.ndarray:
                 raise InputError(f"{path}: {image.size[0]}x{image.size[1]} pixels, {size}x{size} are needed")
             return np.asarray(image.convert("RGB"))
     except OSError as error:
-        raise InputError(f"{path}: not a readable image ({_first_line(error)})") from error
+        raise InputError(f"{path}: not a readable image ({first_line(error)})") from error
 
 
 def _read_file(path: Path) -> bytes:
@@ -523,8 +523,3 @@ def _read_file(path: Path) -> bytes:
 def _fingerprint(path: Path, content: bytes, published: str | None) -> dict:
     md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
     return {"path": str(path), "md5": md5, "md5_is_the_published_one": md5 == published}
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__

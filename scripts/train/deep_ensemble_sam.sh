@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# An ensemble whose members are trained with SAM on all samples; rho is the paper's for CIFAR-100.
+# DATA, DATA_PATH and SAVE_PATH may be set in the environment; further arguments go to main.py.
+set -euo pipefail
+DATA=${DATA:-cifar100}
+DATA_PATH=${DATA_PATH:-data}
+SAVE_PATH=${SAVE_PATH:-runs/${DATA}_deep_ensemble_sam}
+
+python main.py \
+    --data "$DATA" \
+    --data_path "$DATA_PATH" \
+    --model resnet18 \
+    --seed "13 17 27" \
+    --sam True \
+    --rho 0.2 \
+    --save_path "$SAVE_PATH" \
+    "$@"

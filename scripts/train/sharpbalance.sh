@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# A SharpBalance ensemble; rho, flat_ratio and initial_epochs are the paper's for CIFAR-100.
+# DATA, DATA_PATH and SAVE_PATH may be set in the environment; further arguments go to main.py.
+set -euo pipefail
+DATA=${DATA:-cifar100}
+DATA_PATH=${DATA_PATH:-data}
+SAVE_PATH=${SAVE_PATH:-runs/${DATA}_sharpbalance}
+
+python main.py \
+    --data "$DATA" \
+    --data_path "$DATA_PATH" \
+    --model resnet18 \
+    --seed "13 17 27" \
+    --sam True \
+    --rho 0.2 \
+    --flat_ratio 0.5 \
+    --initial_epochs 100 \
+    --save_path "$SAVE_PATH" \
+    "$@"

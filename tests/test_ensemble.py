@@ -1,0 +1,295 @@
+"""Whole runs: resuming, what is written, and what is refused. Tiny networks on digits."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import main
+import utils.ensemble
+from tests import reference
+from utils import InputError, RunError
+from utils.checkpoint import load_model, read_array
+from utils.data import load_data
+from utils.fisher import per_sample_fisher
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--width", "2", "--epochs", "4", "--batch_size", "128", "--seed", "13 17"]
+SHARPBALANCE = [*TINY, "--sam", "--rho", "0.1", "--flat_ratio", "0.4", "--initial_epochs", "2"]
+
+
+def run(folder, flags=SHARPBALANCE):
+    args = main.parse_args([*flags, "--save_path", str(folder)])
+    main.main(args)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run without interruption."""
+    return run(tmp_path_factory.mktemp("whole") / "run")
+
+
+def results(folder):
+    """All files of the members and the summary; the log without its wall times."""
+    found = {}
+    for path in sorted(folder.glob("seed_*/*")):
+        found[str(path.relative_to(folder))] = path.read_bytes()
+        if path.name == "log.jsonl":
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            found[str(path.relative_to(folder))] = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    summary = json.loads((folder / "summary.json").read_text())
+    for rows in summary.values():
+        for row in rows["members"]:
+            row["checkpoint"] = str(Path(row["checkpoint"]).relative_to(folder))
+    return found | {"summary.json": summary}
+
+
+# Where a run is killed: before or after the n-th call of a function, each in a process of its own.
+KILLS = {
+    "in warm-up, within an epoch": ("utils.training.sharpbalance_step", 10, "before"),
+    "after the first epoch of the first member": ("utils.ensemble.train_epoch", 2, "before"),
+    "during the save of a checkpoint": ("utils.checkpoint.os.fsync", 9, "before"),
+    "between the best and the last checkpoint": ("utils.checkpoint.os.replace", 4, "after"),
+    "between the log and the checkpoint": ("utils.checkpoint.os.replace", 5, "after"),
+    "before the scores": ("utils.ensemble._scores", 1, "before"),
+    "between the scores of two members": ("utils.ensemble._scores", 2, "before"),
+    "between scores and split": ("utils.ensemble.sharpness_aware_masks", 1, "before"),
+    "between the masks of two members": ("utils.ensemble.digest", 4, "before"),
+    "after the split": ("utils.ensemble.split", 1, "after"),
+    "in the last epoch": ("utils.training.sharpbalance_step", 55, "before"),
+    "before the summary": ("utils.ensemble.evaluate_members", 1, "before"),
+}
+KILLER = """
+import importlib, os, signal, sys
+name, count, when = sys.argv.pop(1), int(sys.argv.pop(1)), sys.argv.pop(1)
+owner, attribute = name.rsplit(".", 1)
+owner = os if owner.endswith(".os") else importlib.import_module(owner)
+original, calls = getattr(owner, attribute), 0
+def deadly(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == count and when == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    result = original(*args, **kwargs)
+    if calls == count:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+setattr(owner, attribute, deadly)
+import main
+main.main(main.parse_args(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("moment", KILLS)
+def test_a_killed_run_ends_as_if_it_was_not(moment, whole, tmp_path):
+    name, count, when = KILLS[moment]
+    command = [
+        sys.executable,
+        "-c",
+        KILLER,
+        name,
+        str(count),
+        when,
+        *SHARPBALANCE,
+        "--save_path",
+        str(tmp_path / "run"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert results(run(tmp_path / "run")) == results(whole)
+
+
+def test_a_finished_run_given_again_changes_nothing(whole):
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    run(whole)
+    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
+    main.main(main.parse_args(["--resume", str(whole)]))
+    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
+
+
+def test_what_is_written(whole):
+    assert {path.name for path in whole.iterdir()} == {
+        "args.json",
+        "environment.json",
+        "command.txt",
+        "summary.json",
+        "seed_13",
+        "seed_17",
+    }
+    names = {"checkpoint.pth.tar", "model_best.pth.tar", "log.jsonl", "fisher.npy", "sam_mask.npy"}
+    assert {path.name for path in (whole / "seed_13").iterdir()} == names
+    settings = json.loads((whole / "args.json").read_text())
+    assert settings["seed"] == [13, 17]
+    assert settings["select"] == "flattest"
+    assert settings["unselected"] == "one"
+    environment = json.loads((whole / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+    assert environment["data"]["train"] == 809
+    log = [json.loads(line) for line in (whole / "seed_17" / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in log] == [0, 1, 2, 3]
+    assert [line["lr"] for line in log] == pytest.approx([0.1, 0.1, 0.01, 0.001])
+    mask = np.load(whole / "seed_17" / "sam_mask.npy")
+    assert [line["sam_share"] for line in log] == pytest.approx([1, 1, mask.mean(), mask.mean()])
+    checkpoint = torch.load(whole / "seed_17" / "checkpoint.pth.tar", weights_only=True)
+    assert checkpoint["epoch"] == 4
+    assert all("momentum_buffer" in state for state in checkpoint["optimizer"]["state"].values())
+
+
+def test_scores_and_masks_are_those_of_the_members_at_the_split(whole, tmp_path):
+    """The scores of a run that ends where the other splits, and the set algebra of slow lists."""
+    # The same learning rate in the first two epochs, and nothing after them.
+    flags = [*TINY, "--sam", "--rho", "0.1", "--epochs", "4"]
+    args = main.parse_args([*flags, "--save_path", str(tmp_path / "run")])
+    data = load_data("digits")
+    utils.ensemble.open_run(args, data)
+    members = [utils.ensemble._open_member(args, data, seed) for seed in args.seed]
+    progress = utils.ensemble._Progress(members, args, len(data.train))
+    for _ in range(2):
+        for member in members:
+            utils.ensemble._train_one_epoch(args, data, member, progress)
+    scores = []
+    for member in members:
+        parts = [per_sample_fisher(member.model.eval(), x, y) for x, y in data.train.in_order(200)]
+        scores.append(torch.cat(parts).numpy())
+        saved = read_array(whole / f"seed_{member.seed}" / "fisher.npy", (809,), np.float32)
+        np.testing.assert_allclose(saved, scores[-1], rtol=1e-3)
+    saved = np.stack([np.load(whole / f"seed_{seed}" / "fisher.npy") for seed in (13, 17)])
+    expected = reference.sharpness_aware_sets(saved, 0.4, "flattest", "one")
+    for seed, members_set in zip((13, 17), expected, strict=True):
+        assert set(np.flatnonzero(np.load(whole / f"seed_{seed}" / "sam_mask.npy"))) == members_set
+
+
+def test_the_logged_accuracy_is_that_of_the_saved_weights(whole):
+    data = load_data("digits")
+    summary = json.loads((whole / "summary.json").read_text())
+    for seed, row in zip((13, 17), summary["last"]["members"], strict=True):
+        log = [json.loads(line) for line in (whole / f"seed_{seed}" / "log.jsonl").read_text().splitlines()]
+        assert row["val_acc"] == log[-1]["val_acc"]
+        model, _ = load_model(whole / f"seed_{seed}" / "checkpoint.pth.tar")
+        with torch.no_grad():
+            right = sum((model(x).argmax(1) == y).sum().item() for x, y in data.test.in_order(100))
+        assert row["test_acc"] == pytest.approx(right / 899)
+    best = summary["best"]["members"][0]
+    log = [json.loads(line) for line in (whole / "seed_13" / "log.jsonl").read_text().splitlines()]
+    assert best["val_acc"] == max(line["val_acc"] for line in log)
+    assert best["epoch"] == max(line["epoch"] for line in log if line["val_acc"] == best["val_acc"]) + 1
+
+
+def test_a_member_does_not_depend_on_the_others_before_the_split(tmp_path):
+    alone = run(tmp_path / "alone", [*TINY, "--seed", "17", "--epochs", "2"])
+    both = run(tmp_path / "both", [*TINY, "--epochs", "2"])
+    name = Path("seed_17") / "checkpoint.pth.tar"
+    assert (alone / name).read_bytes() == (both / name).read_bytes()
+
+
+def test_random_and_same_need_no_scores(tmp_path):
+    folder = run(tmp_path / "run", [*SHARPBALANCE, "--select", "random"])
+    assert not list(folder.glob("seed_*/fisher.npy"))
+    masks = [np.load(path) for path in sorted(folder.glob("seed_*/sam_mask.npy"))]
+    assert [mask.sum() for mask in masks] == [323, 323]
+    assert (masks[0] != masks[1]).any()
+
+
+def test_sam_from_the_start_and_split_at_once(tmp_path):
+    folder = run(tmp_path / "run", [*SHARPBALANCE, "--initial_epochs", "0", "--epochs", "1"])
+    log = json.loads((folder / "seed_13" / "log.jsonl").read_text())
+    assert 0 < log["sam_share"] < 1
+
+
+def changed(whole, tmp_path, change):
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", str(whole), str(copy)], check=True)
+    change(copy)
+    return copy
+
+
+def test_a_moved_run_goes_on(whole, tmp_path):
+    def cut(folder):
+        (folder / "summary.json").unlink()
+
+    assert results(run(changed(whole, tmp_path, cut))) == results(whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("seed_13/checkpoint.pth.tar", lambda b: b[: len(b) // 2], "damaged or not a torch file"),
+        ("seed_13/fisher.npy", lambda b: b[:100], "missing or damaged, and the member has moved on"),
+        ("seed_13/fisher.npy", lambda b: b[:-3000] + bytes(3000), "do not give the set that seed 1"),
+        ("seed_13/log.jsonl", lambda b: b"{", "cannot be taken up again"),
+        ("args.json", lambda b: b"{", "cannot be read"),
+    ],
+)
+def test_damaged_runs(name, damage, message, whole, tmp_path):
+    def break_it(folder):
+        (folder / name).write_bytes(damage((folder / name).read_bytes()))
+
+    copy = changed(whole, tmp_path, break_it)
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file() and path.name != "sam_mask.npy"}
+    with pytest.raises(InputError, match=message):
+        run(copy)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_other_settings_are_refused_and_overwrite_starts_anew(whole, tmp_path):
+    copy = changed(whole, tmp_path, lambda folder: None)
+    other = [*SHARPBALANCE, "--rho", "0.2", "--seed", "13", "19"]
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=r"--seed 13 19 here, 13 17 there; --rho 0.2 here, 0.1 there.*--overwrite"):
+        run(copy, other)
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+    run(copy, [*other, "--overwrite", "--epochs", "3"])
+    assert not (copy / "seed_17").exists()
+    assert json.loads((copy / "args.json").read_text())["rho"] == 0.2
+
+
+def test_other_data_are_refused(whole, tmp_path):
+    np.save(tmp_path / "train.npy", np.arange(100))
+    np.save(tmp_path / "val.npy", np.arange(100, 120))
+    split = ["--train_idx_path", str(tmp_path / "train.npy"), "--val_idx_path", str(tmp_path / "val.npy")]
+    with pytest.raises(InputError, match="the images or their split are not those"):
+        run(whole, [*SHARPBALANCE, *split])
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    for flags in ([], ["--overwrite"]):
+        with pytest.raises(InputError, match="not empty and not a run"):
+            run(tmp_path, [*TINY, *flags])
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="cannot be made"):
+        run(tmp_path / "file" / "run", TINY)
+    assert {path.name for path in tmp_path.iterdir()} == {"thesis.tex", "file"}
+
+
+def test_a_diverging_member_stops_the_run(whole, tmp_path, monkeypatch):
+    original, calls = utils.ensemble.train_epoch, []
+
+    def diverge(*args, **kwargs):
+        calls.append(1)
+        loss, accuracy = original(*args, **kwargs)
+        return (float("nan") if len(calls) == 6 else loss), accuracy
+
+    monkeypatch.setattr(utils.ensemble, "train_epoch", diverge)
+    with pytest.raises(RunError, match=r"seed 17, epoch 2: the loss is not finite at learning rate 0\.01"):
+        run(tmp_path / "run")
+    monkeypatch.undo()
+    assert results(run(tmp_path / "run")) == results(whole)
+
+
+def test_divergence_for_real(tmp_path):
+    with pytest.raises(RunError, match="seed 13, epoch 0: the loss is not finite at learning rate 1e"):
+        run(tmp_path / "run", [*TINY, "--lr", "1e30"])
+
+
+def test_scores_that_are_not_finite(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils.ensemble, "per_sample_fisher", lambda m, x, y: torch.full((len(x),), float("inf")))
+    with pytest.raises(RunError, match="seed 13, epoch 2: 809 sharpness scores are not finite"):
+        run(tmp_path / "run")
+    assert not list(tmp_path.glob("run/seed_*/fisher.npy"))

@@ -1,0 +1,260 @@
+"""The command line of main.py: what it accepts, what it fills in, and what it refuses."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import main
+from main import parse_args
+from tests import files
+from utils import cli
+from utils.checkpoint import save_checkpoint
+from utils.data import DATASETS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def call(argv):
+    """What `python main.py ...` does, in this process."""
+    cli.run(main.main, parse_args([str(word) for word in argv]))
+
+
+def refused(argv, capsys):
+    """The one line of an error, with exit status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        call(argv)
+    assert end.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error
+    assert "Traceback" not in error
+    return error
+
+
+def test_no_flags():
+    args = parse_args([])
+    assert (args.data, args.model, args.width, args.epochs, args.seed) == ("digits", "resnet18", 8, 30, [13, 17, 27])
+    assert (args.sam, args.rho, args.flat_ratio) == (False, 0.0, 0.0)
+    assert args.save_path == Path("runs/digits_deep_ensemble")
+
+
+@pytest.mark.parametrize("data", ["cifar10", "cifar100", "tiny_imgnet"])
+def test_the_papers_recipe(data):
+    args = parse_args(["--data", data])
+    found = (args.width, args.epochs, args.batch_size, args.lr, args.momentum, args.weight_decay, args.schedule)
+    assert found == (64, 200, 128, 0.1, 0.9, 5e-4, "step")
+
+
+@pytest.mark.parametrize(
+    ("argv", "seeds"),
+    [
+        (["--seed", "13 17 27"], [13, 17, 27]),
+        (["--seed", "13", "17", "27"], [13, 17, 27]),
+        (["--seed", "13,17", "27"], [13, 17, 27]),
+        (["--seed=5"], [5]),
+        (["--seed", "0"], [0]),
+    ],
+)
+def test_seeds(argv, seeds):
+    assert parse_args(argv).seed == seeds
+
+
+@pytest.mark.parametrize(
+    ("argv", "sam"),
+    [([], False), (["--sam"], True), (["--sam", "True"], True), (["--sam", "true"], True), (["--sam", "False"], False)],
+)
+def test_booleans(argv, sam):
+    assert parse_args(argv).sam is sam
+
+
+def test_hyphens_and_underscores_and_dataset():
+    args = parse_args(
+        ["--dataset", "cifar10", "--batch-size=64", "--weight_decay", "1e-4", "--sam", "--flat-ratio", "0.3"]
+    )
+    assert (args.data, args.batch_size, args.weight_decay, args.flat_ratio) == ("cifar10", 64, 1e-4, 0.3)
+
+
+def test_partitions():
+    sharpbalance = ["--sam", "--flat_ratio", "0.5"]
+    for data, unselected in (("cifar10", "others"), ("cifar100", "one"), ("tiny_imgnet", "one"), ("digits", "one")):
+        args = parse_args([*sharpbalance, "--data", data])
+        assert (args.select, args.unselected, args.initial_epochs) == ("flattest", unselected, args.epochs // 2)
+        args = parse_args([*sharpbalance, "--data", data, "--partition", "paper"])
+        assert (args.select, args.unselected) == ("sharpest", "normal")
+    args = parse_args([*sharpbalance, "--partition", "paper", "--unselected", "others"])
+    assert (args.select, args.unselected) == ("sharpest", "others")
+
+
+def test_default_folders():
+    assert parse_args(["--sam"]).save_path == Path("runs/digits_deep_ensemble_sam")
+    assert parse_args(["--sam", "--flat_ratio", "0.5"]).save_path == Path("runs/digits_sharpbalance")
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--data", "imagenet"], ["--data", "imagenet", "cifar10"]),
+        (["--seed", "13", "13"], ["--seed", "13", "twice"]),
+        (["--seed", "abc"], ["--seed", "'abc'", "whole numbers"]),
+        (["--seed", "-1"], ["--seed"]),
+        (["--seed", "1.5"], ["--seed", "'1.5'"]),
+        (["--seed", "٣"], ["--seed", "whole numbers"]),
+        (["--seed", str(2**32)], ["--seed", str(2**32)]),
+        (["--seed", ""], ["--seed", "no seed"]),
+        (["--seed"], ["--seed"]),
+        (["--sam", "--rho", "-0.1"], ["--rho", "'-0.1'", "0 or more"]),
+        (["--sam", "--rho", "nan"], ["--rho", "'nan'"]),
+        (["--sam", "--rho", "inf"], ["--rho", "'inf'"]),
+        (["--sam", "--flat_ratio", "1.5"], ["--flat_ratio", "'1.5'", "from 0 to 1"]),
+        (["--sam", "--flat_ratio", "-0.5"], ["--flat_ratio", "'-0.5'"]),
+        (["--flat_ratio", "0.5"], ["--flat_ratio", "0.5", "--sam"]),
+        (["--sam", "False", "--flat_ratio", "0.5"], ["--flat_ratio", "0.5", "--sam"]),
+        (["--sam", "--flat_ratio", "0.5", "--epochs", "10", "--initial_epochs", "10"], ["--initial_epochs", "10", "9"]),
+        (["--sam", "maybe"], ["--sam", "'maybe'", "True nor False"]),
+        (["--sam_adaptive"], ["--sam_adaptive", "--sam"]),
+        (["--sam", "--select", "random"], ["--select", "--flat_ratio"]),
+        (["--sam", "--unselected", "one"], ["--unselected", "--flat_ratio"]),
+        (["--batch_size", "0"], ["--batch_size", "'0'", "2 or more"]),
+        (["--batch_size", "1"], ["--batch_size", "'1'"]),
+        (["--batch_size", "many"], ["--batch_size", "'many'", "whole number"]),
+        (["--epochs", "0"], ["--epochs", "'0'"]),
+        (["--epochs", "1e3"], ["--epochs", "'1e3'"]),
+        (["--lr", "fast"], ["--lr", "'fast'"]),
+        (["--model", "resnet19"], ["--model", "resnet19", "resnet18"]),
+        (["--model", "wrn-40-2", "--width", "6"], ["--width", "6", "multiple of 4"]),
+        (["--width", "0"], ["--width", "'0'"]),
+        (["--threads", "0"], ["--threads", "'0'"]),
+        (["--device", "tpu"], ["--device", "tpu", "cpu"]),
+        (["--flat_rato", "0.5"], ["--flat_rato", "did you mean --flat_ratio?"]),
+        (["--zzz"], ["--zzz", "--help"]),
+        (["stray"], ["stray"]),
+        (["--resume", "nowhere"], ["--resume", "nowhere"]),
+        (["--evaluate", "--resume", "nowhere"], ["--resume", "nowhere", "no such file"]),
+        (["--train_idx_path", "a.npy"], ["--train_idx_path", "--val_idx_path"]),
+        (["--data", "cifar10", "--data_path", "nowhere"], ["--data_path", "nowhere", "--download"]),
+        (
+            ["--data", "tiny_imgnet", "--data_path", "nowhere", "--download"],
+            ["--download", "tiny_imgnet", "INSTALL.md"],
+        ),
+    ],
+)
+def test_bad_input(argv, parts, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    error = refused(argv, capsys)
+    for part in parts:
+        assert part in error, error
+    assert not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_device_that_is_not_there(capsys):
+    assert "--device cuda: torch finds none here" in refused(["--device", "cuda"], capsys)
+
+
+def test_bad_files_end_in_one_line(tmp_path, capsys):
+    files.write_cifar(tmp_path / "data")
+    (tmp_path / "data" / "data_batch_2").write_bytes(b"half a batch")
+    common = ["--data", "cifar10", "--data_path", tmp_path / "data", "--save_path", tmp_path / "run"]
+    assert "data_batch_2: not a CIFAR batch" in refused(common, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_checkpoints_that_do_not_fit(tmp_path, capsys):
+    from tests.test_checkpoint import checkpoint_of
+
+    path = tmp_path / "x.pth.tar"
+    save_checkpoint(path, checkpoint_of(classes=10, size=8, channels=1, dataset="fashion_mnist")[1])
+    assert "--dataset digits contradicts the checkpoint" in refused(["--evaluate", "--resume", path], capsys)
+    save_checkpoint(path, checkpoint_of(classes=10, size=32, channels=3, dataset="digits")[1])
+    assert "contradicts the checkpoint" in refused(["--evaluate", "--resume", path], capsys)
+    path.write_bytes(path.read_bytes()[:10000])
+    assert "damaged or not a torch file" in refused(["--evaluate", "--resume", path], capsys)
+
+
+def test_evaluate_and_resume(tmp_path, capsys):
+    flags = ["--width", "2", "--epochs", "2", "--seed", "1 2", "--batch_size", "200", "--save_path", tmp_path / "run"]
+    call(flags)
+    output = capsys.readouterr().out
+    table = re.findall(r"checkpoints 'best'.*?\n(.*?)\n\n", output, re.DOTALL)[0].strip()
+    call(["--evaluate", "--save_path", tmp_path / "run"])
+    assert capsys.readouterr().out.strip() == table
+    call(["--evaluate", "--resume", tmp_path / "run" / "seed_1", tmp_path / "run" / "seed_2" / "model_best.pth.tar"])
+    assert capsys.readouterr().out.strip() == table
+    call(["--evaluate", "--resume", tmp_path / "run" / "seed_1"])
+    assert "disagreement" not in capsys.readouterr().out
+    # Taking a run up by its folder alone; a flag that contradicts it is refused.
+    call(["--resume", tmp_path / "run"])
+    assert table in capsys.readouterr().out
+    assert "--epochs 3 here, 2 there" in refused(["--resume", tmp_path / "run", "--epochs", "3"], capsys)
+
+
+def test_notes(capsys):
+    parse_args(["--rho", "0.1"])
+    assert "no effect without --sam" in capsys.readouterr().err
+    parse_args(["--sam", "--flat_ratio", "0.5", "--seed", "13"])
+    assert "one member alone" in capsys.readouterr().err
+
+
+def test_help_names_type_and_default_of_every_option(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_args(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for action in main.build_parser()._actions:
+        assert action.option_strings[0] in text
+        assert action.help
+        assert action.type or action.choices or action.dest in ("help", "seed")
+    assert "(default: digits)" in text
+    for group in ("data and device", "network", "ensemble", "optimization", "run", "saved members"):
+        assert f"\n{group}:" in text
+
+
+def test_as_a_program(tmp_path):
+    """One process: exit status, streams, plain lines where there is no terminal, and no traceback."""
+    command = [sys.executable, str(ROOT / "main.py"), "--width", "2", "--epochs", "1", "--seed", "3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "wrote runs/digits_deep_ensemble" in done.stdout
+    assert done.stderr == ""
+    assert not re.search(r"[\r\x1b]", done.stdout)
+    done = subprocess.run([*command, "--lr", "2"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "main.py: error: --save_path runs/digits_deep_ensemble: a run of other settings (--lr"
+    )
+    assert done.stderr.count("\n") == 1
+
+
+TRAIN_SCRIPTS = {"deep_ensemble": [], "deep_ensemble_sam": ["--sam True"], "sharpbalance": ["--flat_ratio 0.5"]}
+
+
+@pytest.mark.parametrize("name", TRAIN_SCRIPTS)
+def test_train_scripts(name, tmp_path):
+    """The scripts as a user calls them, on a tiny CIFAR-100; every flag after the script's own wins."""
+    files.write_cifar(tmp_path / "data" / "cifar100", "cifar100", images=30)
+    environment = os.environ | {"DATA_PATH": str(tmp_path / "data"), "SAVE_PATH": str(tmp_path / "run")}
+    extra = ["--width", "2", "--epochs", "2", "--initial_epochs", "1", "--batch_size", "16", "--seed", "1 2"]
+    command = ["bash", f"scripts/train/{name}.sh", *extra]
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "seed_2" / "sam_mask.npy").exists() == (name == "sharpbalance")
+    settings = (tmp_path / "run" / "args.json").read_text()
+    assert '"data": "cifar100"' in settings
+    assert ('"rho": 0.2' in settings) == (name != "deep_ensemble")
+
+
+def test_every_data_set_trains(tmp_path):
+    files.write_cifar(tmp_path / "cifar10", "cifar10", images=10)
+    files.write_cifar(tmp_path / "cifar100", "cifar100", images=40)
+    files.write_fashion_mnist(tmp_path / "fashion-mnist")
+    files.write_tiny_imagenet(tmp_path / "tiny-imagenet-200", per_class=8)
+    for data in DATASETS:
+        flags = ["--width", "2", "--epochs", "2", "--batch_size", "16", "--seed", "1 2", "--sam", "--flat_ratio", "0.5"]
+        call(["--data", data, "--data_path", tmp_path, "--save_path", tmp_path / "runs" / data, *flags])
+        assert (tmp_path / "runs" / data / "summary.json").exists()
