@@ -63,10 +63,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.rho = 0.05 if args.sam else 0.0
     if args.initial_epochs is None:
         args.initial_epochs = args.epochs // 2
-    released = "others" if args.data == "cifar10" else "one"
-    select, unselected = ("flattest", released) if args.partition == "released" else ("sharpest", "normal")
-    args.select = args.select or select
-    args.unselected = args.unselected or unselected
+    if args.flat_ratio:
+        released = "others" if args.data == "cifar10" else "one"
+        select, unselected = ("flattest", released) if args.partition == "released" else ("sharpest", "normal")
+        args.select = args.select or select
+        args.unselected = args.unselected or unselected
     if args.save_path is None:
         args.save_path = Path("runs") / f"{args.data}_{method(args)}"
 
