@@ -3,15 +3,17 @@
 import argparse
 import ctypes
 import difflib
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
+from models import MODELS
 from utils import InputError, RunError
-from utils.data import DATASETS
+from utils.data import CORRUPTIONS, DATASETS, SEVERITIES, SPLITS
 
 
 class Parser(argparse.ArgumentParser):
@@ -120,17 +122,46 @@ class Seeds(argparse.Action):
         setattr(namespace, self.dest, seeds)
 
 
+class Choices(argparse.Action):
+    """A list of words of `among`: `--mode a,b`, `--mode a b`; "all" stands for all of them."""
+
+    def __init__(self, *args: Any, among: Sequence[Any], **kwargs: Any):
+        super().__init__(*args, nargs="+", metavar=f"{{{','.join(map(str, among))}}}", **kwargs)
+        self.among = {str(word): word for word in among}
+
+    def __call__(  # noqa: D102
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        words = " ".join(values).replace(",", " ").split()
+        if words == ["all"]:
+            words = list(self.among)
+        for word in words:
+            if word not in self.among:
+                parser.error(f"argument {option}: '{word}' given, choose of {', '.join(self.among)}")
+        if not words:
+            parser.error(f"argument {option}: nothing given, choose of {', '.join(self.among)}")
+        # Each once, in the order of `among`.
+        setattr(namespace, self.dest, [value for word, value in self.among.items() if word in words])
+
+
 def add_flag(group: Any, name: str, text: str) -> None:
     """A boolean option: --name, --name True, --name False."""
     group.add_argument(f"--{name}", type=boolean, nargs="?", const=True, default=False, metavar="True|False", help=text)
 
 
-def add_data_options(parser: Parser) -> None:
-    """Which data set, where it lies, and on what it is computed."""
+def add_data_options(parser: Parser, measuring: bool = False) -> None:
+    """Which data set, where it lies, and on what it is computed; when measuring, what the run does not say itself."""
     group = parser.add_argument_group("data and device")
-    group.add_argument("--data", "--dataset", choices=DATASETS, default="digits", help="data set")
+    told = " (default: what the checkpoint or the run says)" if measuring else ""
     group.add_argument(
-        "--data_path", type=Path, default=Path("data"), metavar="DIR", help="folder that holds the data sets"
+        "--data", "--dataset", choices=DATASETS, default=None if measuring else "digits", help="data set" + told
+    )
+    group.add_argument(
+        "--data_path",
+        type=Path,
+        default=None if measuring else Path("data"),
+        metavar="DIR",
+        help="folder that holds the data sets" + told,
     )
     group.add_argument(
         "--train_idx_path", type=Path, metavar="FILE", help=".npy of the indices to train on, in the official order"
@@ -141,14 +172,42 @@ def add_data_options(parser: Parser) -> None:
     group.add_argument("--threads", type=number(int, 1), metavar="N", help="CPU threads (default: one for each core)")
 
 
-def add_checkpoint_options(parser: Parser) -> None:
+def add_checkpoint_options(parser: Parser, measuring: bool = False) -> None:
     """Which saved members."""
     group = parser.add_argument_group("saved members")
     group.add_argument(
-        "--resume", type=Path, nargs="+", metavar="PATH", help="a run folder, member folders, or checkpoint files"
+        "--resume",
+        type=Path,
+        nargs="+",
+        required=measuring,
+        metavar="PATH",
+        help="a run folder, member folders, or checkpoint files",
     )
     group.add_argument(
         "--checkpoint", choices=("best", "last"), default="best", help="which checkpoint of a folder counts"
+    )
+
+
+def add_measure_options(parser: Parser) -> None:
+    """What is measured and where the result goes."""
+    group = parser.add_argument_group("measurement")
+    told = "default: what the checkpoint says; another value is refused"
+    group.add_argument("--model", choices=MODELS, help=f"network of the members ({told})")
+    group.add_argument("--width", type=number(int, 1), metavar="N", help=f"its width ({told})")
+    group.add_argument(
+        "--save", type=Path, metavar="DIR", help="folder of the results (default: measurements/<name of the run>)"
+    )
+    group.add_argument(
+        "--split",
+        action=Choices,
+        among=SPLITS,
+        help="images to measure on (default: test, and corrupted where its folder is found)",
+    )
+    group.add_argument(
+        "--corruptions", action=Choices, among=CORRUPTIONS, default=list(CORRUPTIONS), help="of the corrupted set"
+    )
+    group.add_argument(
+        "--severities", action=Choices, among=SEVERITIES, default=list(SEVERITIES), help="of the corrupted set"
     )
 
 
@@ -160,6 +219,9 @@ def start_device(name: str, threads: int | None) -> torch.device:
     """
     if threads is not None:
         torch.set_num_threads(threads)
+    # The two parts of a batch have ever other sizes, and oneDNN compiles its kernels for each; its cache of 1024 is too
+    # small for a ResNet's. It reads this at the first convolution.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
     _keep_freed_memory()
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
