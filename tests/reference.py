@@ -107,3 +107,190 @@ def randomize_batch_norm(model):
                 layer.weight.uniform_(0.5, 1.5)
                 layer.bias.normal_(0, 0.3)
     return model
+
+
+def accuracy(probs, labels):
+    """Share of right predictions."""
+    return sum(int(p.argmax()) == int(y) for p, y in zip(probs, labels, strict=True)) / len(labels)
+
+
+def nll(probs, labels):
+    """Mean negative logarithm of the label's probability."""
+    return sum(-math.log(p[y]) for p, y in zip(probs.tolist(), labels.tolist(), strict=True)) / len(labels)
+
+
+def brier(probs, labels):
+    """Mean squared distance from the one-hot label."""
+    total = 0.0
+    for p, y in zip(probs.tolist(), labels.tolist(), strict=True):
+        total += sum((value - (c == y)) ** 2 for c, value in enumerate(p))
+    return total / len(labels)
+
+
+def ece(probs, labels, bins):
+    """Expected calibration error, bin by bin."""
+    total = 0.0
+    for b in range(bins):
+        inside = []
+        for p, y in zip(probs.tolist(), labels.tolist(), strict=True):
+            confidence = max(p)
+            if b / bins <= confidence < (b + 1) / bins or (b == bins - 1 and confidence == 1):
+                inside.append((p.index(confidence) == y, confidence))
+        if inside:
+            gap = np.mean([right for right, _ in inside]) - np.mean([confidence for _, confidence in inside])
+            total += len(inside) / len(labels) * abs(gap)
+    return total
+
+
+def cka_by_gram(x, y, debiased):
+    """Linear CKA from the two Gram matrices."""
+    n = len(x)
+
+    def hsic(K, L):
+        if not debiased:
+            H = np.eye(n) - 1 / n
+            return np.sum((H @ K @ H) * (H @ L @ H))
+        K, L = K - np.diag(np.diag(K)), L - np.diag(np.diag(L))
+        one = np.ones(n)
+        first = np.trace(K @ L)
+        second = (one @ K @ one) * (one @ L @ one) / ((n - 1) * (n - 2))
+        return first + second - 2 / (n - 2) * (one @ K @ L @ one)
+
+    K, L = x @ x.T, y @ y.T
+    return hsic(K, L) / math.sqrt(hsic(K, K) * hsic(L, L))
+
+
+def phi_by_moments(i, j, eta, rho, ratio):
+    """The function phi as an exact rational number: the trinomial series over the Marchenko-Pastur law's moments."""
+    from fractions import Fraction
+
+    def moment(q):
+        if q == 0:
+            return Fraction(1)
+        narayana = (Fraction(math.comb(q, m) * math.comb(q, m - 1), q) * ratio**m for m in range(1, q + 1))
+        return sum(narayana)
+
+    total = Fraction(0)
+    for b in range(i + 1):
+        for c in range(i + 1 - b):
+            count = math.factorial(i) // (math.factorial(b) * math.factorial(c) * math.factorial(i - b - c))
+            total += count * (-eta) ** (b + c) * rho**c * moment(b + 2 * c + j)
+    return total
+
+
+def phi_by_integral(mpmath, i, j, eta, rho, ratio):
+    """The function phi by adaptive quadrature in high precision, and the largest value that the integrand takes."""
+    eta, rho, ratio = (mpmath.mpf(repr(v)) for v in (eta, rho, ratio))
+    low, high = abs(mpmath.sqrt(ratio) - 1), mpmath.sqrt(ratio) + 1
+
+    def value(x):
+        return (1 - eta * x - eta * rho * x**2) ** i * x**j
+
+    # In x = sqrt(l) the density is sqrt((b - x^2)(x^2 - a)) / (pi x), and bounded at ratio 1.
+    def integrand(x):
+        if x == 0:
+            return value(mpmath.mpf(0)) * mpmath.sqrt(high**2) / mpmath.pi
+        return value(x**2) * mpmath.sqrt(abs((high**2 - x**2) * (x**2 - low**2))) / (mpmath.pi * x)
+
+    points = [low + (high - low) * step / 24 for step in range(25)]
+    total = mpmath.quad(integrand, points)
+    if j == 0 and ratio < 1:
+        total += 1 - ratio
+    largest = max(abs(value(x**2)) for x in points)
+    return float(total), float(max(largest, 1e-300))
+
+
+def _sharpness_of(data, error, rho0):
+    """Maximum of f(w + e) - f(w) over the ball, by the secular equation solved with bisection on explicit matrices."""
+    X = data.T @ data
+    g = X @ error
+    values, vectors = np.linalg.eigh(X)
+    coefficients = vectors.T @ g
+    low, high = values[-1], values[-1] + np.linalg.norm(g) / rho0 + 1e-12
+    for _ in range(300):
+        middle = (low + high) / 2
+        length = np.linalg.norm(coefficients / (middle - values))
+        low, high = (middle, high) if length > rho0 else (low, middle)
+    e = vectors @ (coefficients / (high - values))
+    e *= rho0 / np.linalg.norm(e)
+    return g @ e + e @ X @ e / 2
+
+
+def _sam_steps(data, error, eta, rho, k):
+    """Take k steps of un-normalised SAM on ||A e||^2 / 2, one at a time."""
+    for _ in range(k):
+        gradient = data.T @ (data @ error)
+        error = error - eta * data.T @ (data @ (error + rho * gradient))
+    return error
+
+
+def simulate_sam_step_by_step(data, teacher, starts, eta, rho, k, rho0):
+    """Variance and sharpness of SAM members, by steps with explicit matrices."""
+    ends = np.array([_sam_steps(data, start - teacher, eta, rho, k) for start in starts])
+    mean = _sam_steps(data, -teacher, eta, rho, k)
+    return {
+        "variance": sum(np.var(column, ddof=1) for column in ends.T) / len(teacher),
+        "sharpness": _sharpness_of(data, mean, rho0),
+        "member_sharpness": np.mean([_sharpness_of(data, end, rho0) for end in ends]),
+    }
+
+
+def simulate_blocks_step_by_step(parts, teacher, starts, eta, rho, k, rho0):
+    """The same where each member sees one block of the rows."""
+    data, d = np.concatenate(parts), len(teacher)
+    means = [_sam_steps(part, -teacher, eta, rho, k) for part in parts]
+    ends = [
+        [_sam_steps(part, start - teacher, eta, rho, k) for start in block]
+        for part, block in zip(parts, starts, strict=True)
+    ]
+    within = np.mean([sum(np.var(column, ddof=1) for column in np.array(block).T) / d for block in ends])
+    centre = sum(means) / len(means)
+    between = np.mean([np.sum((mean - centre) ** 2) / d for mean in means])
+    return {
+        "variance": within + between,
+        "sharpness": _sharpness_of(data, centre, rho0),
+        "member_sharpness": np.mean([_sharpness_of(data, end, rho0) for block in ends for end in block]),
+    }
+
+
+# Figure 1(b) of the paper: (sharpness, variance) of the points, from the coordinates of its vector graphic. ||w*|| is
+# the value that reproduces them; the notebook draws it at random without a seed.
+PUBLISHED_W_NORM = 3.9215
+PUBLISHED_SAM = [
+    (0.7841, 0.04812),
+    (0.7650, 0.04579),
+    (0.7462, 0.04356),
+    (0.7278, 0.04143),
+    (0.7098, 0.03939),
+    (0.6921, 0.03744),
+    (0.6748, 0.03558),
+    (0.6578, 0.03381),
+    (0.6412, 0.03211),
+    (0.6249, 0.03049),
+    (0.6090, 0.02895),
+    (0.5934, 0.02748),
+    (0.5781, 0.02607),
+    (0.5631, 0.02473),
+    (0.5484, 0.02345),
+    (0.5341, 0.02224),
+    (0.5201, 0.02108),
+]
+PUBLISHED_BLOCKS = [
+    (0.5085, 0.05918),
+    (0.5169, 0.05979),
+    (0.5257, 0.06044),
+    (0.5349, 0.06112),
+    (0.5448, 0.06186),
+    (0.5551, 0.06266),
+    (0.5661, 0.06353),
+    (0.5777, 0.06448),
+    (0.5900, 0.06553),
+    (0.6031, 0.06670),
+    (0.6170, 0.06803),
+    (0.6317, 0.06953),
+    (0.6474, 0.07124),
+    (0.6641, 0.07322),
+    (0.6818, 0.07550),
+    (0.7007, 0.07817),
+    (0.7208, 0.08128),
+]

@@ -8,7 +8,7 @@ import gzip
 import hashlib
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,6 +89,34 @@ DATASETS = {
     "digits": DatasetInfo(10, 8, (0.3053,), (0.3763,), 1, False, (), ""),
 }
 
+# The corrupted copies of the test sets, by data set. Published: CIFAR-10-C, CIFAR-100-C, Tiny-ImageNet-C.
+CORRUPTED = {
+    "cifar10": "CIFAR-10-C",
+    "cifar100": "CIFAR-100-C",
+    "tiny_imgnet": "Tiny-ImageNet-C",
+    "fashion_mnist": "Fashion-MNIST-C",
+    "digits": "digits-C",
+}
+CORRUPTIONS = (
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "defocus_blur",
+    "glass_blur",
+    "motion_blur",
+    "zoom_blur",
+    "snow",
+    "frost",
+    "fog",
+    "brightness",
+    "contrast",
+    "elastic_transform",
+    "pixelate",
+    "jpeg_compression",
+)
+SEVERITIES = (1, 2, 3, 4, 5)
+SPLITS = ("val", "test", "train", "corrupted")
+
 VALIDATION_SHARE = 0.1
 # The splits are part of the experiment: they must not move with a library's version. RandomState's stream is frozen.
 SPLIT_SEED = 0
@@ -142,6 +170,15 @@ class ImageSet:
         rows = images.reshape(len(images), self.height, self.width * self.channels)
         rows = rows.float().mul_(self._scale).add_(self._shift)
         return rows.view(len(images), self.height, self.width, self.channels).permute(0, 3, 1, 2)
+
+    def digest(self) -> str:
+        """SHA-256 of the images, the labels and what they are normalised by."""
+        p = self.info.padding
+        digest = hashlib.sha256(repr((self.info.mean, self.info.std)).encode())
+        for start in range(0, len(self), 1024):
+            digest.update(self._crops[start : start + 1024, p, p].cpu().contiguous().numpy())
+        digest.update(self.labels.cpu().numpy())
+        return digest.hexdigest()
 
     def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All images once, in order and without augmentation: (images, labels) batch by batch."""
@@ -491,15 +528,20 @@ def _read_tiny(folder: Path, info: DatasetInfo) -> tuple[Arrays, list[dict]]:
     for part, part_files in ((train, train_files), (val, test_files)):
         if not part_files:
             raise InputError(f"{part}: no .JPEG images found")
-        with ThreadPoolExecutor() as pool:  # Pillow lets go of the interpreter lock while it decodes
-            images = list(pool.map(_read_jpeg, (path for path, _ in part_files)))
-        arrays += [np.stack(images), np.array([label for _, label in part_files])]
-    return tuple(arrays), [{"path": str(folder), "classes": len(names)}]
+        arrays += _read_jpegs(part_files)
+    return tuple(arrays), [{"path": str(folder), "classes": names}]
 
 
 def _images_of_class(folder: Path) -> list[Path]:
     inner = folder / "images"
     return sorted((inner if inner.is_dir() else folder).glob("*.JPEG"))
+
+
+def _read_jpegs(files: list[tuple[Path, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of a list of (file, label)."""
+    with ThreadPoolExecutor() as pool:  # Pillow lets go of the interpreter lock while it decodes
+        images = list(pool.map(_read_jpeg, (path for path, _ in files)))
+    return np.stack(images), np.array([label for _, label in files])
 
 
 def _read_jpeg(path: Path) -> np.ndarray:
@@ -511,6 +553,87 @@ def _read_jpeg(path: Path) -> np.ndarray:
             return np.asarray(image.convert("RGB"))
     except OSError as error:
         raise InputError(f"{path}: not a readable image ({first_line(error)})") from error
+
+
+def find_corrupted(name: str, data_path: Path) -> Path | None:
+    """The folder of the corrupted copies of a test set, in `data_path` or beside the data set; None without one."""
+    tried = [data_path, *(data_path / place for place in DATASETS[name].places)]
+    folders = [folder / CORRUPTED[name] for folder in tried] + [data_path.parent / CORRUPTED[name]]
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def check_corrupted(folder: Path, data: Data, corruptions: Iterable[str], severities: Iterable[int]) -> None:
+    """Look at every file that will be measured, without reading the images.
+
+    Raises:
+        InputError: naming all that is missing, or the first file of a wrong shape.
+    """
+    if _in_blocks(folder):
+        paths = [folder / f"{name}.npy" for name in corruptions] + [folder / "labels.npy"]
+    else:
+        paths = [folder / name / str(severity) for name in corruptions for severity in severities]
+    missing = [str(path.relative_to(folder)) for path in paths if not path.exists()]
+    if missing:
+        raise InputError(
+            f"{folder}: {', '.join(missing)} missing; complete it, or measure a part by --corruptions and --severities"
+        )
+    if _in_blocks(folder):
+        for name in corruptions:
+            _blocks(folder, data, name)
+
+
+def read_corrupted(folder: Path, data: Data, name: str, severity: int) -> ImageSet:
+    """One corruption at one severity, 1 to 5, of the test set.
+
+    Two layouts: `<name>.npy`, uint8 [5 N, H, W, C] with severities 1 to 5 one after another, and `labels.npy` [5 N] (as
+    CIFAR-10-C; only the rows of the severity are read), or `<name>/<severity>/<class>/*.JPEG` (as Tiny-ImageNet-C).
+
+    Raises:
+        InputError: naming the file, for a wrong shape, dtype or label.
+    """
+    if _in_blocks(folder):
+        images, labels = _blocks(folder, data, name)
+        count = len(labels) // 5
+        rows = slice((severity - 1) * count, severity * count)
+        return ImageSet(np.ascontiguousarray(images[rows]), labels[rows].copy(), data.info, data.train.device)
+    root = folder / name / str(severity)
+    number = {wnid: i for i, wnid in enumerate(data.record["files"][0]["classes"])}
+    classes = sorted(path.name for path in root.iterdir() if path.is_dir())
+    if not classes or not set(classes) <= set(number):
+        raise InputError(f"{root}: its {len(classes)} class folders are not those of the training images")
+    files = [(path, number[wnid]) for wnid in classes for path in _images_of_class(root / wnid)]
+    if not files:
+        raise InputError(f"{root}: no .JPEG images found")
+    return ImageSet(*_read_jpegs(files), data.info, data.train.device)
+
+
+def _in_blocks(folder: Path) -> bool:
+    return any(folder.glob("*.npy"))
+
+
+def _blocks(folder: Path, data: Data, name: str) -> tuple[np.ndarray, np.ndarray]:
+    arrays = []
+    for path in (folder / f"{name}.npy", folder / "labels.npy"):
+        try:
+            arrays.append(np.load(path, mmap_mode="r", allow_pickle=False))
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(f"{path}: not a readable .npy file ({first_line(error)})") from error
+    images, labels = arrays
+    info = data.info
+    shape = (info.image_size, info.image_size, len(info.mean))
+    if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images) or len(images) % 5:
+        raise InputError(
+            f"{folder / name}.npy: {images.dtype} {list(images.shape)} found, uint8 [5 N, {', '.join(map(str, shape))}]"
+            " is needed, N images for each of the severities 1 to 5"
+        )
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+        raise InputError(f"{folder / 'labels.npy'}: {labels.dtype} {list(labels.shape)} found for {len(images)} images")
+    if labels.min() < 0 or labels.max() >= info.num_classes:
+        raise InputError(f"{folder / 'labels.npy'}: labels must be from 0 to {info.num_classes - 1}")
+    expected = data.test.labels.cpu().numpy()
+    if len(labels) == 5 * len(expected) and (labels.reshape(5, -1) != expected).any():
+        raise InputError(f"{folder / 'labels.npy'}: its labels are not five times those of the test set, in its order")
+    return images, labels.astype(np.int64)
 
 
 def _read_file(path: Path) -> bytes:

@@ -1,4 +1,7 @@
-"""How much the members of an ensemble differ."""
+"""How much the members of an ensemble differ, and what the ensemble gains by it.
+
+M members, N samples, C classes. Matrices over pairs of members are [M, M]; means over pairs leave the diagonal out.
+"""
 
 import torch
 from torch import Tensor
@@ -17,5 +20,193 @@ def disagreement(predictions: Tensor) -> Tensor:
 
     Example: [[0, 1], [0, 2]] gives 0.5 off the diagonal.
     """
-    differ = predictions[:, None] != predictions[None]
-    return differ.to(torch.float64).mean(dim=2)
+    return torch.stack([(predictions != one).double().mean(dim=1) for one in predictions])
+
+
+def mean_over_pairs(matrix: Tensor) -> float:
+    """Mean of the entries off the diagonal of [M, M].
+
+    Raises:
+        ValueError: for fewer than two members.
+    """
+    members = len(matrix)
+    if members < 2:
+        raise ValueError(f"{members} member given, figures of pairs need two or more")
+    off_diagonal = matrix[~torch.eye(members, dtype=torch.bool)]
+    return off_diagonal.mean().item()
+
+
+def disagreement_error_ratio(predictions: Tensor, labels: Tensor) -> float:
+    """DER: mean disagreement of two members over mean error of a member.
+
+    Args:
+        predictions: predicted classes [M, N], M of 2 or more.
+        labels: int64 [N].
+
+    Returns:
+        0 for equal members; nan where no member errs at all.
+
+    Source: Theisen et al., "When are ensembles really effective?", NeurIPS 2023.
+    """
+    error = (predictions != labels).double().mean().item()
+    differ = mean_over_pairs(disagreement(predictions))
+    return differ / error if error else float("nan")
+
+
+def ensemble_improvement_rate(probs: Tensor, labels: Tensor) -> float:
+    """EIR: (mean member error - ensemble error) / mean member error; the ensemble is the mean of the probabilities.
+
+    Args:
+        probs: probabilities [M, N, C].
+        labels: int64 [N].
+
+    Returns:
+        At most 1; nan where no member errs at all.
+
+    Source: Theisen et al., NeurIPS 2023; eq. (4) of arXiv 2407.12996.
+    """
+    member_error = (probs.argmax(dim=2) != labels).double().mean().item()
+    ensemble_error = (probs.double().mean(dim=0).argmax(dim=1) != labels).double().mean().item()
+    return (member_error - ensemble_error) / member_error if member_error else float("nan")
+
+
+def improvement_bounds(der: float, classes: int) -> tuple[float, float]:
+    """Theisen's bounds of EIR from DER for a competent majority vote: (2(K-1)/K DER - (3K-4)/K, DER).
+
+    They hold for majority votes; the mean of probabilities that is used here may leave them.
+    """
+    return 2 * (classes - 1) / classes * der - (3 * classes - 4) / classes, der
+
+
+def pairwise_kl(log_probs: Tensor) -> Tensor:
+    """Mean Kullback-Leibler divergence of each ordered pair, in nats.
+
+    KL_ij = (1/N) sum_x sum_c p_i(c|x) (log p_i(c|x) - log p_j(c|x)); the diagonal is 0. The matrix is not symmetric.
+
+    Args:
+        log_probs: [M, N, C].
+
+    Returns:
+        float64 [M, M].
+    """
+    logs = log_probs.double()
+    flat, probs = logs.flatten(1), logs.exp().flatten(1)
+    # A probability of exactly 0 contributes 0, also against one of 0.
+    flat = flat.clamp(min=torch.finfo(torch.float64).min / 4)
+    cross = probs @ flat.T  # sum_x sum_c p_i log p_j
+    divergence = (cross.diagonal()[:, None] - cross) / log_probs.shape[1]
+    return divergence.fill_diagonal_(0)
+
+
+def pairwise_js(log_probs: Tensor) -> Tensor:
+    """Mean Jensen-Shannon divergence of each pair, in nats, 0 to log 2: half of KL(p_i || m) + KL(p_j || m).
+
+    m is the pair's mean probability.
+
+    Args:
+        log_probs: [M, N, C].
+
+    Returns:
+        float64 [M, M], symmetric, with diagonal 0.
+    """
+    logs = log_probs.double()
+    members, samples = logs.shape[:2]
+    result = torch.zeros(members, members, dtype=torch.float64)
+    half = torch.log(torch.tensor(2.0, dtype=torch.float64))
+    for i in range(members):
+        for j in range(i):
+            mixture = torch.logaddexp(logs[i], logs[j]) - half
+            halves = sum(torch.where(p == -torch.inf, 0.0, p.exp() * (p - mixture)).sum() for p in (logs[i], logs[j]))
+            result[i, j] = result[j, i] = halves / 2 / samples
+    return result
+
+
+def ensemble_variance(outputs: Tensor) -> float:
+    """Unbiased variance over members, summed over classes, mean over samples.
+
+    V = (1/N) sum_x sum_c (1/(M-1)) sum_i (g_i(x)_c - mean_j g_j(x)_c)^2, in two passes in float64.
+
+    Args:
+        outputs: logits or probabilities [M, N, C], M of 2 or more.
+
+    Raises:
+        ValueError: for fewer than two members.
+
+    Source: Yang et al., "Rethinking bias-variance trade-off", ICML 2020; on logits it is the authors' quantity.
+    """
+    if len(outputs) < 2:
+        raise ValueError(f"{len(outputs)} member given, a variance needs two or more")
+    return variance_by_sample(outputs).mean().item()
+
+
+def variance_by_sample(outputs: Tensor) -> Tensor:
+    """The variance of each sample, float64 [N]."""
+    values = outputs.double()
+    return (values - values.mean(dim=0)).square().sum(dim=(0, 2)) / (len(values) - 1)
+
+
+def bias_and_variance(probs: Tensor, labels: Tensor) -> dict[str, float]:
+    """The mean squared error of a member's probabilities against one-hot labels, as squared bias plus variance.
+
+    With y(x) the one-hot label, which has no noise of its own: mse = (1/N) sum_x E_i ||p_i(x) - y(x)||^2 =
+    bias2 + variance, where variance is `ensemble_variance` and bias2 the unbiased estimate
+    (1/N) sum_x ||mean_i p_i(x) - y(x)||^2 - variance / M. An estimate of a small bias2 can be below 0.
+
+    Args:
+        probs: [M, N, C], M of 2 or more.
+        labels: int64 [N].
+    """
+    values = probs.double()
+    target = torch.nn.functional.one_hot(labels, values.shape[2])
+    variance = ensemble_variance(values)
+    mean_error = (values.mean(dim=0) - target).square().sum(dim=1).mean().item()
+    return {
+        "mse": (values - target).square().sum(dim=2).mean().item(),
+        "bias2": mean_error - variance / len(values),
+        "variance": variance,
+    }
+
+
+def linear_cka(x: Tensor, y: Tensor, debiased: bool = True) -> float:
+    """Linear centred kernel alignment of two representations of the same samples.
+
+    CKA = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) with K = XX', L = YY'. Biased: HSIC(K, L) = <HKH, HLH> =
+    ||Xc'Yc||_F^2 with centred columns. Debiased: the unbiased estimator, on K and L with zero diagonal,
+    HSIC = <K, L> + (1'K1)(1'L1)/((n-1)(n-2)) - 2 (1'KL1)/(n-2), whose ratio is near 0 for independent features also
+    where there are more features than samples; it can be negative.
+
+    Args:
+        x: [N, D1].
+        y: [N, D2]; N of 4 or more.
+        debiased: which estimator.
+
+    Returns:
+        1 for equal representations, up to rotation and scale.
+
+    Raises:
+        ValueError: for different or too few samples, or for a representation that is constant over samples.
+
+    Source: Kornblith et al., ICML 2019; Song et al., JMLR 2012 (unbiased HSIC). Computed in float64.
+    """
+    if len(x) != len(y) or len(x) < 4:
+        raise ValueError(f"CKA needs the same 4 or more samples in both, {len(x)} and {len(y)} given")
+    x, y = (tensor.double() - tensor.double().mean(dim=0) for tensor in (x, y))
+    hsic = _hsic_debiased if debiased else _hsic_biased
+    scale = hsic(x, x) * hsic(y, y)
+    if not scale > 0:
+        raise ValueError("CKA: a representation is the same for all samples")
+    return (hsic(x, y) / scale.sqrt()).item()
+
+
+def _hsic_biased(x: Tensor, y: Tensor) -> Tensor:
+    return (x.T @ y).square().sum()
+
+
+def _hsic_debiased(x: Tensor, y: Tensor) -> Tensor:
+    """By features, never N x N: with centred columns K1 = 0 for the full K, so that all sums are of diagonals."""
+    n = len(x)
+    dx, dy = x.square().sum(1), y.square().sum(1)  # diagonals of K and L
+    inner = (x.T @ y).square().sum() - (dx * dy).sum()  # <K, L> without diagonals
+    ones = dx.sum() * dy.sum() / ((n - 1) * (n - 2))  # 1'K1 = -sum of its diagonal
+    cross = 2 * (dx * dy).sum() / (n - 2)  # K1 = -diagonal
+    return inner + ones - cross

@@ -1,21 +1,120 @@
-"""Accuracy and negative log-likelihood, and the mean of softmax of an ensemble, all from log-probabilities."""
+"""Accuracy, likelihood and calibration of predicted probabilities, all from log-probabilities.
+
+Arguments: log_probs [N, C], natural logarithms of probabilities; labels int64 [N]. Every figure is a sum over samples
+that is divided once.
+"""
 
 import math
 
+import numpy as np
 import torch
+from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 
-def ensemble_log_probs(log_probs: Tensor) -> Tensor:
-    """Log of the members' mean probability: logsumexp over members minus log M, [M, N, C] -> [N, C]."""
+def ensemble_log_probs(log_probs: Tensor, average: str = "probs") -> Tensor:
+    """Log-probabilities of an ensemble, [M, N, C] -> [N, C].
+
+    Args:
+        log_probs: of the members.
+        average: `probs`, the log of the mean probability, logsumexp over members minus log M; or `logits`, the softmax
+            of the mean logit (the normalised geometric mean of the probabilities; log-probabilities serve as logits).
+    """
+    if average == "logits":
+        return torch.log_softmax(log_probs.mean(dim=0), dim=1)
     return torch.logsumexp(log_probs, dim=0) - math.log(len(log_probs))
 
 
 def accuracy(log_probs: Tensor, labels: Tensor) -> float:
-    """Share of samples whose largest entry is at the label; log_probs [N, C], labels [N], 0 to 1."""
+    """Share of samples whose largest entry is at the label, 0 to 1."""
     return (log_probs.argmax(dim=1) == labels).double().mean().item()
 
 
 def negative_log_likelihood(log_probs: Tensor, labels: Tensor) -> float:
-    """Mean over samples of -log p(label), in nats; log_probs [N, C], labels [N]."""
+    """Mean over samples of -log p(label), in nats."""
     return -log_probs.double().gather(1, labels[:, None]).mean().item()
+
+
+def brier_score(log_probs: Tensor, labels: Tensor) -> float:
+    """Mean over samples of sum_c (p_c - 1[c = label])^2, 0 to 2 (Brier, 1950)."""
+    return brier_by_sample(log_probs, labels).mean().item()
+
+
+def brier_by_sample(log_probs: Tensor, labels: Tensor) -> Tensor:
+    """sum_c (p_c - 1[c = label])^2 = sum_c p_c^2 - 2 p_label + 1 for each sample, float64 [N]."""
+    probs = log_probs.double().exp()
+    return probs.square().sum(1) - 2 * probs.gather(1, labels[:, None])[:, 0] + 1
+
+
+def expected_calibration_error(probs: Tensor, labels: Tensor, n_bins: int = 15) -> float:
+    """sum_b (N_b / N) |accuracy(b) - confidence(b)| over equal-width bins of the largest probability, 0 to 1.
+
+    Bin b of n holds confidences in [b/n, (b+1)/n), the last one also 1; empty bins count nothing.
+
+    Args:
+        probs: probabilities [N, C] (not logarithms).
+        labels: int64 [N].
+        n_bins: number of bins.
+
+    Raises:
+        ValueError: if an entry is not in [0, 1] or n_bins is below 1.
+
+    Source: Naeini et al., AAAI 2015; Guo et al., ICML 2017, with 15 bins.
+    """
+    if n_bins < 1:
+        raise ValueError(f"n_bins: {n_bins} given, 1 or more is needed")
+    if not len(probs) or not bool(((probs >= 0) & (probs <= 1 + 1e-6)).all()):
+        raise ValueError("probs: numbers from 0 to 1 are needed, at least one row")
+    confidence, prediction = probs.double().max(dim=1)
+    gap = (prediction == labels).double() - confidence
+    sums = torch.zeros(n_bins, dtype=torch.float64).index_add_(0, calibration_bins(confidence, n_bins), gap)
+    return sums.abs().sum().item() / len(probs)
+
+
+def calibration_bins(confidence: Tensor, n_bins: int) -> Tensor:
+    """The bin of each confidence, int64 [N]: that b with b/n <= confidence < (b+1)/n; the last bin holds 1 too."""
+    borders = torch.arange(1, n_bins, dtype=torch.float64) / n_bins
+    return torch.bucketize(confidence.double(), borders, right=True)
+
+
+def fit_temperature(log_probs: Tensor, labels: Tensor) -> float:
+    """The T > 0 for which softmax(log p / T) has the smallest negative log-likelihood.
+
+    Since softmax ignores shifts, log-probabilities serve as logits. For an ensemble, pass those of its mean: it is
+    calibrated after averaging. The loss is convex in 1/T; T is searched from 0.01 to 100, within which it lies unless
+    the predictions are all right (then 0.01) or useless (then 100).
+
+    Source: Guo et al., "On calibration of modern neural networks", ICML 2017.
+    """
+    scores = log_probs.double()
+
+    def loss(log_inverse: float) -> float:
+        return negative_log_likelihood(torch.log_softmax(math.exp(log_inverse) * scores, dim=1), labels)
+
+    # Convex in 1/T, and therefore with one minimum in log(1/T) as well.
+    found = minimize_scalar(loss, bounds=(-math.log(100), math.log(100)), method="bounded", options={"xatol": 1e-6})
+    return float(np.exp(-found.x))
+
+
+def with_temperature(log_probs: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities of softmax(log p / T)."""
+    return torch.log_softmax(log_probs.double() / temperature, dim=1)
+
+
+def bootstrap_weights(samples: int, draws: int, seed: int = 0) -> Tensor:
+    """How often each sample is drawn in each resample with replacement, over the number of samples: float64 [B, N].
+
+    A row times a column of per-sample values is a resampled mean. The same seed gives the same resamples, so that
+    figures of the same samples can be compared pair by pair.
+    """
+    random = np.random.RandomState(seed)
+    rows = [np.bincount(random.randint(0, samples, samples), minlength=samples) for _ in range(draws)]
+    return torch.from_numpy(np.stack(rows) / samples) if rows else torch.zeros(0, samples, dtype=torch.float64)
+
+
+def percentile_interval(draws: Tensor, level: float = 0.95) -> list[float] | None:
+    """The percentile interval of bootstrap draws; None without draws, or where one is not finite (a ratio to 0)."""
+    if not len(draws) or not bool(draws.isfinite().all()):
+        return None
+    edge = (1 - level) / 2
+    return torch.quantile(draws, torch.tensor([edge, 1 - edge], dtype=draws.dtype)).tolist()

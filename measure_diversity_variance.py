@@ -1,0 +1,89 @@
+"""Bias and variance of an ensemble's outputs, on clean and corrupted images.
+
+    python measure_diversity_variance.py --resume runs/digits_sharpbalance --mode variance,variance_mse
+
+variance: unbiased variance over members of the logits (the authors' quantity) and of the probabilities.
+variance_mse, variance_mse_c: the mean squared error of a member's probabilities against the one-hot labels, split into
+squared bias and variance; on --split, and on the corrupted set.
+
+Writes variance.json under --save (default measurements/<run>).
+"""
+
+import argparse
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils.cli import Choices, Parser, add_checkpoint_options, add_data_options, add_measure_options, run
+from utils.diversity import bias_and_variance, ensemble_variance
+from utils.predictions import Measurement, mean_of
+
+MODES = ("variance", "variance_mse", "variance_mse_c")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = Parser(__doc__)
+    add_data_options(parser, measuring=True)
+    add_checkpoint_options(parser, measuring=True)
+    add_measure_options(parser)
+    group = parser.add_argument_group("variance")
+    group.add_argument(
+        "--mode", action=Choices, among=MODES, default=["variance", "variance_mse"], help="what to measure"
+    )
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure, print a table, and write variance.json."""
+    if args.split is None:
+        args.split = ["test"]
+    measurement = Measurement(args, at_least=2, why="a variance compares members")
+    splits = list(args.split) if set(args.mode) & {"variance", "variance_mse"} else []
+    if "variance_mse_c" in args.mode and "corrupted" not in splits:
+        splits.append("corrupted")
+    results: dict[str, Any] = {
+        "note": "the variance of logits grows with their scale, which SAM makes smaller: between methods, compare the "
+        "variance of probabilities"
+    }
+    for split in splits:
+        parts = measurement.parts(split)
+        modes = set(args.mode) if split in args.split else {"variance_mse_c"}
+        found = {part.name: decompose(*measurement.predictions(part)[:2], modes) for part in parts}
+        if split != "corrupted":
+            results[split] = found[split]
+            continue
+        severities = sorted({part.severity for part in parts})
+        results[split] = {
+            "mean": mean_of(list(found.values())),
+            "by_severity": {s: mean_of([found[part.name] for part in parts if part.severity == s]) for s in severities},
+            "parts": found,
+        }
+    path = measurement.finish("variance.json", results)
+    print(f"{'':24} variance of logits   of probabilities   squared bias   mean squared error")
+    for split in splits:
+        rows = {split: results[split]}
+        if split == "corrupted":
+            rows = {f"corrupted, severity {s}": row for s, row in results[split]["by_severity"].items()}
+            rows[f"corrupted, mean of {len(results[split]['parts'])}"] = results[split]["mean"]
+        for title, row in rows.items():
+            numbers = (row.get(key) for key in ("variance_of_logits", "variance_of_probabilities", "bias2", "mse"))
+            cells = ["-" if value is None else f"{value:.4f}" for value in numbers]
+            print(f"{title:24} {cells[0]:>18}   {cells[1]:>16}   {cells[2]:>12}   {cells[3]:>18}")
+    print(f"note: {results['note']}\nwrote {path}")
+
+
+def decompose(logits: Tensor, labels: Tensor, modes: set[str]) -> dict[str, float]:
+    """The figures of one part, from logits [M, N, C] and labels [N]."""
+    probs = torch.softmax(logits.double(), dim=2)
+    row = {"variance_of_probabilities": ensemble_variance(probs)}
+    if "variance" in modes:
+        row["variance_of_logits"] = ensemble_variance(logits)
+    if modes & {"variance_mse", "variance_mse_c"}:
+        row |= bias_and_variance(probs, labels)
+    return row
+
+
+if __name__ == "__main__":
+    run(main, parse_args())

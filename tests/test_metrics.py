@@ -1,0 +1,121 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from tests import reference
+from utils.metrics import (
+    accuracy,
+    bootstrap_weights,
+    brier_score,
+    calibration_bins,
+    ensemble_log_probs,
+    expected_calibration_error,
+    fit_temperature,
+    negative_log_likelihood,
+    percentile_interval,
+    with_temperature,
+)
+
+
+def case(members=3, samples=200, classes=7, seed=0, scale=2.0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(members, samples, classes, generator=generator, dtype=torch.float64)
+    return torch.log_softmax(logits, dim=2), torch.randint(0, classes, (samples,), generator=generator)
+
+
+def test_equal_the_slow_forms():
+    log_probs, labels = case()
+    for member in log_probs:
+        assert accuracy(member, labels) == pytest.approx(reference.accuracy(member.exp(), labels), abs=1e-15)
+        assert negative_log_likelihood(member, labels) == pytest.approx(reference.nll(member.exp(), labels), rel=1e-12)
+        assert brier_score(member, labels) == pytest.approx(reference.brier(member.exp(), labels), rel=1e-12)
+        for bins in (1, 7, 15, 100):
+            ece = expected_calibration_error(member.exp(), labels, bins)
+            assert ece == pytest.approx(reference.ece(member.exp(), labels, bins), abs=1e-12)
+
+
+def test_equal_torchmetrics():
+    torchmetrics = pytest.importorskip("torchmetrics.functional.classification")
+    log_probs, labels = case(classes=5)
+    probs = log_probs[0].exp()
+    ours = expected_calibration_error(probs, labels, 15)
+    theirs = torchmetrics.multiclass_calibration_error(probs, labels, num_classes=5, n_bins=15, norm="l1")
+    assert ours == pytest.approx(theirs.item(), abs=1e-6)
+    assert accuracy(log_probs[0], labels) == pytest.approx(
+        torchmetrics.multiclass_accuracy(probs, labels, num_classes=5, average="micro").item()
+    )
+
+
+def test_ece_at_the_edges():
+    labels = torch.tensor([0, 0, 1])
+    sure = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    assert expected_calibration_error(sure, labels) == pytest.approx(1 / 3)  # confidence 1 is in the last bin
+    assert expected_calibration_error(sure[:2], labels[:2]) == 0
+    half = torch.full((4, 2), 0.5)
+    assert expected_calibration_error(half, torch.tensor([0, 0, 1, 1])) == 0
+    # Bin borders belong to the bin above them, 0 to the first and 1 to the last.
+    borders = torch.arange(16, dtype=torch.float64) / 15
+    assert calibration_bins(borders, 15).tolist() == [*range(15), 14]
+    assert np.histogram(borders[:-1].numpy(), bins=borders.numpy())[0].tolist() == [1] * 15
+    for bad in (torch.tensor([[1.5, -0.5]]), torch.tensor([[math.nan, 1.0]]), torch.zeros(0, 2)):
+        with pytest.raises(ValueError, match="probs: "):
+            expected_calibration_error(bad, torch.zeros(len(bad), dtype=torch.int64))
+    with pytest.raises(ValueError, match="n_bins: 0"):
+        expected_calibration_error(half, torch.zeros(4, dtype=torch.int64), 0)
+
+
+def test_ensembles():
+    log_probs, _ = case()
+    mean = log_probs.exp().mean(dim=0)
+    torch.testing.assert_close(ensemble_log_probs(log_probs).exp(), mean, rtol=1e-12, atol=0)
+    geometric = log_probs.exp().prod(dim=0) ** (1 / 3)
+    geometric /= geometric.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(ensemble_log_probs(log_probs, "logits").exp(), geometric, rtol=1e-12, atol=0)
+    # The two differ: one sure member outvotes in the mean of logits what it cannot in the mean of probabilities.
+    toy = torch.log_softmax(torch.tensor([[[0.0, 30.0]], [[2.0, 0.0]], [[2.0, 0.0]]], dtype=torch.float64), dim=2)
+    assert ensemble_log_probs(toy).argmax() == 0
+    assert ensemble_log_probs(toy, "logits").argmax() == 1
+
+
+def test_no_infinities():
+    """Probabilities far below the smallest float: logarithms stay finite where log(softmax) would not."""
+    logits = torch.tensor([[[0.0, 2000.0]], [[0.0, 3000.0]]])
+    log_probs = torch.log_softmax(logits.double(), dim=2)
+    labels = torch.tensor([0])
+    assert negative_log_likelihood(log_probs[0], labels) == pytest.approx(2000)
+    expected = 2000 + math.log(2)
+    assert negative_log_likelihood(ensemble_log_probs(log_probs), labels) == pytest.approx(expected)
+
+
+def test_temperature_is_the_minimum_and_recovers_a_known_scale():
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(20000, 5, generator=generator, dtype=torch.float64)
+    labels = torch.multinomial(torch.softmax(logits, dim=1), 1, generator=generator)[:, 0]
+    log_probs = torch.log_softmax(3.0 * logits, dim=1)  # three times too sure
+    temperature = fit_temperature(log_probs, labels)
+    assert temperature == pytest.approx(3.0, rel=0.03)
+
+    def loss(t):
+        return negative_log_likelihood(with_temperature(log_probs, t), labels)
+
+    assert loss(temperature) < min(loss(temperature * 1.001), loss(temperature / 1.001), loss(1.0))
+    assert accuracy(with_temperature(log_probs, temperature), labels) == accuracy(log_probs, labels)
+    assert fit_temperature(log_probs[:50], log_probs[:50].argmax(1)) == pytest.approx(0.01, rel=0.01)
+
+
+def test_bootstrap_intervals_cover():
+    """Of 400 samples of 200 coins, the 95 % interval holds the true mean in 92 to 98 %."""
+    random = np.random.default_rng(0)
+    weights = bootstrap_weights(200, 1000)
+    assert torch.allclose(weights.sum(dim=1), torch.ones(1000, dtype=torch.float64))
+    hits = 0
+    for _ in range(400):
+        low, high = percentile_interval(weights @ torch.from_numpy((random.random(200) < 0.3).astype(float)))
+        hits += low <= 0.3 <= high
+    assert stats.binomtest(hits, 400, 0.95).pvalue > 1e-3, hits
+    assert percentile_interval(torch.zeros(0)) is None
+    assert percentile_interval(torch.tensor([1.0, math.nan])) is None
+    assert torch.equal(weights, bootstrap_weights(200, 1000))

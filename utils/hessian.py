@@ -1,0 +1,190 @@
+"""The Hessian of the mean loss over fixed images: products with vectors, trace, and largest eigenvalues.
+
+All images count once and equally: L = (1/N) sum over all batches of the summed cross-entropy, in eval mode. Nothing of
+the size parameters x parameters is formed, and a product holds the graph of one batch at a time.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.sparse.linalg import LinearOperator, eigsh
+from torch import Tensor, nn
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+class HessianOperator:
+    """H v for the Hessian H of the mean cross-entropy over `batches`, in the parameters whose names match.
+
+    Args:
+        model: in eval mode throughout.
+        batches: (images, labels), an iterable that can be read again, with the same batches.
+        params: a regular expression that is searched in the parameters' names; None for all trainable parameters.
+
+    Attributes:
+        size: number of parameters P.
+        samples: number of images N.
+
+    Raises:
+        ValueError: if the model is in train mode, if no parameter matches, or if there are no images.
+    """
+
+    def __init__(self, model: nn.Module, batches: Batches, params: str | None = None):
+        refuse_train_mode(model, "the Hessian")
+        self.model, self.batches = model, batches
+        self.parameters = matching_parameters(model, params)
+        self.size = sum(p.numel() for p in self.parameters)
+        self.samples = sum(len(labels) for _, labels in batches)
+        if not self.samples:
+            raise ValueError("batches: no images given")
+
+    def __matmul__(self, vectors: Tensor) -> Tensor:
+        """H v for one vector [P], or for the columns of [P, K], which share each batch's graph."""
+        columns = vectors if vectors.dim() == 2 else vectors[:, None]
+        parts = [self._split(column) for column in columns.T]
+        sums = [[torch.zeros_like(p) for p in self.parameters] for _ in parts]
+        for images, labels in self.batches:
+            with torch.enable_grad():
+                loss = F.cross_entropy(self.model(images), labels, reduction="sum") / self.samples
+                gradients = torch.autograd.grad(loss, self.parameters, create_graph=True, materialize_grads=True)
+                # A gradient that does not depend on the weights (of a linear model's bias, say) has no graph.
+                graded = [g for g in gradients if g.requires_grad]
+                for i, part in enumerate(parts):
+                    products = torch.autograd.grad(
+                        graded,
+                        self.parameters,
+                        [v for g, v in zip(gradients, part, strict=True) if g.requires_grad],
+                        retain_graph=i + 1 < len(parts),
+                        materialize_grads=True,
+                    )
+                    torch._foreach_add_(sums[i], [product.detach() for product in products])
+            del loss, gradients, graded, products
+        result = torch.stack([torch.cat([p.flatten() for p in one]) for one in sums], dim=1)
+        return result if vectors.dim() == 2 else result[:, 0]
+
+    def _split(self, vector: Tensor) -> list[Tensor]:
+        device, dtype = self.parameters[0].device, self.parameters[0].dtype
+        pieces = vector.to(device, dtype).split([p.numel() for p in self.parameters])
+        return [piece.view(p.shape) for piece, p in zip(pieces, self.parameters, strict=True)]
+
+
+def refuse_train_mode(model: nn.Module, what: str) -> None:
+    """Raise ValueError if a module is in train mode, where batch statistics and dropout belong to the function."""
+    if any(module.training for module in model.modules()):
+        raise ValueError(f"{what} is measured in eval mode: call model.eval() first")
+
+
+def matching_parameters(model: nn.Module, params: str | None) -> list[nn.Parameter]:
+    """The trainable parameters whose names a regular expression is found in; all of them for None.
+
+    Raises:
+        ValueError: if there are none, or if it is no regular expression.
+    """
+    try:
+        pattern = re.compile(params or "")
+    except re.error as error:
+        raise ValueError(f"params: '{params}' is not a regular expression ({error})") from error
+    found = [p for name, p in model.named_parameters() if p.requires_grad and pattern.search(name)]
+    if not found:
+        raise ValueError(f"params: no trainable parameter matches '{params}'")
+    return found
+
+
+def hessian_trace(
+    model: nn.Module,
+    batches: Batches,
+    probes: int = 30,
+    method: str = "hutchinson",
+    params: str | None = None,
+    generator: torch.Generator | None = None,
+) -> dict[str, float]:
+    """Trace of the Hessian of the mean cross-entropy, with its standard error.
+
+    hutchinson: the mean of v'Hv over `probes` vectors of independent signs; unbiased, and its standard error is that of
+    the mean. hutch++: a third of the products finds a basis Q of the range of H, a third its exact share
+    tr(Q'HQ), and a third estimates the rest with probes orthogonal to Q; for spectra with a few large eigenvalues much
+    more exact with as many products. Nothing is divided by the number of parameters, and nothing stops early.
+
+    Args:
+        model, batches, params: as for `HessianOperator`.
+        probes: products with H, 2 or more (hutch++: 6 or more).
+        method: hutchinson | hutch++.
+        generator: of the probes; by default one of seed 0.
+
+    Returns:
+        trace, standard_error (of the trace), probes (products used), samples.
+
+    Source: Hutchinson, Commun. Stat. 1990; Meyer et al., "Hutch++", SOSA 2021.
+    """
+    operator = HessianOperator(model, batches, params)
+    least = {"hutchinson": 2, "hutch++": 6}
+    if method not in least:
+        raise ValueError(f"method: '{method}' given, choose of {', '.join(least)}")
+    if probes < least[method]:
+        raise ValueError(f"probes: {probes} given, {method} needs {least[method]} or more")
+    generator = generator or torch.Generator().manual_seed(0)
+
+    def signs(count: int) -> Tensor:
+        return (2 * torch.randint(0, 2, (operator.size, count), generator=generator) - 1).to(torch.float32)
+
+    exact, remaining, basis = 0.0, probes, None
+    if method == "hutch++":
+        third = min(probes // 3, operator.size)
+        sketch = torch.cat([(operator @ column).cpu()[:, None] for column in signs(third).T], dim=1).double()
+        basis = torch.linalg.qr(sketch).Q
+        exact = sum((operator @ q).double().cpu().dot(q).item() for q in basis.T)
+        remaining = probes - 2 * third
+    values = []
+    for _ in range(remaining):
+        probe = signs(1)[:, 0].double()
+        if basis is not None:
+            probe -= basis @ (basis.T @ probe)
+        values.append((operator @ probe).double().cpu().dot(probe).item())
+    return {
+        "trace": exact + float(np.mean(values)),
+        "standard_error": float(np.std(values, ddof=1) / math.sqrt(len(values))),
+        "probes": probes,
+        "samples": operator.samples,
+    }
+
+
+def top_eigenvalues(
+    model: nn.Module, batches: Batches, k: int = 1, params: str | None = None, tolerance: float = 1e-3
+) -> Tensor:
+    """The k algebraically largest eigenvalues of the Hessian, largest first, float64 [k]. See `top_eigenpairs`."""
+    return top_eigenpairs(model, batches, k, params, tolerance)[0]
+
+
+def top_eigenpairs(
+    model: nn.Module, batches: Batches, k: int = 1, params: str | None = None, tolerance: float = 1e-3
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The k algebraically largest eigenvalues of the Hessian with vectors and residuals.
+
+    By ARPACK's implicitly restarted Lanczos iteration with full reorthogonalisation, from a fixed start.
+
+    Args:
+        model, batches, params: as for `HessianOperator`.
+        k: how many, less than the number of parameters.
+        tolerance: relative accuracy of the eigenvalues at which the iteration stops.
+
+    Returns:
+        Values float64 [k], largest first; unit vectors float64 [P, k]; residuals ||H v - lambda v||_2, float64 [k].
+    """
+    operator = HessianOperator(model, batches, params)
+    if not 0 < k < operator.size:
+        raise ValueError(f"k: {k} given, 1 to {operator.size - 1} are possible")
+
+    def product(vector: np.ndarray) -> np.ndarray:
+        return (operator @ torch.from_numpy(np.ascontiguousarray(vector.reshape(-1)))).double().cpu().numpy()
+
+    linear = LinearOperator((operator.size, operator.size), matvec=product, dtype=np.float64)
+    start = np.random.RandomState(0).standard_normal(operator.size)
+    values, vectors = eigsh(linear, k=k, which="LA", tol=tolerance, v0=start)
+    order = np.argsort(values)[::-1]
+    values, vectors = values[order].copy(), vectors[:, order].copy()
+    residuals = [np.linalg.norm(product(v) - value * v) for value, v in zip(values, vectors.T, strict=True)]
+    return torch.from_numpy(values), torch.from_numpy(vectors), torch.tensor(residuals, dtype=torch.float64)
