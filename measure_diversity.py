@@ -94,7 +94,7 @@ def main(args: argparse.Namespace) -> None:
                 args, logits, labels, features, temperatures, weights[len(labels)]
             )
         results[split] = summarize(measurement.parts(split), found, draws)
-    measurement.finish("diversity.json", {"temperatures": temperatures, **results})
+    measurement.write("diversity.json", {"temperatures": temperatures, **results})
     for split, result in results.items():
         print_tables(split, result)
     print(f"wrote {args.save / 'diversity.json'}")

@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
             "by_severity": {s: mean_of([found[part.name] for part in parts if part.severity == s]) for s in severities},
             "parts": found,
         }
-    path = measurement.finish("variance.json", results)
+    path = measurement.write("variance.json", results)
     print(f"{'':24} variance of logits   of probabilities   squared bias   mean squared error")
     for split in splits:
         rows = {split: results[split]}

@@ -294,3 +294,57 @@ PUBLISHED_BLOCKS = [
     (0.7007, 0.07817),
     (0.7208, 0.08128),
 ]
+
+
+def apgd_as_released(model, images, labels, rho, norm, stale=True, n_iters=20):
+    """The authors' adaptive APGD on one batch, with bisection in the projection and stale steps after a cut, or not."""
+    parameters = list(model.parameters())
+    start = torch.cat([p.detach().flatten() for p in parameters])
+    size = start.abs()
+
+    def place(delta):
+        with torch.no_grad():
+            for p, piece in zip(parameters, (start + delta).split([p.numel() for p in parameters]), strict=True):
+                p.copy_(piece.view(p.shape))
+
+    def loss_and_gradient():
+        loss = F.cross_entropy(model(images), labels)
+        return loss.item(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+
+    def project(z):
+        if (z / size).norm() <= rho:
+            return z
+        low, high = 0.0, 1.0
+        while (z * size / (size**2 + high)).norm() > rho:
+            high *= 2
+        for _ in range(200):
+            middle = (low + high) / 2
+            low, high = (middle, high) if (z * size / (size**2 + middle)).norm() > rho else (low, middle)
+        return z * size**2 / (size**2 + high)
+
+    first, gradient = loss_and_gradient()
+    best, last, last_best = first, first, first
+    best_gradient, best_delta = gradient, torch.zeros_like(start)
+    delta, before = torch.zeros_like(start), torch.zeros_like(start)
+    step, last_step, rises, checked = 2 * rho, 2 * rho, 0, 0
+    for i in range(1, n_iters + 1):
+        if norm == "l2":
+            z = project(delta + step * size * gradient / gradient.norm())
+        else:
+            z = torch.minimum(torch.maximum(delta + step * size * gradient.sign(), -rho * size), rho * size)
+        delta, before = 0.75 * z + 0.25 * before, delta
+        place(delta)
+        loss, gradient = loss_and_gradient()
+        rises += loss > last
+        last = loss
+        if loss > best:
+            best, best_gradient, best_delta = loss, gradient, delta
+        if i in (5, 9, 12, 15, 16, 18, 19, 20):
+            rare, stuck = rises < 0.75 * (i - checked), step == last_step and best == last_best
+            last_step, last_best, rises, checked = step, best, 0, i
+            if rare or stuck:
+                step, gradient = step / 2, best_gradient
+                if not stale:
+                    delta = before = best_delta
+    place(torch.zeros_like(start))
+    return best - first

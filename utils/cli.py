@@ -144,9 +144,11 @@ class Choices(argparse.Action):
         setattr(namespace, self.dest, [value for word, value in self.among.items() if word in words])
 
 
-def add_flag(group: Any, name: str, text: str) -> None:
+def add_flag(group: Any, name: str, text: str, default: bool = False) -> None:
     """A boolean option: --name, --name True, --name False."""
-    group.add_argument(f"--{name}", type=boolean, nargs="?", const=True, default=False, metavar="True|False", help=text)
+    group.add_argument(
+        f"--{name}", type=boolean, nargs="?", const=True, default=default, metavar="True|False", help=text
+    )
 
 
 def add_data_options(parser: Parser, measuring: bool = False) -> None:
@@ -188,8 +190,8 @@ def add_checkpoint_options(parser: Parser, measuring: bool = False) -> None:
     )
 
 
-def add_measure_options(parser: Parser) -> None:
-    """What is measured and where the result goes."""
+def add_measure_options(parser: Parser, parts: bool = True) -> None:
+    """What is measured and where the result goes; `parts`: on which splits, corruptions and severities."""
     group = parser.add_argument_group("measurement")
     told = "default: what the checkpoint says; another value is refused"
     group.add_argument("--model", choices=MODELS, help=f"network of the members ({told})")
@@ -197,6 +199,8 @@ def add_measure_options(parser: Parser) -> None:
     group.add_argument(
         "--save", type=Path, metavar="DIR", help="folder of the results (default: measurements/<name of the run>)"
     )
+    if not parts:
+        return
     group.add_argument(
         "--split",
         action=Choices,

@@ -180,6 +180,11 @@ class ImageSet:
         digest.update(self.labels.cpu().numpy())
         return digest.hexdigest()
 
+    def plain(self, index: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The chosen images without augmentation, normalised, and their labels."""
+        chosen, p = torch.from_numpy(index).to(self.device), self.info.padding
+        return self.normalise(self._crops[chosen, p, p]), self.labels[chosen]
+
     def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All images once, in order and without augmentation: (images, labels) batch by batch."""
         p = self.info.padding

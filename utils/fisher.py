@@ -17,11 +17,14 @@ from torch.func import functional_call, grad, vjp, vmap
 from models.resnet import Pointwise
 from models.resnet_tiny import Scale
 from models.vit import Tokens
+from utils.hessian import matching_parameters, refuse_train_mode
 
 # Numbers that a layer's working set holds at a time (8 MiB in float32): the samples of a batch are taken in groups.
 CHUNK_NUMBERS = 2**21
 # Convolutions with fewer input channels than this have all their kernel offsets in one product.
 NARROW = 8
+# Numbers of one of the two blocks of gradients of the NTK's Gram matrix (512 MiB in float32).
+NTK_NUMBERS = 2**27
 # Samples at a time for layers without a formula of their own.
 VMAP_CHUNK = 16
 # Moving a number through memory takes about as long as this many multiply-adds of a matrix product.
@@ -75,6 +78,49 @@ def per_sample_fisher(model: nn.Module, images: Tensor, labels: Tensor) -> Tenso
     except _NeedsWholeModelError as reason:
         _warn_once(str(reason))
         return _by_vmap(model, images, labels)
+
+
+def ntk_gram(model: nn.Module, images: Tensor, params: str | None = r"weight$") -> Tensor:
+    """Inner products of the gradients of the summed logits: K_ij = <grad sum_c f_c(x_i), grad sum_c f_c(x_j)>.
+
+    The Gram matrix of the empirical neural tangent kernel of the summed logits, of the trainable parameters whose name
+    a regular expression is found in; the authors' quantity by default. Gradients are formed for a few images at a time,
+    so that two blocks of them take 1 GiB, and anew for each pair of blocks.
+
+    Args:
+        model: in eval mode throughout.
+        images: [N, ...].
+        params: None for all trainable parameters.
+
+    Returns:
+        float64 [N, N] on the CPU.
+
+    Raises:
+        ValueError: in train mode, or if no parameter matches.
+    """
+    refuse_train_mode(model, "the NTK")
+    parameters = matching_parameters(model, params)
+    size = sum(p.numel() for p in parameters)
+    blocks = images.split(max(1, NTK_NUMBERS // size))
+
+    def gradients(block: Tensor) -> Tensor:
+        rows = images.new_empty(len(block), size)
+        for row, image in zip(rows, block, strict=True):
+            with torch.enable_grad():
+                found = torch.autograd.grad(model(image[None]).sum(), parameters, materialize_grads=True)
+            torch.cat([g.flatten() for g in found], out=row)
+        return rows
+
+    starts = [sum(len(block) for block in blocks[:i]) for i in range(len(blocks))]
+    gram = torch.zeros(len(images), len(images), dtype=torch.float64)
+    for i, block in enumerate(blocks):
+        mine = gradients(block)
+        for j in range(i + 1):
+            other = mine if i == j else gradients(blocks[j])
+            product = (mine @ other.T).double().cpu()
+            rows, columns = (slice(starts[b], starts[b] + len(blocks[b])) for b in (i, j))
+            gram[rows, columns], gram[columns, rows] = product, product.T
+    return gram
 
 
 def _by_layers(model: nn.Module, images: Tensor, labels: Tensor, trainable: set[int]) -> Tensor:

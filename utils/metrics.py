@@ -81,12 +81,14 @@ def fit_temperature(log_probs: Tensor, labels: Tensor) -> float:
     """The T > 0 for which softmax(log p / T) has the smallest negative log-likelihood.
 
     Since softmax ignores shifts, log-probabilities serve as logits. For an ensemble, pass those of its mean: it is
-    calibrated after averaging. The loss is convex in 1/T; T is searched from 0.01 to 100, within which it lies unless
-    the predictions are all right (then 0.01) or useless (then 100).
+    calibrated after averaging. The loss is convex in 1/T; T is searched from 0.01 to 100. Where all predictions are
+    right, the loss falls for ever as T goes to 0 and says nothing of other samples: then T is 1.
 
     Source: Guo et al., "On calibration of modern neural networks", ICML 2017.
     """
     scores = log_probs.double()
+    if accuracy(log_probs, labels) == 1:
+        return 1.0
 
     def loss(log_inverse: float) -> float:
         return negative_log_likelihood(torch.log_softmax(math.exp(log_inverse) * scores, dim=1), labels)

@@ -249,7 +249,7 @@ class Measurement:
         device = start_device(args.device, args.threads)
         self.data = load_data(args.data, args.data_path, device, args.train_idx_path, args.val_idx_path, args.download)
         _check_fit(self.members[0], self.data)
-        if args.split is None:
+        if getattr(args, "split", "") is None:
             found = find_corrupted(args.data, args.data_path) is not None
             args.split = ["test", "corrupted"] if found else ["test"]
         self.bar = tqdm(disable=not sys.stderr.isatty(), unit="img", unit_scale=True, dynamic_ncols=True, delay=2)
@@ -265,9 +265,8 @@ class Measurement:
             self.bar.total = (self.bar.total or 0) + images * len(self._parts[split]) * len(self.members)
         return self._parts[split]
 
-    def finish(self, name: str, result: dict) -> Path:
+    def write(self, name: str, result: dict) -> Path:
         """Write a result file: what was measured, on which members and data, by which protocol, and where."""
-        self.bar.close()
         path = self.args.save / name
         protocol = {key: _plain(value) for key, value in vars(self.args).items() if key not in ("threads", "download")}
         write_json(

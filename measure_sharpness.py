@@ -1,0 +1,254 @@
+"""Sharpness of the saved members of an ensemble.
+
+    python measure_sharpness.py --resume runs/digits_sharpbalance --mode APGD_worst,fisher
+
+APGD_worst: worst-case sharpness. APGD_average: average-case sharpness. hessian_t, hessian_e: trace and largest
+eigenvalues of the Hessian. fisher: per-sample squared gradient norms. NTK: log-determinant and condition of the neural
+tangent kernel. --protocol prints on what and how, and stops.
+
+Writes sharpness.json under --save (default measurements/<run>), and each finished part of it under sharpness/, which
+the next call finds again.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from utils import InputError
+from utils.checkpoint import write_json
+from utils.cli import (
+    Choices,
+    Parser,
+    add_checkpoint_options,
+    add_data_options,
+    add_flag,
+    add_measure_options,
+    number,
+    run,
+)
+from utils.data import ImageSet
+from utils.fisher import ntk_gram, per_sample_fisher
+from utils.hessian import hessian_trace, matching_parameters, top_eigenpairs
+from utils.predictions import Measurement, SavedMember
+from utils.sharpness import MAXIMISERS, NORMS, average_sharpness, worst_case_sharpness
+
+MODES = ("APGD_worst", "APGD_average", "hessian_t", "hessian_e", "fisher", "NTK")
+# What each mode depends on, beside the member and the data.
+SUBSET = ("split", "subset_seed", "eval_batch_size", "batch_num")
+PROTOCOL = {
+    "APGD_worst": (*SUBSET, "rho0", "adaptive", "n_iters", "maximiser", "params"),
+    "APGD_average": (*SUBSET, "rho0", "adaptive", "n_draws", "params"),
+    "hessian_t": ("split", "subset_seed", "hessian_samples", "trace_method", "probes", "params"),
+    "hessian_e": ("split", "subset_seed", "hessian_samples", "top_k", "params"),
+    "fisher": SUBSET,
+    "NTK": ("split", "subset_seed", "ntk_samples", "params"),
+}
+BATCH = 256  # of the modes whose value does not depend on it
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = Parser(__doc__)
+    add_data_options(parser, measuring=True)
+    add_checkpoint_options(parser, measuring=True)
+    add_measure_options(parser, parts=False)
+    group = parser.add_argument_group("sharpness")
+    group.add_argument("--mode", action=Choices, among=MODES, default=["APGD_worst"], help="what to measure")
+    add_flag(group, "protocol", "print on what and how the modes measure, and stop")
+    group.add_argument("--split", choices=("train", "val", "test"), default="train", help="images, never augmented")
+    group.add_argument(
+        "--subset_seed", type=number(int, 0, 2**32 - 1), default=13, metavar="N", help="seed that shuffles the images"
+    )
+    group.add_argument(
+        "--eval_batch_size",
+        "--eval_batch",
+        type=number(int, 1),
+        default=5,
+        metavar="M",
+        help="images a batch: the m of m-sharpness",
+    )
+    group.add_argument(
+        "--batch_num", type=number(int, 1), default=100, metavar="N", help="batches, of the first images"
+    )
+    group.add_argument(
+        "--rho0", "--gamma", type=number(float, 0, open_low=True), default=0.5, metavar="R", help="radius of the ball"
+    )
+    group.add_argument("--norms", action=Choices, among=NORMS, default=list(NORMS), help="of the ball")
+    add_flag(group, "adaptive", "ball relative to the size of each weight", default=True)
+    group.add_argument("--n_iters", type=number(int, 1), default=20, metavar="N", help="iterations of APGD_worst")
+    group.add_argument(
+        "--maximiser", choices=MAXIMISERS, default="tight", help="tight finds more; apgd is the authors' schedule"
+    )
+    group.add_argument("--n_draws", type=number(int, 4), default=100, metavar="N", help="perturbations of APGD_average")
+    group.add_argument(
+        "--hessian_samples", type=number(int, 1), default=4096, metavar="N", help="images of the Hessian's loss"
+    )
+    group.add_argument(
+        "--trace_method", choices=("hutchinson", "hutch++"), default="hutchinson", help="estimator of hessian_t"
+    )
+    group.add_argument("--probes", type=number(int, 2), default=30, metavar="N", help="products with H of hessian_t")
+    group.add_argument("--top_k", type=number(int, 1), default=5, metavar="K", help="eigenvalues of hessian_e")
+    group.add_argument("--ntk_samples", type=number(int, 2), default=100, metavar="N", help="images of the NTK")
+    group.add_argument(
+        "--params", metavar="REGEX", help="only parameters whose name it is found in (default: all; NTK: weight$)"
+    )
+    args = parser.parse_args(argv)
+    if args.n_draws % 2:
+        parser.error(f"argument --n_draws: {args.n_draws} given, draws come in pairs: an even number is needed")
+    if args.trace_method == "hutch++" and args.probes < 6:
+        parser.error(f"argument --probes: {args.probes} given, hutch++ needs 6 or more")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure part by part, print a table, and write sharpness.json."""
+    if args.protocol:
+        print_protocol(args)
+        return
+    measurement = Measurement(args)
+    images: ImageSet = getattr(measurement.data, args.split)
+    for member in measurement.members:
+        try:
+            matching_parameters(member.model, args.params)
+        except ValueError as error:
+            raise InputError(f"--{error}") from error
+    names = [name for mode in args.mode for name in part_names(mode, args.norms)]
+    todo = [(member, name) for member in measurement.members for name in names]
+    key = images.digest()
+    found: dict[str, dict[str, dict]] = {name: {} for name in names}
+    paths = {(m.digest, name): args.save / "sharpness" / m.digest[:16] / f"{name}.json" for m, name in todo}
+    abouts = {(m.digest, name): about(args, name, m, key) for m, name in todo}
+    for member, name in todo:
+        part = read_part(paths[member.digest, name], abouts[member.digest, name])
+        if part is not None:
+            found[name][member.digest] = part
+    left = [(m, name) for m, name in todo if m.digest not in found[name]]
+    bar = tqdm(left, disable=not sys.stderr.isatty(), unit="part", dynamic_ncols=True)
+    for member, name in bar:
+        bar.set_description(f"{member.path.parent.name} {name}")
+        member.model.to(measurement.data.train.device, memory_format=torch.channels_last)
+        found[name][member.digest] = measure(args, name, member, images)
+        path = paths[member.digest, name]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"about": abouts[member.digest, name], "result": found[name][member.digest]})
+        measurement.write("sharpness.json", collect(measurement.members, names, found))
+    path = measurement.write("sharpness.json", collect(measurement.members, names, found))
+    print_table(measurement.members, names, found)
+    print(f"wrote {path}")
+
+
+def part_names(mode: str, norms: list[str]) -> list[str]:
+    """The parts of a mode: one for each norm where there are norms."""
+    return [f"{mode}-{norm}" for norm in norms] if mode.startswith("APGD") else [mode]
+
+
+def about(args: argparse.Namespace, name: str, member: SavedMember, images: str) -> dict[str, Any]:
+    """All that the value of a part depends on."""
+    settings = {key: getattr(args, key) for key in PROTOCOL[name.split("-")[0]]}
+    return {"part": name, "weights": member.digest, "images": images, **settings}
+
+
+def read_part(path: Path, expected: dict[str, Any]) -> dict | None:
+    """A finished part, or None if it is missing, damaged or of another protocol."""
+    try:
+        content = json.loads(path.read_text())
+        return content["result"] if content["about"] == expected else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def chosen(args: argparse.Namespace, images: ImageSet, count: int) -> np.ndarray:
+    """The first images of the shuffled split; all of them if there are fewer."""
+    return np.random.RandomState(args.subset_seed).permutation(len(images))[:count]
+
+
+def measure(args: argparse.Namespace, name: str, member: SavedMember, images: ImageSet) -> dict[str, Any]:
+    """One part of one member."""
+    model, (mode, _, norm) = member.model, name.partition("-")
+
+    def batches(count: int, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        index = chosen(args, images, count)
+        return [images.plain(index[i : i + size]) for i in range(0, len(index), size)]
+
+    if mode in ("APGD_worst", "APGD_average"):
+        subset = batches(args.eval_batch_size * args.batch_num, args.eval_batch_size)
+        common: dict[str, Any] = {"rho": args.rho0, "norm": norm, "adaptive": args.adaptive, "params": args.params}
+        if mode == "APGD_worst":
+            found = worst_case_sharpness(model, subset, n_iters=args.n_iters, maximiser=args.maximiser, **common)
+        else:
+            found = average_sharpness(model, subset, n_draws=args.n_draws, **common)
+        spread = statistics.stdev(found["loss_by_batch"]) if len(subset) > 1 else float("nan")
+        found["loss_standard_error_over_batches"] = spread / len(subset) ** 0.5 if len(subset) > 1 else None
+        return {"value": found["loss"], **found, "images": sum(len(labels) for _, labels in subset)}
+    if mode == "hessian_t":
+        subset = batches(args.hessian_samples, BATCH)
+        found = hessian_trace(model, subset, args.probes, args.trace_method, args.params)
+        return {"value": found["trace"], **found}
+    if mode == "hessian_e":
+        subset = batches(args.hessian_samples, BATCH)
+        values, _, residuals = top_eigenpairs(model, subset, args.top_k, args.params)
+        return {"value": values[0].item(), "eigenvalues": values.tolist(), "residuals": residuals.tolist()}
+    if mode == "fisher":
+        subset = batches(args.eval_batch_size * args.batch_num, BATCH)
+        scores = torch.cat([per_sample_fisher(model, *batch) for batch in subset]).double().cpu()
+        points = torch.quantile(scores, torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
+        quantiles = dict(zip(map(str, QUANTILES), points, strict=True))
+        error = scores.std().item() / len(scores) ** 0.5
+        return {"value": scores.mean().item(), "standard_error": error, "quantiles": quantiles, "images": len(scores)}
+    (pictures, _), *_ = batches(args.ntk_samples, args.ntk_samples)
+    values = torch.linalg.eigvalsh(ntk_gram(model, pictures, args.params or r"weight$"))
+    # float32 gradients carry the small eigenvalues down to this share of the largest.
+    full_rank = bool(values[0] > 1e-7 * values[-1])
+    log_det = values.log().sum().item() if full_rank else None
+    condition = (values[-1] / values[0]).item() if full_rank else None
+    return {"value": log_det, "log_determinant": log_det, "condition": condition, "images": len(pictures)}
+
+
+def collect(members: list[SavedMember], names: list[str], found: dict[str, dict[str, dict]]) -> dict[str, Any]:
+    """The result: each part by member, with mean and standard deviation over members, and what is missing."""
+    result: dict[str, Any] = {"missing": []}
+    for name in names:
+        rows = [found[name].get(member.digest) for member in members]
+        values = [row["value"] for row in rows if row is not None and row["value"] is not None]
+        result[name] = {
+            "members": rows,
+            "mean": statistics.mean(values) if values else None,
+            "std": statistics.stdev(values) if len(values) > 1 else None,
+            "n": len(values),
+        }
+        result["missing"] += [f"{name} of {m.path}" for m, row in zip(members, rows, strict=True) if row is None]
+    return result
+
+
+def print_table(members: list[SavedMember], names: list[str], found: dict[str, dict[str, dict]]) -> None:
+    """A line for each part: the members' values, and mean ± standard deviation."""
+    print(f"{'':16}" + "".join(f"{'seed ' + str(m.seed) if m.seed is not None else m.path.name:>14}" for m in members))
+    for name in names:
+        values = [found[name][member.digest]["value"] for member in members]
+        cells = "".join(f"{'singular' if value is None else format(value, '.5g'):>14}" for value in values)
+        numbers = [value for value in values if value is not None]
+        spread = f" ± {statistics.stdev(numbers):.3g}" if len(numbers) > 1 else ""
+        mean = f"   mean {statistics.mean(numbers):.5g}{spread} (n = {len(numbers)})" if numbers else ""
+        print(f"{name:16}{cells}{mean}")
+
+
+def print_protocol(args: argparse.Namespace) -> None:
+    """What the chosen modes depend on."""
+    common: Callable[[str], str] = lambda key: f"--{key} {getattr(args, key)}"  # noqa: E731
+    print("All modes: eval mode, images without augmentation, all members; cross-entropy.")
+    for mode in args.mode:
+        norms = f" --norms {','.join(args.norms)}" if mode.startswith("APGD") else ""
+        print(f"{mode}: {' '.join(common(key) for key in PROTOCOL[mode])}{norms}")
+
+
+if __name__ == "__main__":
+    run(main, parse_args())

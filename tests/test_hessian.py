@@ -1,0 +1,179 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call, hessian
+
+from models import create_model
+from utils.hessian import HessianOperator, hessian_trace, top_eigenpairs, top_eigenvalues
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.BatchNorm1d(10), nn.Linear(10, 4)).double().eval()
+
+
+def batches(count=3, size=7, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.randn(size + i, 6, generator=generator, dtype=torch.float64),
+            torch.randint(0, 4, (size + i,), generator=generator),
+        )
+        for i in range(count)
+    ]
+
+
+def full_hessian(model, data, names=None):
+    """The whole matrix by torch.func, of the mean loss over all samples."""
+    parameters = {n: p.detach() for n, p in model.named_parameters()}
+    chosen = {n: p for n, p in parameters.items() if names is None or n in names}
+    images, labels = (torch.cat(x) for x in zip(*data, strict=True))
+
+    def loss(flat):
+        pieces = flat.split([p.numel() for p in chosen.values()])
+        moved = {n: piece.view(p.shape) for (n, p), piece in zip(chosen.items(), pieces, strict=True)}
+        return F.cross_entropy(functional_call(model, parameters | moved, (images,)), labels)
+
+    return hessian(loss)(torch.cat([p.flatten() for p in chosen.values()]))
+
+
+def test_product_trace_and_eigenvalues_equal_the_full_matrix():
+    model, data = net(), batches()
+    H = full_hessian(model, data)
+    operator = HessianOperator(model, data)
+    assert operator.samples == sum(len(y) for _, y in data)
+    vectors = torch.randn(operator.size, 3, dtype=torch.float64)
+    torch.testing.assert_close(operator @ vectors, H @ vectors, rtol=0, atol=1e-10)
+    torch.testing.assert_close(operator @ vectors[:, 0], H @ vectors[:, 0], rtol=0, atol=1e-10)
+    values, pairs, residuals = top_eigenpairs(model, data, 5, tolerance=1e-10)
+    expected = torch.linalg.eigvalsh(H).flip(0)
+    torch.testing.assert_close(values, expected[:5], rtol=1e-7, atol=0)
+    assert bool((residuals < 1e-6).all())
+    torch.testing.assert_close(pairs.T @ pairs, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-8)
+    torch.testing.assert_close(top_eigenvalues(model, data, 2), expected[:2], rtol=1e-3, atol=0)
+    # The algebraically largest, also where a negative one is larger in size.
+    assert expected[0] > 0
+
+
+@pytest.mark.parametrize("method", ["hutchinson", "hutch++"])
+def test_the_standard_error_of_the_trace_covers(method):
+    model, data = net(), batches(1, 12)
+    exact = full_hessian(model, data).trace().item()
+    z = []
+    for seed in range(60):
+        found = hessian_trace(model, data, 24, method, generator=torch.Generator().manual_seed(seed))
+        z.append((found["trace"] - exact) / found["standard_error"])
+    assert abs(np.mean(z)) < 4 * np.std(z) / math.sqrt(60)
+    inside = np.mean(np.abs(z) < 2.5)
+    assert inside > 0.85
+
+
+def test_hutch_plus_plus_is_more_exact_for_a_few_large_eigenvalues():
+    model = nn.Sequential(nn.Linear(24, 2)).double().eval()
+    scale = 0.6 ** torch.arange(24, dtype=torch.float64)  # the spectrum falls as its square
+    generator = torch.Generator().manual_seed(0)
+    data = [(scale * torch.randn(40, 24, dtype=torch.float64, generator=generator), torch.arange(40) % 2)]
+    exact = full_hessian(model, data).trace().item()
+    spread = {}
+    for method in ("hutchinson", "hutch++"):
+        draws = [hessian_trace(model, data, 30, method, generator=torch.Generator().manual_seed(s)) for s in range(30)]
+        spread[method] = np.sqrt(np.mean([(d["trace"] - exact) ** 2 for d in draws]))
+    assert spread["hutch++"] < spread["hutchinson"] / 2
+    # With as many products as the rank allows, it is exact.
+    few = nn.Sequential(nn.Linear(6, 2)).double().eval()
+    data = [(x, y % 2) for x, y in batches(1, 12)]
+    found = hessian_trace(few, data, 42, "hutch++")
+    assert found["trace"] == pytest.approx(full_hessian(few, data).trace().item(), rel=1e-8)
+
+
+def test_logistic_regression_in_closed_form():
+    """H = (1/N) sum_i p_i (1 - p_i) x_i x_i' for the difference of two logits."""
+
+    class Logistic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor([0.3, -0.7, 0.2], dtype=torch.float64))
+
+        def forward(self, x):
+            return torch.stack([torch.zeros(len(x), dtype=x.dtype), x @ self.w], dim=1)
+
+    x = torch.randn(20, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    model, data = (
+        Logistic().eval(),
+        [(x[:8], torch.zeros(8, dtype=torch.int64)), (x[8:], torch.ones(12, dtype=torch.int64))],
+    )
+    p = torch.sigmoid(x @ model.w.detach())
+    H = (x * (p * (1 - p))[:, None]).T @ x / 20
+    torch.testing.assert_close(HessianOperator(model, data) @ torch.eye(3, dtype=torch.float64), H, rtol=0, atol=1e-12)
+    torch.testing.assert_close(top_eigenvalues(model, data, 2), torch.linalg.eigvalsh(H).flip(0)[:2], rtol=1e-4, atol=0)
+
+
+def test_a_part_of_the_parameters():
+    model, data = net(), batches()
+    H = full_hessian(model, data, names={"3.weight", "3.bias"})
+    operator = HessianOperator(model, data, params="^3")
+    torch.testing.assert_close(operator @ torch.eye(operator.size, dtype=torch.float64), H, rtol=0, atol=1e-10)
+
+
+def test_equals_curvlinops():
+    curvlinops = pytest.importorskip("curvlinops")
+    model, data = net(), batches()
+    parameters = list(model.parameters())
+    theirs = curvlinops.HessianLinearOperator(model, nn.CrossEntropyLoss(), parameters, data, check_deterministic=False)
+    vector = torch.randn(HessianOperator(model, data).size, dtype=torch.float64)
+    ours = HessianOperator(model, data) @ vector
+    torch.testing.assert_close(ours, torch.as_tensor(theirs @ vector), rtol=1e-8, atol=1e-10)
+
+
+def test_a_residual_network_in_float32():
+    torch.manual_seed(0)
+    model = create_model("resnet18", 5, 2, 8).eval()
+    data = [(torch.randn(16, 3, 8, 8), torch.randint(0, 5, (16,)))]
+    exact = create_model("resnet18", 5, 2, 8).double().eval()
+    exact.load_state_dict(model.state_dict())
+    wide = [(x.double(), y) for x, y in data]
+    a, b = top_eigenvalues(model, data, 3), top_eigenvalues(exact, wide, 3)
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    ours, theirs = hessian_trace(model, data, 4), hessian_trace(exact, wide, 4)
+    assert ours["trace"] == pytest.approx(theirs["trace"], rel=1e-3)
+
+
+def test_memory_is_flat():
+    """No graph outlives a product: the number of live tensors does not grow."""
+    import gc
+
+    model, data = net(), batches()
+    operator = HessianOperator(model, data)
+
+    def live():
+        gc.collect()
+        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+
+    vector = torch.randn(operator.size, dtype=torch.float64)
+    operator @ vector
+    before = live()
+    for _ in range(20):
+        operator @ vector
+    assert live() <= before + 2
+
+
+def test_bad_arguments():
+    model, data = net(), batches()
+    with pytest.raises(ValueError, match="eval mode"):
+        HessianOperator(net().train(), data)
+    with pytest.raises(ValueError, match="no trainable parameter matches 'zzz'"):
+        HessianOperator(model, data, "zzz")
+    with pytest.raises(ValueError, match="no images"):
+        HessianOperator(model, [])
+    with pytest.raises(ValueError, match="k: 0"):
+        top_eigenvalues(model, data, 0)
+    with pytest.raises(ValueError, match="probes: 1"):
+        hessian_trace(model, data, 1)
+    with pytest.raises(ValueError, match=r"probes: 5 given, hutch\+\+ needs 6"):
+        hessian_trace(model, data, 5, "hutch++")
+    with pytest.raises(ValueError, match="method: 'xtrace'"):
+        hessian_trace(model, data, 10, "xtrace")

@@ -1,0 +1,314 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import stats
+from torch import nn
+
+import utils.sharpness
+from models import create_model
+from sam import SAM
+from tests import reference
+from utils.sharpness import average_sharpness, worst_case_sharpness
+from utils.theory import maximum_over_ball
+
+
+class Quadratic(nn.Module):
+    """Two logits whose cross-entropy is c + g'w + w'Hw/2 to the digit, whatever the image: a known loss surface."""
+
+    def __init__(self, g, H, w, offset=0.0):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(w, dtype=torch.float64))
+        self.register_buffer("start", torch.tensor(w, dtype=torch.float64))
+        self.register_buffer("g", torch.tensor(g, dtype=torch.float64))
+        self.register_buffer("H", torch.tensor(H, dtype=torch.float64))
+        self.offset = offset
+
+    def forward(self, images):
+        d = self.w - self.start
+        loss = self.offset + self.g @ d + d @ self.H @ d / 2
+        # CE of logits (0, z) with label 0 is log(1 + e^z): z such that it equals the loss.
+        z = loss + torch.log1p(-torch.exp(-loss))
+        return torch.stack([torch.zeros_like(z), z]).expand(len(images), 2)
+
+
+IMAGES = [(torch.zeros(4, 1, dtype=torch.float64), torch.zeros(4, dtype=torch.int64))]
+
+
+def quadratic(d, seed, zero=None, curvature=1.0):
+    random = np.random.default_rng(seed)
+    root = random.standard_normal((d, d))
+    w = random.standard_normal(d)
+    if zero is not None:
+        w[zero] = 0.0
+    return 0.3 * random.standard_normal(d), curvature * root @ root.T / d, w
+
+
+def exact_l2(g, H, scale, rho):
+    """The secular equation in the coordinates of the ball."""
+    values, vectors = np.linalg.eigh(scale[:, None] * H * scale)
+    return float(maximum_over_ball(np.maximum(values, 0), vectors.T @ (scale * g), rho)["value"])
+
+
+def exact_linf(g, H, scale, rho):
+    """A convex function has its maximum at a vertex of the box."""
+    vertices = rho * scale * np.array(list(itertools.product((-1, 1), repeat=len(g))))
+    return (vertices @ g + ((vertices @ H) * vertices).sum(1) / 2).max()
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+@pytest.mark.parametrize("d", [2, 5, 9])
+@pytest.mark.parametrize("zero", [None, 1])
+def test_l2_reaches_the_exact_maximum_of_a_quadratic(adaptive, d, zero):
+    for seed in range(4):
+        g, H, w = quadratic(d, seed, zero)
+        scale = np.abs(w) if adaptive else np.ones(d)
+        exact = exact_l2(g, H, scale, 0.5)
+        model = Quadratic(g, H, w, offset=5.0).eval()
+        found = worst_case_sharpness(model, IMAGES, 0.5, "l2", adaptive, n_iters=60)["loss"]
+        assert exact * (1 - 1e-3) <= found <= exact * (1 + 1e-9)
+        apgd = worst_case_sharpness(model, IMAGES, 0.5, "l2", adaptive, n_iters=60, maximiser="apgd")["loss"]
+        assert apgd <= exact * (1 + 1e-9)
+        assert apgd >= 0.9 * exact
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+@pytest.mark.parametrize("d", [2, 5, 9])
+@pytest.mark.parametrize("zero", [None, 1])
+def test_linf_reaches_the_exact_maximum_of_a_quadratic(adaptive, d, zero):
+    """Where the gradient leads: with little curvature no vertex is a trap."""
+    for seed in range(4):
+        g, H, w = quadratic(d, seed, zero, curvature=0.02)
+        scale = np.abs(w) if adaptive else np.ones(d)
+        exact = exact_linf(g, H, scale, 0.5)
+        model = Quadratic(g, H, w, offset=5.0).eval()
+        for maximiser in ("tight", "apgd"):
+            found = worst_case_sharpness(model, IMAGES, 0.5, "linf", adaptive, maximiser=maximiser)["loss"]
+            assert found <= exact * (1 + 1e-9)
+            assert found >= exact * (1 - 1e-3)
+
+
+def test_linf_with_strong_curvature_stops_at_a_vertex_that_no_step_improves():
+    """The maximum of a convex function over a box is hard in general; what is found is never above it."""
+    for seed in range(6):
+        g, H, w = quadratic(9, seed)
+        exact = exact_linf(g, H, np.abs(w), 0.5)
+        found = worst_case_sharpness(Quadratic(g, H, w, offset=5.0).eval(), IMAGES, 0.5, "linf")["loss"]
+        assert 0.6 * exact <= found <= exact * (1 + 1e-9)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A small network with trained weights, some of them exactly 0, and batches of 5."""
+    torch.manual_seed(0)
+    model = create_model("resnet18", 5, 4, 16)
+    images, labels = torch.randn(60, 3, 16, 16), torch.randint(0, 5, (60,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(40):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    with torch.no_grad():
+        model.bn1.bias[0] = 0.0
+        model.linear.weight[0, :3] = 0.0
+    return model.double().eval(), [(images[i : i + 5].double(), labels[i : i + 5]) for i in range(0, 60, 5)]
+
+
+# Radii at which the loss rises by 0.1 to 10.
+RADII = [("l2", 0.1), ("l2", 0.5), ("linf", 0.003), ("linf", 0.01)]
+
+
+def rise(model, parameters, start, delta, images, labels):
+    with torch.no_grad():
+        for p, w, d in zip(parameters, start, delta, strict=True):
+            p.copy_(w + d)
+        value = F.cross_entropy(model(images), labels).item()
+        for p, w in zip(parameters, start, strict=True):
+            p.copy_(w)
+    return value
+
+
+@pytest.mark.parametrize(("norm", "rho"), RADII)
+def test_never_below_one_sam_step_nor_a_random_search(norm, rho, trained):
+    model, batches = trained
+    found = worst_case_sharpness(model, batches[:4], rho, norm)["loss_by_batch"]
+    parameters = list(model.parameters())
+    start = [p.detach().clone() for p in parameters]
+    generator = torch.Generator().manual_seed(0)
+    for (images, labels), value in zip(batches, found, strict=False):
+        loss = F.cross_entropy(model(images), labels)
+        gradients = torch.autograd.grad(loss, parameters)
+        if norm == "l2":
+            length = torch.stack([(w.abs() * g).norm() for w, g in zip(start, gradients, strict=True)]).norm()
+            step = [rho * w**2 * g / length for w, g in zip(start, gradients, strict=True)]
+        else:
+            step = [rho * w.abs() * g.sign() for w, g in zip(start, gradients, strict=True)]
+        assert value >= rise(model, parameters, start, step, images, labels) - loss.item() - 1e-9
+        for _ in range(30):
+            draw = [torch.randn(w.shape, generator=generator, dtype=w.dtype) for w in start]
+            if norm == "l2":
+                length = torch.stack([d.norm() for d in draw]).norm()
+                draw = [rho * w.abs() * d / length for w, d in zip(start, draw, strict=True)]
+            else:
+                draw = [rho * w.abs() * d.sign() for w, d in zip(start, draw, strict=True)]
+            assert value >= rise(model, parameters, start, draw, images, labels) - loss.item()
+
+
+def test_one_step_of_adaptive_sam_is_the_first_point(trained):
+    """Against the optimizer in sam.py, which was checked on its own."""
+    model, batches = trained
+    images, labels = batches[0]
+    parameters = list(model.parameters())
+    start = [p.detach().clone() for p in parameters]
+    optimizer = SAM(parameters, rho=0.2, adaptive=True, lr=0.0)
+    optimizer.zero_grad()
+    before = F.cross_entropy(model(images), labels)
+    before.backward()
+    optimizer.first_step(zero_grad=True)
+    after = F.cross_entropy(model(images), labels).item()
+    optimizer.restore()
+    found = worst_case_sharpness(model, batches[:1], 0.2, "l2", n_iters=1)["loss"]
+    assert found == pytest.approx(max(after - before.item(), 0), rel=1e-9)
+    assert all(torch.equal(p, w) for p, w in zip(parameters, start, strict=True))
+
+
+@pytest.mark.parametrize(("norm", "rho"), RADII)
+@pytest.mark.parametrize("maximiser", ["tight", "apgd"])
+def test_feasible(norm, rho, maximiser, trained, monkeypatch):
+    model, batches = trained
+    seen = []
+    original = utils.sharpness._Weights.gradients
+
+    def watched(weights):
+        squares, largest = 0.0, 0.0
+        for p, w in zip(weights.parameters, weights.start, strict=True):
+            delta, scale = (p.detach() - w).abs(), w.abs()
+            assert bool((delta[scale == 0] == 0).all())
+            ratio = (delta / scale)[scale > 0]
+            squares += ratio.square().sum().item()
+            largest = max(largest, ratio.max().item())
+        seen.append(math.sqrt(squares) if norm == "l2" else largest)
+        return original(weights)
+
+    monkeypatch.setattr(utils.sharpness._Weights, "gradients", watched)
+    worst_case_sharpness(model, batches[:3], rho, norm, maximiser=maximiser)
+    assert len(seen) == 3 * 21  # one forward-backward an iteration, and one at w
+    assert max(seen) <= rho * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_monotone_in_iterations_and_radius(norm, trained):
+    model, batches = trained
+    by_iterations = [
+        worst_case_sharpness(model, batches[:4], 0.3 if norm == "l2" else 0.005, norm, n_iters=n)["loss_by_batch"]
+        for n in (1, 2, 5, 10, 20)
+    ]
+    for fewer, more in itertools.pairwise(by_iterations):
+        assert all(a <= b for a, b in zip(fewer, more, strict=True))
+    radii = [0.05, 0.1, 0.2, 0.4, 0.8] if norm == "l2" else [0.001, 0.002, 0.004, 0.008]
+    by_radius = [worst_case_sharpness(model, batches[:4], rho, norm)["loss_by_batch"] for rho in radii]
+    for smaller, larger in itertools.pairwise(by_radius):
+        assert all(0 < a < b for a, b in zip(smaller, larger, strict=True))
+
+
+@pytest.mark.parametrize(("norm", "rho"), RADII)
+def test_apgd_agrees_with_the_authors_schedule(norm, rho, trained):
+    """Against the release's arithmetic, written down from its description; no weight is 0, which it cannot bear.
+
+    Its flaw, to go on from where it was with the gradient of the best point, costs it some of the maximum.
+    """
+    model, batches = trained
+    model = create_model("resnet18", 5, 4, 16).double().eval()
+    model.load_state_dict(trained[0].state_dict())
+    with torch.no_grad():
+        for p in model.parameters():
+            p[p == 0] = 1e-3
+    ours = worst_case_sharpness(model, batches, rho, norm, maximiser="apgd")["loss"]
+    stale, theirs = (
+        np.mean([reference.apgd_as_released(model, x, y, rho, norm, stale) for x, y in batches])
+        for stale in (True, False)
+    )
+    assert ours == pytest.approx(theirs, rel=0.02)
+    assert 0.98 <= ours / stale <= 1.12
+    tight = worst_case_sharpness(model, batches, rho, norm)["loss"]
+    assert tight >= ours * (1 - 1e-3)
+
+
+def test_the_adaptive_ball_does_not_see_a_rescaling():
+    """Two layers scaled against each other are the same function; the adaptive ball gives it the same sharpness."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double().eval()
+    batches = [(torch.randn(5, 6, dtype=torch.float64), torch.randint(0, 3, (5,))) for _ in range(3)]
+    values = {adaptive: worst_case_sharpness(model, batches, 0.3, "l2", adaptive)["loss"] for adaptive in (True, False)}
+    with torch.no_grad():
+        model[0].weight *= 4
+        model[0].bias *= 4
+        model[2].weight /= 4
+    again = {adaptive: worst_case_sharpness(model, batches, 0.3, "l2", adaptive)["loss"] for adaptive in (True, False)}
+    assert again[True] == pytest.approx(values[True], rel=1e-9)
+    assert again[False] != pytest.approx(values[False], rel=0.05)
+
+
+def test_params_moves_only_what_matches(trained):
+    model, batches = trained
+    seen = {}
+
+    def watch(module, args):
+        seen["conv"] = seen.get("conv", 0) + (not torch.equal(model.conv1.weight, start))
+
+    start = model.conv1.weight.detach().clone()
+    handle = model.register_forward_pre_hook(watch)
+    part = worst_case_sharpness(model, batches[:2], 0.3, params="^linear")["loss"]
+    handle.remove()
+    assert seen["conv"] == 0
+    assert 0 < part < worst_case_sharpness(model, batches[:2], 0.3)["loss"]
+
+
+@pytest.mark.parametrize(("norm", "third"), [("l2", 1.0), ("linf", 1 / 3)])
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_average_of_a_quadratic_is_a_trace(norm, third, adaptive):
+    g, H, w = quadratic(6, 0, zero=2)
+    scale = np.abs(w) if adaptive else np.ones(6)
+    exact = third * 0.1**2 / 2 * np.sum(scale**2 * np.diag(H))
+    model = Quadratic(g, H, w, offset=5.0).eval()
+    hits, trials = 0, 200
+    for seed in range(trials):
+        generator = torch.Generator().manual_seed(seed)
+        found = average_sharpness(model, IMAGES, 0.1, norm, adaptive, n_draws=60, generator=generator)
+        # Antithetic pairs leave no linear term: the pairs' spread is that of the quadratic part alone.
+        hits += abs(found["loss"] - exact) <= stats.t.ppf(0.975, 29) * found["loss_standard_error"]
+    assert stats.binomtest(hits, trials, 0.95).pvalue > 1e-3, hits
+
+
+def test_average_is_seeded_and_by_batch(trained):
+    model, batches = trained
+    a, b = (average_sharpness(model, batches[:3], 0.05, n_draws=4) for _ in range(2))
+    assert a == b
+    assert len(a["loss_by_batch"]) == 3
+    assert np.mean(a["loss_by_batch"]) == pytest.approx(a["loss"], rel=1e-12)
+    other = average_sharpness(model, batches[:3], 0.05, n_draws=4, generator=torch.Generator().manual_seed(1))
+    assert other["loss"] != a["loss"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rho": 0.0}, "rho: 0"),
+        ({"rho": math.nan}, "rho: nan"),
+        ({"norm": "l1"}, "norm: 'l1'"),
+        ({"n_iters": 0}, "n_iters: 0"),
+        ({"maximiser": "adam"}, "maximiser: 'adam'"),
+        ({"params": "nothing"}, "params: no trainable parameter matches 'nothing'"),
+        ({"params": "("}, "params: '.' is not a regular expression"),
+        ({"batches": []}, "batches: no images"),
+    ],
+)
+def test_bad_arguments(change, message, trained):
+    arguments = {"batches": trained[1][:1], "rho": 0.1} | change
+    with pytest.raises(ValueError, match=message):
+        worst_case_sharpness(trained[0], **arguments)
+    with pytest.raises(ValueError, match="n_draws: 3"):
+        average_sharpness(trained[0], trained[1], 0.1, n_draws=3)
