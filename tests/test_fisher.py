@@ -6,7 +6,46 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import utils.fisher
 from models import MODELS, create_model
 from tests import reference
-from utils.fisher import per_sample_fisher
+from utils.fisher import ntk_gram, per_sample_fisher
+
+
+def summed_logit_gradients(model, images, names):
+    """One row a sample: the gradient of the sum of its logits, by one backward pass each."""
+    parameters = [p for name, p in model.named_parameters() if name in names]
+    rows = [torch.cat([g.flatten() for g in torch.autograd.grad(model(x[None]).sum(), parameters)]) for x in images]
+    return torch.stack(rows)
+
+
+def test_ntk_equals_a_loop(monkeypatch):
+    model, images, _ = case(create_model("resnet18", 4, 2, 8), (3, 8, 8), 4, batch=7)
+    names = {name for name, _ in model.named_parameters()}
+    rows = summed_logit_gradients(model, images, names)
+    torch.testing.assert_close(ntk_gram(model, images, None), rows @ rows.T, rtol=1e-10, atol=1e-10)
+    rows = summed_logit_gradients(model, images, {name for name in names if name.endswith("weight")})
+    # In blocks of three images, so that there are blocks off the diagonal and a last short one.
+    monkeypatch.setattr(utils.fisher, "NTK_NUMBERS", 3 * rows.shape[1])
+    torch.testing.assert_close(ntk_gram(model, images), rows @ rows.T, rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="no trainable parameter matches 'nothing'"):
+        ntk_gram(model, images, "nothing")
+    with pytest.raises(ValueError, match="eval mode"):
+        ntk_gram(model.train(), images)
+
+
+def test_ntk_of_a_linear_model_in_closed_form():
+    """K_ij = C (1 + <x_i, x_j>) for C outputs with bias."""
+    model = nn.Linear(5, 3).double().eval()
+    images = torch.randn(6, 5, dtype=torch.float64)
+    torch.testing.assert_close(ntk_gram(model, images, None), 3 * (1 + images @ images.T), rtol=1e-12, atol=1e-12)
+
+
+def test_the_mean_is_the_trace_of_the_empirical_fisher_of_curvlinops():
+    curvlinops = pytest.importorskip("curvlinops")
+    model, images, labels = case(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), (4,), 3, batch=9)
+    data = [(images[:5], labels[:5]), (images[5:], labels[5:])]
+    parameters = list(model.parameters())
+    theirs = curvlinops.EFLinearOperator(model, nn.CrossEntropyLoss(), parameters, data, check_deterministic=False)
+    trace = (theirs @ torch.eye(theirs.shape[1], dtype=torch.float64)).trace()
+    torch.testing.assert_close(per_sample_fisher(model, images, labels).mean(), trace, rtol=1e-8, atol=0)
 
 
 @pytest.fixture(autouse=True)

@@ -600,7 +600,7 @@ def read_corrupted(folder: Path, data: Data, name: str, severity: int) -> ImageS
         images, labels = _blocks(folder, data, name)
         count = len(labels) // 5
         rows = slice((severity - 1) * count, severity * count)
-        return ImageSet(np.ascontiguousarray(images[rows]), labels[rows].copy(), data.info, data.train.device)
+        return ImageSet(np.array(images[rows]), np.array(labels[rows]), data.info, data.train.device)
     root = folder / name / str(severity)
     number = {wnid: i for i, wnid in enumerate(data.record["files"][0]["classes"])}
     classes = sorted(path.name for path in root.iterdir() if path.is_dir())

@@ -1,0 +1,502 @@
+"""The measuring scripts and the predictions they share, from checkpoint files to result files."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import measure_diversity
+import measure_diversity_variance
+import measure_sharpness
+import utils.predictions
+from models import create_model
+from tests import files, reference
+from utils import cli
+from utils.checkpoint import load_model, save_checkpoint
+from utils.data import CORRUPTIONS, load_data
+
+SCRIPTS = {
+    "diversity": measure_diversity,
+    "variance": measure_diversity_variance,
+    "sharpness": measure_sharpness,
+}
+SMALL = ["--eval_batch_size", 5, "--batch_num", 2, "--n_iters", 2, "--n_draws", 4, "--hessian_samples", 40]
+SMALL += ["--probes", 6, "--top_k", 2, "--ntk_samples", 6]
+
+
+def save_member(path, seed, data="digits", classes=10, width=2, size=8, channels=1, model="resnet18", change=None):
+    """A checkpoint of a network with random weights and statistics."""
+    torch.manual_seed(seed)
+    network = reference.randomize_batch_norm(create_model(model, classes, width, size, channels))
+    if change is not None:
+        with torch.no_grad():
+            change(network)
+    about = {"model": model, "dataset": data, "width": width, "num_classes": classes, "image_size": size}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = network.state_dict()
+    save_checkpoint(path, {"state_dict": state, "epoch": 1, "seed": seed, "in_channels": channels} | about)
+    return path
+
+
+def save_corrupted(folder, images=30, corruptions=CORRUPTIONS, size=8, channels=1, classes=10):
+    """Random pictures in the layout of CIFAR-10-C."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for name in corruptions:
+        np.save(folder / f"{name}.npy", random.integers(0, 256, (5 * images, size, size, channels), dtype=np.uint8))
+    np.save(folder / "labels.npy", np.tile(random.integers(0, classes, images), 5))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Three members, and a corrupted set of the digits."""
+    folder = tmp_path_factory.mktemp("saved")
+    paths = [save_member(folder / f"seed_{seed}" / "model_best.pth.tar", seed) for seed in (3, 5, 8)]
+    save_corrupted(folder / "data" / "digits-C")
+    return folder, paths
+
+
+def call(name, *argv):
+    """What `python measure_<name>.py ...` does, in this process; the result file."""
+    args = SCRIPTS[name].parse_args([str(word) for word in argv])
+    cli.run(SCRIPTS[name].main, args)
+    path = args.save / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def refused(capsys, name, *argv):
+    """The one line of an error with exit status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        call(name, *argv)
+    assert end.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error
+    assert "Traceback" not in error
+    return error
+
+
+def no_pass(*args, **kwargs):
+    raise AssertionError("a forward pass where the cache holds its result")
+
+
+def outputs(paths, images):
+    """Softmax in float64, one image at a time for each member."""
+    probs = []
+    for path in paths:
+        model, _ = load_model(path)
+        with torch.no_grad():
+            logits = torch.cat([model(images.plain(np.array([i]))[0]) for i in range(len(images))])
+        probs.append(torch.softmax(logits.double(), dim=1))
+    return torch.stack(probs)
+
+
+def test_diversity_equals_the_slow_forms(saved, tmp_path):
+    paths = saved[1]
+    result = call("diversity", "--resume", *paths, "--data_path", tmp_path, "--save", tmp_path / "m")["result"]
+    images = load_data("digits", tmp_path).test
+    probs, labels = outputs(paths, images), images.labels
+    test = result["test"]
+    for row, member in zip(test["members"], probs, strict=True):
+        assert row["accuracy"] == pytest.approx(reference.accuracy(member, labels), rel=1e-12)
+        assert row["nll"] == pytest.approx(reference.nll(member, labels), rel=1e-5)
+        assert row["brier"] == pytest.approx(reference.brier(member, labels), rel=1e-5)
+        assert row["ece"] == pytest.approx(reference.ece(member, labels, 15), abs=2e-3)
+    mean = probs.mean(dim=0)
+    assert test["ensemble"]["accuracy"] == pytest.approx(reference.accuracy(mean, labels), rel=1e-12)
+    assert test["ensemble"]["nll"] == pytest.approx(reference.nll(mean, labels), rel=1e-5)
+    predictions = probs.argmax(dim=2)
+    pairs = [(predictions[i] != predictions[j]).double().mean().item() for i, j in itertools.combinations(range(3), 2)]
+    assert test["disagreement"]["mean"] == pytest.approx(np.mean(pairs), rel=1e-12)
+    error = 1 - np.mean([reference.accuracy(member, labels) for member in probs])
+    assert test["der"] == pytest.approx(np.mean(pairs) / error, rel=1e-12)
+    gain = error - (1 - reference.accuracy(mean, labels))
+    assert test["eir"] == pytest.approx(gain / error, rel=1e-9, abs=1e-12)
+    assert test["variance_of_probabilities"] == pytest.approx(probs.var(dim=0).sum(dim=1).mean().item(), rel=1e-5)
+    logs = probs.log()
+    kl = np.mean([(probs[i] * (logs[i] - logs[j])).sum(1).mean() for i, j in itertools.permutations(range(3), 2)])
+    assert test["kl"]["mean"] == pytest.approx(kl, rel=1e-4)
+    # The whole ensemble is the last of its sizes; one member is the mean of the members.
+    by_size = test["ensemble_by_size"]
+    assert by_size["3"]["nll"] == pytest.approx(test["ensemble"]["nll"], rel=1e-12)
+    assert by_size["1"]["nll"] == pytest.approx(np.mean([row["nll"] for row in test["members"]]), rel=1e-12)
+    assert test["disagreement_by_size"]["3"]["der"] == pytest.approx(test["der"], rel=1e-12)
+    two = [reference.nll((probs[i] + probs[j]) / 2, labels) for i, j in itertools.combinations(range(3), 2)]
+    assert by_size["2"]["nll"] == pytest.approx(np.mean(two), rel=1e-5)
+    for name in ("ensemble_accuracy", "ensemble_nll", "ensemble_ece", "disagreement", "der", "eir"):
+        low, high = test["intervals_95"][name]
+        assert low <= high
+    low, high = test["intervals_95"]["ensemble_accuracy"]
+    assert low < test["ensemble"]["accuracy"] < high
+    # Temperatures were fitted on validation, where no other one is better.
+    val = load_data("digits", tmp_path).val
+    logits = outputs(paths, val)[0].log()
+    best = result["temperatures"]["members"][0]
+    nll = {t: reference.nll(torch.softmax(logits / t, dim=1), val.labels) for t in (best, best * 1.02, best / 1.02)}
+    assert nll[best] == min(nll.values())
+
+
+def test_corrupted_by_part_severity_and_mean(saved, tmp_path):
+    folder, paths = saved
+    data_path = folder / "data"
+    result = call("diversity", "--resume", *paths, "--data_path", data_path, "--save", tmp_path, "--bootstrap", 20)
+    assert set(result["result"]) == {"temperatures", "test", "corrupted"}
+    corrupted = result["result"]["corrupted"]
+    assert len(corrupted["parts"]) == 75
+    one = corrupted["parts"]["fog-4"]
+    images = np.load(data_path / "digits-C" / "fog.npy")[90:120]
+    labels = torch.from_numpy(np.load(data_path / "digits-C" / "labels.npy")[90:120])
+    info = load_data("digits", data_path).info
+    normal = torch.from_numpy((images / 255 - np.array(info.mean)) / np.array(info.std)).permute(0, 3, 1, 2).float()
+    for path, row in zip(paths, one["members"], strict=True):
+        with torch.no_grad():
+            probs = torch.softmax(load_model(path)[0](normal).double(), dim=1)
+        assert row["accuracy"] == reference.accuracy(probs, labels)
+        assert row["nll"] == pytest.approx(reference.nll(probs, labels), rel=1e-5)
+    by_severity = [corrupted["by_severity"][str(s)]["ensemble"]["nll"] for s in range(1, 6)]
+    rows = [corrupted["parts"][f"{name}-4"]["ensemble"]["nll"] for name in CORRUPTIONS]
+    assert by_severity[3] == pytest.approx(np.mean(rows), rel=1e-12)
+    assert corrupted["mean"]["ensemble"]["nll"] == pytest.approx(np.mean(by_severity), rel=1e-12)
+    # A part of the set, and the figures that one pass gave are found again by the other script.
+    part = ["--data_path", data_path, "--split", "corrupted", "--corruptions", "fog,snow", "--severities", "4"]
+    again = call("diversity", "--resume", *paths, "--save", tmp_path / "part", *part)["result"]["corrupted"]
+    assert set(again["parts"]) == {"fog-4", "snow-4"}
+    assert again["parts"]["fog-4"]["ensemble"] == one["ensemble"]
+
+
+def test_variance_equals_numpy(saved, tmp_path):
+    folder, paths = saved
+    modes = "variance,variance_mse,variance_mse_c"
+    result = call("variance", "--resume", *paths, "--mode", modes, "--save", tmp_path, "--data_path", folder / "data")[
+        "result"
+    ]
+    images = load_data("digits", tmp_path).test
+    probs = outputs(paths, images).numpy()
+    test = result["test"]
+    assert test["variance_of_probabilities"] == pytest.approx(np.var(probs, axis=0, ddof=1).sum(1).mean(), rel=1e-5)
+    onehot = np.eye(10)[images.labels.numpy()]
+    assert test["mse"] == pytest.approx(((probs - onehot) ** 2).sum(2).mean(), rel=1e-5)
+    assert len(result["corrupted"]["parts"]) == 75
+    assert set(result["corrupted"]["mean"]) >= {"variance_of_probabilities", "bias2", "mse"}
+    assert "between methods" in result["note"]
+
+
+def test_one_pass_ever(saved, tmp_path, monkeypatch):
+    paths = saved[1]
+    common = ["--resume", *paths, "--save", tmp_path, "--data_path", tmp_path, "--split", "test,val,train"]
+    first = call("diversity", *common)
+    monkeypatch.setattr(utils.predictions, "forward", no_pass)
+    assert call("diversity", *common)["result"] == first["result"]
+    call("variance", *common, "--mode", "variance")  # the other script finds them too
+    with pytest.raises(AssertionError, match="forward pass"):
+        call("diversity", *common, "--mode", "CKA")  # which needs features
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "other weights", "rows", "dtype", "pickle"])
+def test_a_damaged_or_stale_cache_is_made_anew(damage, saved, tmp_path):
+    paths = saved[1]
+    common = ["--resume", *paths, "--save", tmp_path, "--data_path", tmp_path, "--bootstrap", 10]
+    first = call("diversity", *common)["result"]
+    cache = sorted((tmp_path / "predictions").glob("*/test.npz"))
+    assert len(cache) == 3
+    content = cache[0].read_bytes()
+    if damage == "cut":
+        cache[0].write_bytes(content[: len(content) // 2])
+    elif damage == "flip":
+        cache[0].write_bytes(content[:9000] + bytes([content[9000] ^ 1]) + content[9001:])
+    elif damage == "empty":
+        cache[0].write_bytes(b"")
+    elif damage == "other weights":
+        cache[0].write_bytes(cache[1].read_bytes())
+    else:
+        with np.load(cache[0]) as file:
+            arrays = dict(file)
+        logits = arrays["logits"]
+        arrays["logits"] = {"rows": logits[:-1], "dtype": logits.astype(np.float64), "pickle": logits.astype(object)}[
+            damage
+        ]
+        np.savez(cache[0], **arrays)
+    assert call("diversity", *common)["result"] == first
+    assert cache[0].read_bytes() == content
+
+
+def test_other_weights_or_images_are_measured_anew(saved, tmp_path):
+    paths = saved[1]
+    common = ["--save", tmp_path, "--data_path", tmp_path, "--mode", "disagreement", "--split", "val"]
+    first = call("diversity", "--resume", *paths, *common)["result"]
+    other = [*paths[:2], save_member(tmp_path / "x" / "model_best.pth.tar", 9)]
+    assert call("diversity", "--resume", *other, *common)["result"] != first
+    np.save(tmp_path / "train.npy", np.arange(800))
+    np.save(tmp_path / "val.npy", np.arange(800, 898))
+    split = ["--train_idx_path", tmp_path / "train.npy", "--val_idx_path", tmp_path / "val.npy"]
+    assert call("diversity", "--resume", *paths, *common, *split)["result"] != first
+    assert call("diversity", "--resume", *paths, *common)["result"] == first
+
+
+def test_cka(saved, tmp_path):
+    paths = saved[1]
+    result = call("diversity", "--resume", *paths, "--mode", "CKA", "--save", tmp_path, "--data_path", tmp_path)
+    cka = result["result"]["test"]["cka"]
+    images = load_data("digits", tmp_path).test
+    features = []
+    for path in paths[:2]:
+        model, _ = load_model(path)
+        model.linear = torch.nn.Identity()
+        with torch.no_grad():
+            rows = model(images.plain(np.arange(len(images)))[0]).double()
+        features.append((rows - rows.mean(dim=0)).numpy())  # the Gram form would cancel digits otherwise
+    for form in ("debiased", "biased"):
+        expected = reference.cka_by_gram(*features, form == "debiased")
+        assert cka["features"][form]["matrix"][0][1] == pytest.approx(expected, rel=1e-4)
+        assert cka["logits"][form]["matrix"][0][0] == 1
+
+
+def test_the_mean_of_logits(saved, tmp_path):
+    paths = saved[1]
+    common = ["--resume", *paths, "--mode", "predict", "--save", tmp_path, "--data_path", tmp_path]
+    result = call("diversity", *common, "--average", "logits")["result"]["test"]
+    images = load_data("digits", tmp_path).test
+    logs = outputs(paths, images).log()
+    expected = reference.nll(torch.softmax(logs.mean(dim=0), dim=1), images.labels)
+    assert result["ensemble"]["nll"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_one_member_can_be_scored(saved, tmp_path):
+    result = call(
+        "diversity", "--resume", saved[1][0], "--mode", "predict", "--save", tmp_path, "--data_path", tmp_path
+    )
+    assert result["result"]["test"]["ensemble"]["accuracy"] == result["result"]["test"]["members"][0]["accuracy"]
+
+
+@pytest.mark.parametrize("model", ["resnet18", "wrn-40-2"])
+def test_the_authors_checkpoints(model, tmp_path, monkeypatch):
+    """Files as their release writes them, by the command that this project's README gives."""
+    files.write_cifar(tmp_path / "data" / "cifar100", "cifar100", images=120)
+    monkeypatch.chdir(tmp_path)
+    for seed in (13, 17):
+        torch.manual_seed(seed)
+        state = create_model(model, 100, 16 if model == "wrn-40-2" else 2, 32).state_dict()
+        torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 200}, f"seed_{seed}.pth.tar")
+    result = call("diversity", "--resume", "seed_13.pth.tar", "seed_17.pth.tar", "--dataset", "cifar100")
+    assert len(result["members"]) == 2
+    assert result["network"]["model"] == model
+    assert result["result"]["test"]["disagreement"]["mean"] > 0
+
+
+def test_tiny_imagenet_and_its_corrupted_folders(tmp_path):
+    """The 64x64 network with mask buffers, and Tiny-ImageNet-C as folders."""
+    folder = files.write_tiny_imagenet(tmp_path / "tiny-imagenet-200", per_class=8)
+    names = sorted(path.name for path in (folder / "train").iterdir())
+    for severity, name in itertools.product((1, 2), names):
+        place = tmp_path / "Tiny-ImageNet-C" / "fog" / str(severity) / name
+        place.mkdir(parents=True)
+        Image.fromarray(np.full((64, 64, 3), 80 * severity, np.uint8)).save(place / "val_0.JPEG")
+    paths = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        state = reference.randomize_batch_norm(create_model("resnet18", 200, 2, 64)).state_dict()
+        masks = {k.replace(".weight", ".weight_mask"): torch.ones_like(v) for k, v in state.items() if v.dim() == 4}
+        paths.append(tmp_path / f"seed_{seed}.pth.tar")
+        torch.save({"state_dict": state | masks}, paths[-1])
+    common = ["--resume", *paths, "--data", "tiny_imgnet", "--data_path", tmp_path, "--save", tmp_path / "m"]
+    split = ["--split", "test,corrupted", "--corruptions", "fog", "--severities", "1,2"]
+    result = call("diversity", *common, *split)["result"]
+    assert set(result["corrupted"]["parts"]) == {"fog-1", "fog-2"}
+    found = call("sharpness", *common, "--mode", "APGD_worst,fisher", *SMALL)["result"]
+    assert found["APGD_worst-l2"]["mean"] > 0
+
+
+MODES = ("APGD_worst", "APGD_average", "hessian_t", "hessian_e", "fisher", "NTK")
+
+
+def test_sharpness_parts_are_kept_and_made_anew_where_the_protocol_changed(saved, tmp_path, monkeypatch, capsys):
+    paths = saved[1]
+    common = ["--resume", *paths[:2], "--save", tmp_path, "--data_path", tmp_path, *SMALL]
+    first = call("sharpness", *common, "--mode", ",".join(MODES))["result"]
+    assert first["missing"] == []
+    names = {"APGD_worst-l2", "APGD_worst-linf", "APGD_average-l2", "APGD_average-linf", *MODES[2:]}
+    assert set(first) == names | {"missing"}
+    for name in names - {"NTK"}:
+        values = [row["value"] for row in first[name]["members"]]
+        assert first[name]["mean"] == pytest.approx(np.mean(values))
+        assert first[name]["std"] == pytest.approx(np.std(values, ddof=1))
+    assert len(first["APGD_worst-l2"]["members"][0]["loss_by_batch"]) == 2
+    assert len(first["hessian_e"]["members"][0]["eigenvalues"]) == 2
+    assert "mean" in capsys.readouterr().out
+    measured = []
+    original = measure_sharpness.measure
+
+    def watched(args, name, member, images):
+        measured.append((name, member.seed))
+        return original(args, name, member, images)
+
+    monkeypatch.setattr(measure_sharpness, "measure", watched)
+    assert call("sharpness", *common, "--mode", ",".join(MODES))["result"] == first
+    assert measured == []
+    call("sharpness", *common, "--mode", "fisher,APGD_worst", "--rho0", 0.1)
+    assert {name for name, _ in measured} == {"APGD_worst-l2", "APGD_worst-linf"}  # fisher knows no radius
+    measured.clear()
+    (next((tmp_path / "sharpness").glob("*/fisher.json"))).write_text("{")
+    call("sharpness", *common, "--mode", "fisher")
+    assert len(measured) == 1
+
+
+def test_a_cut_off_measurement_says_what_is_missing(saved, tmp_path, monkeypatch):
+    paths = saved[1]
+    common = ["--resume", *paths[:2], "--save", tmp_path, "--data_path", tmp_path, *SMALL, "--mode", "fisher,hessian_t"]
+    original = measure_sharpness.measure
+
+    def deadly(args, name, member, images):
+        if (name, member.seed) == ("fisher", 5):
+            raise KeyboardInterrupt
+        return original(args, name, member, images)
+
+    monkeypatch.setattr(measure_sharpness, "measure", deadly)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        call("sharpness", *common)
+    result = json.loads((tmp_path / "sharpness.json").read_text())["result"]
+    assert result["missing"] == [f"fisher of {paths[1]}"]
+    assert (result["hessian_t"]["n"], result["fisher"]["n"]) == (2, 1)
+    monkeypatch.setattr(measure_sharpness, "measure", original)
+    assert call("sharpness", *common)["result"]["missing"] == []
+
+
+def test_sharpness_equals_the_functions(saved, tmp_path):
+    """The protocol: the first images of the split, shuffled by the subset seed, in batches, without augmentation."""
+    paths = saved[1]
+    result = call(
+        "sharpness", "--resume", paths[0], "--save", tmp_path, "--data_path", tmp_path, *SMALL, "--mode", "fisher"
+    )["result"]
+    images = load_data("digits", tmp_path).train
+    index = np.random.RandomState(13).permutation(809)[:10]
+    model, _ = load_model(paths[0])
+    scores = reference.fisher_by_samples(model, *images.plain(index))
+    assert result["fisher"]["mean"] == pytest.approx(scores.mean().item(), rel=1e-4)
+
+
+def test_protocol_prints_and_stops(saved, tmp_path, capsys):
+    assert call("sharpness", "--resume", saved[1][0], "--save", tmp_path, "--protocol", "--mode", "APGD_worst") is None
+    out = capsys.readouterr().out
+    for part in ("--rho0 0.5", "--n_iters 20", "--eval_batch_size 5", "--batch_num 100", "--split train", "l2,linf"):
+        assert part in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_measure_leaves_a_trace(saved, tmp_path):
+    """Members, generators and flags are the same before and after each mode."""
+    paths = saved[1]
+    args = measure_sharpness.parse_args(
+        [str(w) for w in ("--resume", paths[0], "--save", tmp_path, "--data_path", tmp_path, *SMALL)]
+    )
+    measurement = utils.predictions.Measurement(args)
+    member = measurement.members[0]
+    next(iter(member.model.parameters())).requires_grad_(False)
+    names = [name for mode in MODES for name in measure_sharpness.part_names(mode, ["l2", "linf"])]
+
+    def state():
+        weights = {name: tensor.clone() for name, tensor in member.model.state_dict().items()}
+        flags = [p.requires_grad for p in member.model.parameters()]
+        grads = [p.grad is None for p in member.model.parameters()]
+        hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), m.training) for m in member.model.modules()]
+        return weights, flags, grads, hooks, torch.random.get_rng_state(), np.random.get_state()[1].tolist()
+
+    def same(a, b):
+        assert all(torch.equal(a[0][name], b[0][name]) for name in a[0])
+        assert a[1:4] == b[1:4]
+        assert torch.equal(a[4], b[4])
+        assert a[5] == b[5]
+
+    def twice(*arguments):
+        """Some measures make a single pass."""
+        for _ in range(2):
+            measure_sharpness.measure(*arguments)
+
+    torch.manual_seed(1)
+    for name in names:
+        before = state()
+        measure_sharpness.measure(args, name, member, measurement.data.train)
+        same(before, state())
+        count = itertools.count()
+
+        def failing(module, inputs, count=count):
+            if next(count) == 1:
+                raise RuntimeError("from within")
+
+        hook = member.model.register_forward_pre_hook(failing)
+        before = state()
+        with pytest.raises(RuntimeError, match="from within"):
+            twice(args, name, member, measurement.data.train)
+        same(before, state())
+        hook.remove()
+    before = state()
+    utils.predictions.forward(member.model, measurement.data.val, features=True)
+    same(before, state())
+
+
+def nan_weight(network):
+    network.linear.weight[0, 0] = float("nan")
+
+
+def test_bad_input(saved, tmp_path, capsys):
+    paths = saved[1]
+    common = ["--save", tmp_path / "out", "--data_path", tmp_path]
+    for name, mode in (("diversity", ["--mode", "disagreement"]), ("diversity", ["--mode", "KL"]), ("variance", [])):
+        line = refused(capsys, name, "--resume", paths[0], *mode, *common)
+        assert "2 are needed" in line
+    wide = save_member(tmp_path / "wide.pth.tar", 1, width=4)
+    line = refused(capsys, "diversity", "--resume", paths[0], wide, *common)
+    assert "wide.pth.tar has width 4" in line
+    other = save_member(tmp_path / "other.pth.tar", 1, data="cifar10", size=32, channels=3)
+    line = refused(capsys, "diversity", "--resume", paths[0], other, *common)
+    assert "dataset cifar10" in line
+    fewer = save_member(tmp_path / "fewer.pth.tar", 1, classes=9)
+    assert "num_classes 9" in refused(capsys, "diversity", "--resume", paths[0], fewer, *common)
+    assert "num_classes is 10" in refused(capsys, "diversity", "--resume", fewer, "--mode", "predict", *common)
+    assert "the same weights" in refused(capsys, "diversity", "--resume", paths[0], paths[0], *common)
+    broken = save_member(tmp_path / "nan.pth.tar", 1, change=nan_weight)
+    assert "linear.weight holds values that are not finite" in refused(
+        capsys, "diversity", "--resume", paths[0], broken, *common
+    )
+    (tmp_path / "empty").mkdir()
+    assert "model_best.pth.tar is missing" in refused(capsys, "diversity", "--resume", tmp_path / "empty", *common)
+    assert "no such file" in refused(capsys, "sharpness", "--resume", tmp_path / "nowhere", *common)
+    line = refused(capsys, "diversity", "--resume", *paths, "--mode", "predict,accuracy", *common)
+    assert "accuracy" in line
+    assert "CKA" in line
+    (tmp_path / "file").write_text("")
+    line = refused(capsys, "diversity", "--resume", *paths, "--save", tmp_path / "file", "--data_path", tmp_path)
+    assert f"--save {tmp_path / 'file'}: cannot be written" in line
+    line = refused(capsys, "sharpness", "--resume", *paths, "--params", "nothing", *common)
+    assert "--params: no trainable parameter matches 'nothing'" in line
+    for flags in (["--n_draws", 5], ["--rho0", 0], ["--norms", "l1"], ["--probes", 5, "--trace_method", "hutch++"]):
+        assert flags[0] in refused(capsys, "sharpness", "--resume", *paths, *flags, *common)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("*.json"))
+
+
+def test_bad_corrupted_sets(saved, tmp_path, capsys):
+    paths = saved[1]
+    split = ["--split", "corrupted", "--resume", *paths, "--save", tmp_path / "out", "--data_path", tmp_path]
+    line = refused(capsys, "diversity", *split)
+    assert "no digits-C/" in line
+    corrupted = save_corrupted(tmp_path / "digits-C", corruptions=CORRUPTIONS[:13])
+    line = refused(capsys, "diversity", *split)
+    assert "pixelate.npy, jpeg_compression.npy missing" in line
+    assert "--corruptions" in line
+    fog = corrupted / "fog.npy"
+    good = np.load(fog)
+    for bad in (good[:, :, :4], good[:-1], good.astype(np.float32), good[:0]):
+        np.save(fog, bad)
+        line = refused(capsys, "diversity", *split, "--corruptions", "fog")
+        assert str(fog) in line
+    fog.write_bytes(b"\x93NUMPY")
+    assert "not a readable .npy file" in refused(capsys, "diversity", *split, "--corruptions", "fog")
+    np.save(fog, good)
+    labels = np.load(corrupted / "labels.npy")
+    for bad in (labels[:-1], labels + 5, labels * 1.0):
+        np.save(corrupted / "labels.npy", bad)
+        assert "labels.npy" in refused(capsys, "diversity", *split, "--corruptions", "fog")
+    assert not list((tmp_path / "out").rglob("*.json"))
