@@ -31,7 +31,9 @@ from utils.metrics import (
     calibration_bins,
     ensemble_log_probs,
     fit_temperature,
+    pack_counts,
     percentile_interval,
+    unpack_counts,
     with_temperature,
 )
 from utils.predictions import Measurement, Part, mean_of
@@ -188,6 +190,9 @@ def figures(
             for name, tensors in (("features", features), ("logits", list(logits)))
         }
 
+    # For comparisons of two ensembles sample by sample: how many members are right, and whether the ensemble is.
+    counts = {"members": correct.sum(dim=0), "ensemble": columns["ensemble_accuracy"].long()}
+    result["right_of_samples"] = {name: pack_counts(count.numpy()) for name, count in counts.items()}
     draws |= {name: weights @ column for name, column in columns.items()}
     result["rates"] = {name: column.mean().item() for name, column in columns.items()}
     return result, draws
@@ -282,8 +287,17 @@ def summarize(parts: list[Part], found: dict[str, dict], draws: dict[str, dict[s
     if parts[0].corruption is None:
         return finished([parts[0]], found, draws)
     severities = sorted({part.severity for part in parts})
+    alike = len({found[part.name]["samples"] for part in parts}) == 1
+    counts = {
+        name: sum(unpack_counts(found[part.name]["right_of_samples"][name]) for part in parts)
+        for name in ("members", "ensemble")
+        if alike  # the parts show the same pictures in the same order
+    }
+    for part in parts:
+        del found[part.name]["right_of_samples"]
+    mean = finished(parts, found, draws) | {"right_of_samples": {n: pack_counts(c) for n, c in counts.items()}}
     return {
-        "mean": finished(parts, found, draws),
+        "mean": mean,
         "by_severity": {s: finished([p for p in parts if p.severity == s], found, draws) for s in severities},
         "parts": {part.name: finished([part], found, draws) for part in parts},
     }
@@ -291,7 +305,8 @@ def summarize(parts: list[Part], found: dict[str, dict], draws: dict[str, dict[s
 
 def finished(parts: list[Part], found: dict[str, dict], draws: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
     """The mean over parts with what is derived from its rates."""
-    result = mean_of([found[part.name] for part in parts]) | {"parts": len(parts)}
+    rows = [found[part.name] for part in parts]
+    result = (rows[0] if len(rows) == 1 else mean_of(rows)) | {"parts": len(parts)}
     resampled = {
         name: torch.stack([draws[part.name][name] for part in parts]).mean(dim=0) for name in draws[parts[0].name]
     }

@@ -1,61 +1,333 @@
-"""Compare finished runs of main.py in one table, from their summary.json files.
+"""Compare measured ensembles in one table, from the files that measure_*.py wrote.
 
-    python scripts/summarize.py runs/quickstart/*
+    python scripts/summarize.py measurements/*
 
-Prints member accuracy (mean and standard deviation over members), ensemble accuracy and disagreement on the test set.
+A folder holds the measurements of one ensemble. Ensembles that were trained by the same settings but for their seeds
+are one row: mean ± standard deviation over ensembles, and the 95 % interval: Student's over ensembles where there are
+two or more, else over resampled test images. Below, the paired differences to the SAM baseline: of ensembles of the
+same seeds, or, where there is one pair only, over the test images that both saw.
 """
 
 import argparse
+import csv
+import io
 import json
 import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
+
 from utils import InputError
-from utils.checkpoint import read_settings
+from utils.checkpoint import write_atomically
 from utils.cli import Parser, run
+from utils.metrics import paired_bootstrap, t_interval, unpack_counts
+
+# Title, factor, digits, and whether the value is one of test samples (for the paired bootstrap).
+COLUMNS = {
+    "member": ("member acc. %", 100, 2),
+    "ensemble": ("ensemble acc. %", 100, 2),
+    "disagreement": ("disagreement %", 100, 2),
+    "der": ("DER", 1, 3),
+    "eir": ("EIR", 1, 3),
+    "nll": ("ensemble NLL", 1, 4),
+    "ece": ("ensemble ECE %", 100, 2),
+    "corrupted_member": ("member acc. % (corrupted)", 100, 2),
+    "corrupted_ensemble": ("ensemble acc. % (corrupted)", 100, 2),
+    "corrupted_disagreement": ("disagreement % (corrupted)", 100, 2),
+    "corrupted_nll": ("ensemble NLL (corrupted)", 1, 4),
+    "sharpness": ("sharpness (worst, l2)", 1, 4),
+}
+INTERVALS = {
+    "member": "member_accuracy",
+    "ensemble": "ensemble_accuracy",
+    "disagreement": "disagreement",
+    "der": "der",
+    "eir": "eir",
+    "nll": "ensemble_nll",
+    "ece": "ensemble_ece",
+}
+# What has to be the same in all files of a table.
+SAME = ("average", "bins", "checkpoint", "split", "corruptions", "severities")
+SAME_SHARPNESS = ("rho0", "adaptive", "n_iters", "maximiser", "eval_batch_size", "batch_num", "subset_seed", "split")
+
+
+@dataclass
+class Ensemble:
+    """What was measured of one ensemble: values by the names of `COLUMNS`, their intervals, and counts by sample."""
+
+    folder: Path
+    method: str
+    seeds: tuple[int | None, ...]
+    values: dict[str, float | None]
+    intervals: dict[str, list[float] | None]
+    right: dict[str, torch.Tensor]
+    content: dict[str, Any]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(__doc__)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders that main.py wrote")
-    parser.add_argument("--checkpoint", choices=("best", "last"), default="last", help="which checkpoints count")
+    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="folders that measure_*.py wrote")
+    parser.add_argument(
+        "--format", choices=("text", "markdown", "latex", "csv"), default="text", help="form of the tables"
+    )
+    parser.add_argument("--to", type=Path, metavar="FILE", help="write there instead of on the terminal")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print the table."""
-    rows = []
-    for folder in args.runs:
-        settings = read_settings(folder)
+    """Print or write the tables."""
+    ensembles = [read_ensemble(folder) for folder in args.folders]
+    check_alike(ensembles)
+    text = tables(ensembles, args.format)
+    if args.to is None:
+        print(text, end="")
+    else:
         try:
-            summary = json.loads((folder / "summary.json").read_text())[args.checkpoint]
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(
-                f"{folder}: no summary.json of a finished run; give its main.py command again to finish it"
-            ) from error
-        rows.append((folder, settings, summary))
-    data = {settings["data"] for _, settings, _ in rows}
-    if len(data) > 1:
-        raise InputError(f"runs on different data sets cannot be compared: {', '.join(sorted(data))}")
-    width = max(len(folder.name) for folder, _, _ in rows)
-    print(
-        f"{data.pop()}, checkpoints '{args.checkpoint}', test set\n"
-        f"{'run':{width}}  members  member accuracy    ensemble accuracy  disagreement"
+            args.to.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(args.to, text.encode())
+        except OSError as error:
+            raise InputError(f"--to {args.to}: cannot be written ({error.strerror}); name another file") from error
+
+
+def read_ensemble(folder: Path) -> Ensemble:
+    """The measurements of one ensemble.
+
+    Raises:
+        InputError: naming the file that is missing or not what the scripts write.
+    """
+    content = read_result(folder / "diversity.json", "python measure_diversity.py")
+    try:
+        row = content["result"]["test"]
+        values = _values(row)
+        corrupted = content["result"].get("corrupted")
+        right = {name: torch.from_numpy(unpack_counts(text)) for name, text in row["right_of_samples"].items()}
+        if corrupted is not None:
+            mean = corrupted["mean"]
+            values |= {f"corrupted_{name}": value for name, value in _values(mean).items()}
+            packed = mean["right_of_samples"].items()
+            right |= {f"corrupted_{n}": torch.from_numpy(unpack_counts(text)) / mean["parts"] for n, text in packed}
+        seeds = tuple(member["seed"] for member in content["members"])
+        for name in ("members", "corrupted_members"):
+            if name in right:
+                right[name.replace("members", "member")] = right.pop(name) / len(seeds)
+        intervals = {name: row["intervals_95"].get(key) for name, key in INTERVALS.items()}
+        method = method_of(content["trained"]) if content.get("trained") else folder.name
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{folder / 'diversity.json'}: not a result of the test set ({error}); measure it anew, --split test"
+        ) from error
+    if (folder / "sharpness.json").is_file():
+        sharpness = read_result(folder / "sharpness.json", "python measure_sharpness.py")
+        values["sharpness"] = sharpness.get("result", {}).get("APGD_worst-l2", {}).get("mean")
+        content["sharpness"] = sharpness
+    return Ensemble(folder, method, seeds, values, intervals, right, content)
+
+
+def read_result(path: Path, script: str) -> dict[str, Any]:
+    """A result file.
+
+    Raises:
+        InputError: if it cannot be read; `script` is what makes it.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: missing or not readable; make it by {script} --save {path.parent}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a result file; make it by {script} --save {path.parent}")
+    return content
+
+
+def _values(row: dict[str, Any]) -> dict[str, float | None]:
+    ensemble = row.get("ensemble", {})
+    return {
+        "member": row["rates"]["member_accuracy"],
+        "ensemble": row["rates"]["ensemble_accuracy"],
+        "disagreement": row["rates"].get("disagreement"),
+        "der": row.get("der"),
+        "eir": row.get("eir"),
+        "nll": ensemble.get("nll"),
+        "ece": ensemble.get("ece"),
+    }
+
+
+def method_of(settings: dict[str, Any]) -> str:
+    """A short name of how an ensemble was trained, from the settings of its run."""
+    if not settings["sam"] or not settings["rho"]:
+        return "deep ensemble"
+    kind = "ASAM" if settings["sam_adaptive"] else "SAM"
+    if not settings["flat_ratio"]:
+        return f"{kind}, rho {settings['rho']:g}"
+    return (
+        f"SharpBalance ({settings['select']}, {settings['unselected']}), rho {settings['rho']:g}, "
+        f"k {settings['flat_ratio']:g}, T_d {settings['initial_epochs']}"
     )
-    for folder, settings, summary in rows:
-        accuracies = [100 * row["test_acc"] for row in summary["members"]]
-        spread = f" ± {statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
-        member = f"{statistics.mean(accuracies):.2f}{spread} %"
-        differ = summary["ensemble"].get("test_disagreement")
-        print(
-            f"{folder.name:{width}}  {len(settings['seed']):7d}  {member:17}  "
-            f"{100 * summary['ensemble']['test_acc']:15.2f} %  {'-' if differ is None else f'{100 * differ:10.2f} %'}"
-        )
-    print("from " + ", ".join(str(folder / "summary.json") for folder, _, _ in rows))
+
+
+def check_alike(ensembles: list[Ensemble]) -> None:
+    """Refuse to compare what was measured on different data or by different protocols."""
+    first = ensembles[0]
+    for other in ensembles[1:]:
+        for name, a, b in [
+            (
+                "data",
+                first.content["data"]["sha256_of_arrays_and_split"],
+                other.content["data"]["sha256_of_arrays_and_split"],
+            ),
+            *((f"--{key}", first.content["protocol"].get(key), other.content["protocol"].get(key)) for key in SAME),
+            *(
+                (f"--{key} of the sharpness", *(e.content["sharpness"]["protocol"].get(key) for e in (first, other)))
+                for key in SAME_SHARPNESS
+                if "sharpness" in first.content and "sharpness" in other.content
+            ),
+        ]:
+            if a != b:
+                raise InputError(
+                    f"{other.folder} and {first.folder} cannot be compared: {name} differs ({_short(b)}, {_short(a)}); "
+                    "measure both alike"
+                )
+    folders = {}
+    for ensemble in ensembles:
+        key = (ensemble.method, ensemble.seeds, json.dumps(ensemble.content.get("trained"), sort_keys=True))
+        if key in folders and ensemble.content.get("trained"):
+            raise InputError(f"{ensemble.folder} and {folders[key]} are the same method and seeds; give each once")
+        folders[key] = ensemble.folder
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:12] + "..."
+
+
+def groups_of(ensembles: list[Ensemble]) -> dict[str, list[Ensemble]]:
+    """Ensembles of equal settings but for the seeds, by a name that tells the groups apart."""
+    by_settings: dict[str, list[Ensemble]] = {}
+    for ensemble in ensembles:
+        settings = ensemble.content.get("trained")
+        key = ensemble.method
+        if settings:
+            key = json.dumps({name: value for name, value in settings.items() if name != "seed"}, sort_keys=True)
+            key += str(len(ensemble.seeds))
+        by_settings.setdefault(key, []).append(ensemble)
+    groups: dict[str, list[Ensemble]] = {}
+    for rows in by_settings.values():
+        name = rows[0].method
+        if name in groups:  # the same method by other settings
+            name = f"{name} ({rows[0].folder.name})"
+        groups[name] = rows
+    return groups
+
+
+def baseline_of(groups: dict[str, list[Ensemble]]) -> str | None:
+    """The SAM ensemble that the others are compared with: the first one."""
+    return next((name for name in groups if name.startswith("SAM")), None)
+
+
+def difference(name: str, pairs: list[tuple[Ensemble, Ensemble]]) -> tuple[float, list[float] | None, str] | None:
+    """Mean difference of a value over pairs of ensembles, its 95 % interval, and over what that was taken."""
+    both = [(a.values.get(name), b.values.get(name)) for a, b in pairs]
+    if not both or any(a is None or b is None for a, b in both):
+        return None
+    gaps = [a - b for a, b in both]
+    mean = statistics.mean(gaps)
+    if len(gaps) > 1:
+        return mean, t_interval(gaps), "ensembles"
+    a, b = (ensemble.right.get(name) for ensemble in pairs[0])
+    if a is None or b is None or len(a) != len(b):
+        return mean, None, "-"
+    return mean, paired_bootstrap(a.double() - b.double()), "images"
+
+
+def tables(ensembles: list[Ensemble], form: str) -> str:
+    """All tables, as text."""
+    groups, first = groups_of(ensembles), ensembles[0].content
+    shown = [name for name in COLUMNS if any(e.values.get(name) is not None for e in ensembles)]
+    header = ["method", "ensembles", "members", *(COLUMNS[name][0] for name in shown)]
+    body = []
+    for name, rows in groups.items():
+        cells = [name, str(len(rows)), str(len(rows[0].seeds))]
+        for column in shown:
+            cells.append(_cell(column, [row.values.get(column) for row in rows], rows))
+        body.append(cells)
+    baseline = baseline_of(groups)
+    pairs_header = ["difference to " + (baseline or ""), "pairs", "over", *(COLUMNS[n][0] for n in shown)]
+    pairs_body = []
+    for name, rows in groups.items():
+        if baseline is None or name == baseline:
+            continue
+        by_seeds = {row.seeds: row for row in groups[baseline]}
+        pairs = [(row, by_seeds[row.seeds]) for row in rows if row.seeds in by_seeds]
+        if not pairs:
+            continue
+        found = {column: difference(column, pairs) for column in shown}
+        over = next((f[2] for f in found.values() if f is not None and f[1] is not None), "-")
+        pairs_body.append([name, str(len(pairs)), over, *(_difference_cell(c, found[c]) for c in shown)])
+    notes = [
+        f"{first['data']['dataset']}, {first['network']['model']} of width {first['network']['width']}, checkpoints "
+        f"'{first['protocol']['checkpoint']}', test set of {first['data']['test']} images. "
+        "[ ]: 95 % interval."
+    ]
+    if form == "csv":
+        return _csv([header, *body]) + (_csv([pairs_header, *pairs_body]) if pairs_body else "")
+    blocks = [_layout(header, body, form)]
+    if pairs_body:
+        blocks.append(_layout(pairs_header, pairs_body, form))
+    sources = [
+        f"{e.folder}: {e.content['command']}; weights "
+        + ", ".join(m["sha256_of_weights"][:8] for m in e.content["members"])
+        for e in ensembles
+    ]
+    lead = {"text": "", "markdown": "- ", "latex": "% "}[form]
+    return "\n".join([*notes, "", *blocks, *(lead + line for line in sources)]) + "\n"
+
+
+def _cell(column: str, values: list[float | None], rows: list[Ensemble]) -> str:
+    _, factor, digits = COLUMNS[column]
+    if any(value is None for value in values):
+        return "-"
+    mean = f"{factor * statistics.mean(values):.{digits}f}"
+    if len(values) > 1:
+        mean += f" ± {factor * statistics.stdev(values):.{digits}f}"
+    return mean + _interval(t_interval(values) if len(values) > 1 else rows[0].intervals.get(column), factor, digits)
+
+
+def _difference_cell(column: str, found: tuple[float, list[float] | None, str] | None) -> str:
+    _, factor, digits = COLUMNS[column]
+    return "-" if found is None else f"{factor * found[0]:+.{digits}f}" + _interval(found[1], factor, digits)
+
+
+def _interval(interval: list[float] | None, factor: float, digits: int) -> str:
+    return "" if interval is None else " [" + ", ".join(f"{factor * edge:.{digits}f}" for edge in interval) + "]"
+
+
+def _csv(rows: list[list[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _layout(header: list[str], body: list[list[str]], form: str) -> str:
+    """One table. As text it is turned, a column for each method: that fits a terminal."""
+    if form == "markdown":
+        lines = ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *body]]
+    elif form == "latex":
+        escaped = [[cell.replace("%", r"\%").replace("±", r"$\pm$") for cell in row] for row in [header, *body]]
+        lines = [rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\hline"]
+        lines += [" & ".join(row) + r" \\" for row in escaped]
+        lines = [*lines[:3], r"\hline", *lines[3:], r"\hline", r"\end{tabular}"]
+    else:
+        turned = list(zip(header, *body, strict=True))
+        widths = [max(len(row[i]) for row in turned) for i in range(len(turned[0]))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in turned
+        ]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -4,10 +4,14 @@ Arguments: log_probs [N, C], natural logarithms of probabilities; labels int64 [
 that is divided once.
 """
 
+import base64
 import math
+import zlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from scipy import stats
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
@@ -120,3 +124,34 @@ def percentile_interval(draws: Tensor, level: float = 0.95) -> list[float] | Non
         return None
     edge = (1 - level) / 2
     return torch.quantile(draws, torch.tensor([edge, 1 - edge], dtype=draws.dtype)).tolist()
+
+
+def paired_bootstrap(difference: Tensor, level: float = 0.95, draws: int = 2000, seed: int = 0) -> list[float]:
+    """The percentile interval of the mean of a difference of two models, [N], over resampled test samples."""
+    return percentile_interval(bootstrap_weights(len(difference), draws, seed) @ difference.double(), level)
+
+
+def t_interval(values: Sequence[float], level: float = 0.95) -> list[float] | None:
+    """Student's interval of the mean of independent values; None for fewer than two."""
+    if len(values) < 2:
+        return None
+    mean, error = np.mean(values), np.std(values, ddof=1) / math.sqrt(len(values))
+    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * error
+    return [float(mean - half), float(mean + half)]
+
+
+def pack_counts(counts: np.ndarray) -> str:
+    """Counts of samples, [N] and below 65,536, as text for a JSON file: base64 of the deflated uint16."""
+    return base64.b64encode(zlib.compress(np.asarray(counts, dtype="<u2").tobytes(), 9)).decode()
+
+
+def unpack_counts(text: str) -> np.ndarray:
+    """Counts int64 [N] from `pack_counts`.
+
+    Raises:
+        ValueError: if it is not such a text.
+    """
+    try:
+        return np.frombuffer(zlib.decompress(base64.b64decode(text, validate=True)), dtype="<u2").astype(np.int64)
+    except (ValueError, zlib.error) as error:
+        raise ValueError(f"no packed counts ({error})") from error

@@ -28,7 +28,7 @@ from utils import InputError, RunError, first_line
 from utils.checkpoint import find_checkpoints, load_model, read_settings, write_atomically, write_json
 from utils.cli import start_device
 from utils.data import CORRUPTED, Data, ImageSet, check_corrupted, find_corrupted, load_data, read_corrupted
-from utils.ensemble import environment
+from utils.ensemble import FREE_SETTINGS, environment
 from utils.training import evaluating
 
 FORM = 1  # of the cache files; another number makes old ones stale
@@ -229,6 +229,7 @@ class Measurement:
         paths = find_checkpoints(args.resume, args.checkpoint)
         run = _run_of(args.resume[0])
         settings = read_settings(run) if run else {}
+        self.trained = {name: value for name, value in settings.items() if name not in FREE_SETTINGS} or None
         self.members = load_members(
             paths, at_least, why, model=args.model, width=args.width, dataset=args.data or settings.get("data")
         )
@@ -275,6 +276,7 @@ class Measurement:
                 "command": shlex.join(["python", *sys.argv]),
                 "members": [member.describe() for member in self.members],
                 "network": self.members[0].network,
+                "trained": self.trained,
                 "data": self.data.record,
                 "protocol": protocol,
                 "environment": environment(self.data.train.device),

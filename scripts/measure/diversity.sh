@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Accuracy, likelihood, calibration and diversity of a saved ensemble, on the test set and, where it is found, the
+# corrupted one.
+# RESUME and DATA_PATH may be set in the environment; further arguments go to measure_diversity.py.
+set -euo pipefail
+RESUME=${RESUME:-runs/cifar100_sharpbalance}
+DATA_PATH=${DATA_PATH:-data}
+
+python measure_diversity.py \
+    --resume "$RESUME" \
+    --data_path "$DATA_PATH" \
+    --mode predict,disagreement,KL,CKA \
+    "$@"

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Sharpness of the members of a saved ensemble, by the authors' protocol.
+# RESUME and DATA_PATH may be set in the environment; further arguments go to measure_sharpness.py.
+set -euo pipefail
+RESUME=${RESUME:-runs/cifar100_sharpbalance}
+DATA_PATH=${DATA_PATH:-data}
+
+python measure_sharpness.py \
+    --resume "$RESUME" \
+    --data_path "$DATA_PATH" \
+    --mode APGD_worst,APGD_average,hessian_t,hessian_e,fisher \
+    "$@"
