@@ -3,9 +3,9 @@
     python scripts/summarize.py measurements/*
 
 A folder holds the measurements of one ensemble. Ensembles that were trained by the same settings but for their seeds
-are one row: mean ± standard deviation over ensembles, and the 95 % interval: Student's over ensembles where there are
-two or more, else over resampled test images. Below, the paired differences to the SAM baseline: of ensembles of the
-same seeds, or, where there is one pair only, over the test images that both saw.
+are one row: mean ± standard deviation over ensembles (over members where there is one ensemble), and the 95 % interval:
+Student's over ensembles where there are two or more, else over resampled test images. Below, the paired differences to
+the SAM baseline: of ensembles of the same seeds, or, where there is one pair only, over the test images that both saw.
 """
 
 import argparse
@@ -58,12 +58,16 @@ SAME_SHARPNESS = ("rho0", "adaptive", "n_iters", "maximiser", "eval_batch_size",
 
 @dataclass
 class Ensemble:
-    """What was measured of one ensemble: values by the names of `COLUMNS`, their intervals, and counts by sample."""
+    """What was measured of one ensemble, by the names of `COLUMNS`.
+
+    values, their standard deviations over members, their intervals, and the share of right answers by sample.
+    """
 
     folder: Path
     method: str
     seeds: tuple[int | None, ...]
     values: dict[str, float | None]
+    spread: dict[str, float]
     intervals: dict[str, list[float] | None]
     right: dict[str, torch.Tensor]
     content: dict[str, Any]
@@ -116,6 +120,9 @@ def read_ensemble(folder: Path) -> Ensemble:
         for name in ("members", "corrupted_members"):
             if name in right:
                 right[name.replace("members", "member")] = right.pop(name) / len(seeds)
+        spread = {}
+        if len(row.get("members", [])) > 1:
+            spread["member"] = statistics.stdev(member["accuracy"] for member in row["members"])
         intervals = {name: row["intervals_95"].get(key) for name, key in INTERVALS.items()}
         method = method_of(content["trained"]) if content.get("trained") else folder.name
     except (KeyError, TypeError, ValueError) as error:
@@ -124,9 +131,12 @@ def read_ensemble(folder: Path) -> Ensemble:
         ) from error
     if (folder / "sharpness.json").is_file():
         sharpness = read_result(folder / "sharpness.json", "python measure_sharpness.py")
-        values["sharpness"] = sharpness.get("result", {}).get("APGD_worst-l2", {}).get("mean")
+        found = sharpness.get("result", {}).get("APGD_worst-l2", {})
+        values["sharpness"] = found.get("mean")
+        if found.get("std") is not None:
+            spread["sharpness"] = found["std"]
         content["sharpness"] = sharpness
-    return Ensemble(folder, method, seeds, values, intervals, right, content)
+    return Ensemble(folder, method, seeds, values, spread, intervals, right, content)
 
 
 def read_result(path: Path, script: str) -> dict[str, Any]:
@@ -271,7 +281,7 @@ def tables(ensembles: list[Ensemble], form: str) -> str:
     notes = [
         f"{first['data']['dataset']}, {first['network']['model']} of width {first['network']['width']}, checkpoints "
         f"'{first['protocol']['checkpoint']}', test set of {first['data']['test']} images. "
-        "[ ]: 95 % interval."
+        "±: standard deviation over ensembles, or over the members of a single one; [ ]: 95 % interval."
     ]
     if form == "csv":
         return _csv([header, *body]) + (_csv([pairs_header, *pairs_body]) if pairs_body else "")
@@ -294,6 +304,8 @@ def _cell(column: str, values: list[float | None], rows: list[Ensemble]) -> str:
     mean = f"{factor * statistics.mean(values):.{digits}f}"
     if len(values) > 1:
         mean += f" ± {factor * statistics.stdev(values):.{digits}f}"
+    elif column in rows[0].spread:
+        mean += f" ± {factor * rows[0].spread[column]:.{digits}f}"
     return mean + _interval(t_interval(values) if len(values) > 1 else rows[0].intervals.get(column), factor, digits)
 
 
