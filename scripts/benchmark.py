@@ -1,15 +1,18 @@
 """How near each hot path comes to its floor: times as ratios within one run, on synthetic data.
 
     python scripts/benchmark.py
+    python scripts/benchmark.py --quick
     python scripts/benchmark.py --only fisher64 --repeats 15
 
 Each case runs in a process of its own. The case and what it is compared with take turns, so that a noisy machine hits
 both; the ratio is that of the medians. Prints a table and writes benchmark.json under --save. With --check the exit
-status is 1 if a ratio misses its target.
+status is 1 if a ratio, or the peak memory where it has a limit, misses its target.
 """
 
 import argparse
+import io
 import json
+import math
 import resource
 import statistics
 import subprocess
@@ -25,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import measure_diversity
 from models import create_model
 from sam import SAM
 from utils.checkpoint import write_json
@@ -32,7 +36,13 @@ from utils.cli import Parser, add_flag, number, run, start_device
 from utils.data import DATASETS, ImageSet
 from utils.ensemble import environment
 from utils.fisher import per_sample_fisher
-from utils.training import sharpbalance_step
+from utils.hessian import HessianOperator
+from utils.metrics import bootstrap_weights
+from utils.partition import sharpness_aware_masks
+from utils.predictions import forward
+from utils.sharpness import worst_case_sharpness
+from utils.theory import simulate_sam
+from utils.training import sharpbalance_step, train_epoch
 
 # A case returns its timed functions by name; the first is the case, the others are what it is compared with.
 Timed = dict[str, Callable[[], object]]
@@ -157,6 +167,186 @@ def loading() -> Timed:
     }
 
 
+def synthetic(images: int) -> ImageSet:
+    """Random pictures in the form of CIFAR-10."""
+    random = np.random.default_rng(0)
+    pictures = random.integers(0, 256, (images, 32, 32, 3), dtype=np.uint8)
+    return ImageSet(pictures, random.integers(0, 10, images), DATASETS["cifar10"])
+
+
+def epoch(width: int) -> Timed:
+    """A plain epoch through the loop of main.py, data and sums included, against bare steps on a fixed batch."""
+    data, model, (images, labels) = synthetic(2560), network(width), batch(128)
+    options = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4}
+    wrapped, bare = SAM(model.parameters(), rho=0.0, **options), torch.optim.SGD(model.parameters(), **options)
+    mask, epochs = torch.zeros(len(data), dtype=torch.bool), iter(range(10**9))
+
+    def steps() -> None:
+        model.train()
+        for _ in range(len(data) // 128):
+            forward_backward(model, images, labels)
+            bare.step()
+
+    return {
+        "train_epoch": lambda: train_epoch(model, wrapped, data, mask, 13, next(epochs), 128),
+        "steps": steps,
+    }
+
+
+def optimizer() -> Timed:
+    """What SAM itself does at a step, against a copy of as many bytes as it cannot do without."""
+    model = network(64)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    sam = SAM(model.parameters(), rho=0.1, lr=0.0)
+    size = sum(p.numel() for p in model.parameters())
+    a, b = torch.randn(size), torch.empty(size)
+
+    def ours() -> None:
+        sam.first_step()
+        sam.restore()
+
+    def copies() -> None:
+        # Read g for the norm; read w, write its copy; read g and w, write w + eps; read the copy, write w: 8 arrays.
+        for _ in range(4):
+            b.copy_(a)
+
+    return {"first_step, restore": ours, "copy": copies}
+
+
+def worst_case(maximiser: str, norm: str, iterations: int = 10) -> Timed:
+    """Worst-case sharpness of one batch of 5, against as many forward and backward passes."""
+    model, (images, labels) = network(64).eval(), batch(5)
+    images = images.contiguous(memory_format=torch.channels_last)
+    rho = 0.5 if norm == "l2" else 0.01
+
+    def passes() -> None:
+        for _ in range(iterations + 1):
+            loss = F.cross_entropy(model(images), labels)
+            torch.autograd.grad(loss, list(model.parameters()))
+
+    def ours() -> None:
+        worst_case_sharpness(model, [(images, labels)], rho, norm, n_iters=iterations, maximiser=maximiser)
+
+    return {"worst_case_sharpness": ours, "passes": passes}
+
+
+def hessian() -> Timed:
+    """A product of the Hessian with a vector, against one forward and backward pass of its images."""
+    model, (images, labels) = network(16).eval(), batch(128)
+    operator = HessianOperator(model, [(images, labels)])
+    vector = torch.randn(operator.size)
+    return {
+        "HessianOperator": lambda: operator @ vector,
+        "forward-backward": lambda: forward_backward(model, images, labels),
+    }
+
+
+def prediction() -> Timed:
+    """The pass that all measures of diversity come from, against forward passes alone."""
+    data, model = synthetic(2048), network(16).eval()
+    images = data.normalise(torch.from_numpy(np.zeros((512, 32, 32, 3), dtype=np.uint8)))
+
+    @torch.inference_mode()
+    def passes() -> None:
+        for _ in range(4):
+            model(images)
+
+    return {"forward": lambda: forward(model, data, features=False), "passes": passes}
+
+
+def random_logits(members: int, samples: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of members that agree for the most part, and labels."""
+    generator = torch.Generator().manual_seed(0)
+    shared = 3 * torch.randn(samples, classes, generator=generator)
+    logits = shared + torch.randn(members, samples, classes, generator=generator)
+    return logits, shared.argmax(dim=1)
+
+
+def figures_of(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> dict:
+    """All default figures of measure_diversity.py for one part."""
+    args = measure_diversity.parse_args(["--resume", "unused"])
+    temperatures = {"members": [1.0] * len(logits), "ensemble": 1.0}
+    return measure_diversity.figures(args, logits, labels, [], temperatures, weights)
+
+
+def metrics() -> Timed:
+    """The figures of one of 75 corrupted parts, 3 x 10,000 x 100, from logits; against reading the file of the logits.
+
+    75 parts one after another are 3 x 750,000 x 100; no more than one is in memory.
+    """
+    logits, labels = random_logits(3, 10_000, 100)
+    weights, file = bootstrap_weights(10_000, 1000), io.BytesIO()
+    np.savez(file, logits=logits.numpy())
+
+    def read() -> None:
+        file.seek(0)
+        np.load(file)["logits"].sum()
+
+    return {"figures": lambda: figures_of(logits, labels, weights), "reading": read}
+
+
+def diversity() -> Timed:
+    """All of measure_diversity.py for 3 members on one part of 10,000 images, against the forward passes alone."""
+    data, members = synthetic(10_000), [network(16).eval() for _ in range(3)]
+    images = data.normalise(torch.from_numpy(np.zeros((512, 32, 32, 3), dtype=np.uint8)))
+    weights = bootstrap_weights(len(data), 1000)
+
+    def ours() -> None:
+        logits = [torch.from_numpy(forward(model, data, features=False)["logits"]) for model in members]
+        figures_of(torch.stack(logits), data.labels, weights)
+
+    @torch.inference_mode()
+    def passes() -> None:
+        for model in members:
+            for start in range(0, len(data), 512):
+                model(images[: len(data) - start])
+
+    return {"passes and figures": ours, "passes": passes}
+
+
+def partition() -> Timed:
+    """The sets of 9 members of 1,000,000 samples, against a partition of each member's scores."""
+    scores = np.random.default_rng(0).random((9, 1_000_000)).astype(np.float32)
+    return {
+        "sharpness_aware_masks": lambda: sharpness_aware_masks(scores, 0.5),
+        "np.partition": lambda: [np.partition(row, len(row) // 2) for row in scores],
+    }
+
+
+def plain_sam_point(
+    n: int, d: int, eta: float, rho: float, k: int, rho0: float, sigma2: float, w_norm: float, n_data: int, n_init: int
+) -> float:
+    """A point of the simulation the plain way: explicit matrices, all steps, 50 steps of projected gradient ascent."""
+    total = 0.0
+    for child in np.random.SeedSequence(0).spawn(n_data):
+        random = np.random.default_rng(child)
+        data = random.standard_normal((n, d)) / math.sqrt(d)
+        gram = data.T @ data
+        teacher = random.standard_normal(d)
+        teacher *= w_norm / np.linalg.norm(teacher)
+        # Rows of errors: the mean iterate's, then those of the members.
+        starts = math.sqrt(sigma2) * random.standard_normal((n_init, d))
+        errors = np.concatenate([np.zeros((1, d)), starts]) - teacher
+        for _ in range(k):
+            errors = errors - eta * (errors + rho * errors @ gram) @ gram
+        gradients = errors @ gram
+        moved = random.standard_normal(errors.shape)
+        moved *= rho0 / 2 / np.linalg.norm(moved, axis=1, keepdims=True)
+        for _ in range(50):
+            moved = moved + 0.01 * (moved @ gram + gradients)
+            moved *= np.minimum(rho0 / np.linalg.norm(moved, axis=1, keepdims=True), 1)
+        total += ((gradients * moved).sum(axis=1) + ((moved @ gram) * moved).sum(axis=1) / 2).mean()
+    return total / n_data
+
+
+def theory() -> Timed:
+    """One point of the SAM simulation, against explicit matrices, steps and projected gradient ascent."""
+    setting = {"n": 3000, "d": 150, "eta": 0.01, "rho": 0.1, "k": 3, "rho0": 0.01, "sigma2": 0.1, "w_norm": 3.9215}
+    setting |= {"n_data": 10, "n_init": 100}
+    return {"simulate_sam": lambda: simulate_sam(**setting), "plain": lambda: plain_sam_point(**setting)}
+
+
 # name: (case, {what it is compared with: target}). A target below 1 means: so many times faster.
 CASES: dict[str, tuple[Callable[[], Timed], dict[str, float | None]]] = {
     "fisher64": (lambda: fisher(64), {"forward-backward": 1.05, "vmap": 1 / 5}),
@@ -165,8 +355,23 @@ CASES: dict[str, tuple[Callable[[], Timed], dict[str, float | None]]] = {
     "step30": (lambda: step(0.3), {"passes": 1.05}),
     "step60": (lambda: step(0.6), {"passes": 1.05}),
     "step100": (lambda: step(1.0), {"passes": 1.05}),
-    "loading": (loading, {"DataLoader": 1 / 10, "copy": None}),
+    "epoch8": (lambda: epoch(8), {"steps": 1.05}),
+    "epoch16": (lambda: epoch(16), {"steps": 1.05}),
+    "optimizer": (optimizer, {"copy": 1.5}),
+    "loading": (loading, {"DataLoader": 1 / 15, "copy": 4}),
+    "apgd-l2": (lambda: worst_case("apgd", "l2"), {"passes": 1.2}),
+    "apgd-linf": (lambda: worst_case("apgd", "linf"), {"passes": 1.15}),
+    "tight-l2": (lambda: worst_case("tight", "l2"), {"passes": 1.2}),
+    "tight-linf": (lambda: worst_case("tight", "linf"), {"passes": 1.15}),
+    "hessian": (hessian, {"forward-backward": 3.5}),
+    "predict": (prediction, {"passes": 1.05}),
+    "diversity": (diversity, {"passes": 1.1}),
+    "metrics": (metrics, {"reading": 3}),
+    "partition": (partition, {"np.partition": 2}),
+    "theory": (theory, {"plain": 1 / 10}),
 }
+MOST_MEMORY = {"metrics": 1024}  # MiB
+SLOW = ("fisher64", "apgd-l2", "apgd-linf", "tight-l2", "tight-linf")  # width 64, half a minute and more each
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -174,12 +379,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--only", choices=CASES, nargs="+", help="cases to run (default: all)")
     parser.add_argument("--repeats", type=number(int, 3), default=9, metavar="N", help="timed repeats of each function")
+    add_flag(parser, "quick", "3 repeats, without the cases of width 64: two minutes")
     parser.add_argument("--threads", type=number(int, 1), metavar="N", help="CPU threads (default: one for each core)")
     parser.add_argument("--save", type=Path, default=Path("runs/benchmark"), metavar="DIR", help="folder of the JSON")
     add_flag(parser, "check", "exit with status 1 if a ratio misses its target")
     parser.add_argument("--measure", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--to", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.repeats = 3
+        args.only = args.only or [name for name in CASES if name not in SLOW]
+    return args
 
 
 def measure(name: str, repeats: int, threads: int | None) -> dict:
@@ -222,6 +432,13 @@ def main(args: argparse.Namespace) -> None:
                 f"{name:10} {label:17} {case_ms:7.1f} ms {floor_ms:7.1f} ms  {ratio:6.3f}  "
                 f"{'-' if target is None else f'{target:.3f}':>7}  {quarters[2] - quarters[0]:6.3f}  {verdict}",
                 flush=True,
+            )
+        if name in MOST_MEMORY:
+            peak = results[name]["peak_memory_mib"]
+            verdict = "ok" if peak <= MOST_MEMORY[name] else "MISSED"
+            missed += [name] if verdict == "MISSED" else []
+            print(
+                f"{name:10} {'peak memory':17} {peak:6.0f} MiB{'':32}{MOST_MEMORY[name]:4} MiB  {verdict}", flush=True
             )
     args.save.mkdir(parents=True, exist_ok=True)
     write_json(args.save / "benchmark.json", results)

@@ -253,49 +253,6 @@ def simulate_blocks_step_by_step(parts, teacher, starts, eta, rho, k, rho0):
     }
 
 
-# Figure 1(b) of the paper: (sharpness, variance) of the points, from the coordinates of its vector graphic. ||w*|| is
-# the value that reproduces them; the notebook draws it at random without a seed.
-PUBLISHED_W_NORM = 3.9215
-PUBLISHED_SAM = [
-    (0.7841, 0.04812),
-    (0.7650, 0.04579),
-    (0.7462, 0.04356),
-    (0.7278, 0.04143),
-    (0.7098, 0.03939),
-    (0.6921, 0.03744),
-    (0.6748, 0.03558),
-    (0.6578, 0.03381),
-    (0.6412, 0.03211),
-    (0.6249, 0.03049),
-    (0.6090, 0.02895),
-    (0.5934, 0.02748),
-    (0.5781, 0.02607),
-    (0.5631, 0.02473),
-    (0.5484, 0.02345),
-    (0.5341, 0.02224),
-    (0.5201, 0.02108),
-]
-PUBLISHED_BLOCKS = [
-    (0.5085, 0.05918),
-    (0.5169, 0.05979),
-    (0.5257, 0.06044),
-    (0.5349, 0.06112),
-    (0.5448, 0.06186),
-    (0.5551, 0.06266),
-    (0.5661, 0.06353),
-    (0.5777, 0.06448),
-    (0.5900, 0.06553),
-    (0.6031, 0.06670),
-    (0.6170, 0.06803),
-    (0.6317, 0.06953),
-    (0.6474, 0.07124),
-    (0.6641, 0.07322),
-    (0.6818, 0.07550),
-    (0.7007, 0.07817),
-    (0.7208, 0.08128),
-]
-
-
 def apgd_as_released(model, images, labels, rho, norm, stale=True, n_iters=20):
     """The authors' adaptive APGD on one batch, with bisection in the projection and stale steps after a cut, or not."""
     parameters = list(model.parameters())

@@ -21,6 +21,7 @@ from utils.theory import (
     simulate_trained,
     wishart_eigenvalues,
 )
+from utils.verification import PUBLISHED_K, PUBLISHED_POINTS, PUBLISHED_RHO, SETTING
 
 BASE = {"n": 3000, "d": 150, "eta": 0.01, "rho0": 0.01, "sigma2": 0.1, "w_norm": 3.922}
 
@@ -261,14 +262,13 @@ def test_the_exact_sum_against_large_random_blocks():
 
 def test_the_published_points():
     """Figure 1(b), read off the vector graphic: upper bound and variance of every point."""
-    w_norm = reference.PUBLISHED_W_NORM
-    base = BASE | {"w_norm": w_norm, "k": 5}
-    for rho, (sharpness, variance) in zip(np.linspace(0.235, 0.223, 50)[::3], reference.PUBLISHED_SAM, strict=True):
+    base = BASE | {"w_norm": SETTING["w_norm"], "k": PUBLISHED_K}
+    for rho, (sharpness, variance) in zip(PUBLISHED_RHO["sam"], PUBLISHED_POINTS["sam"], strict=True):
         bounds = sam_bounds(rho=rho, **base)
         assert bounds["sharpness_upper"] == pytest.approx(sharpness, abs=1e-4)
         assert bounds["variance"] == pytest.approx(variance, abs=1e-5)
         assert not bounds["stable"]
-    for rho, (sharpness, variance) in zip(np.linspace(1.5, 0.01, 50)[::3], reference.PUBLISHED_BLOCKS, strict=True):
+    for rho, (sharpness, variance) in zip(PUBLISHED_RHO["sharpbalance"], PUBLISHED_POINTS["sharpbalance"], strict=True):
         bounds = sharpbalance_bounds(rho=rho, s=10, **base)
         assert bounds["sharpness_upper_authors"] == pytest.approx(sharpness, abs=1e-4)
         assert bounds["variance"] == pytest.approx(variance, abs=1e-5)

@@ -214,20 +214,26 @@ def maximum_over_ball(eigenvalues: np.ndarray, gradient: np.ndarray, radius: flo
     delta = np.where(at_top, 0.0, delta)
     square = g**2
 
-    def length(nu: np.ndarray) -> np.ndarray:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            terms = square / (nu[:, None] + delta) ** 2
-        return np.sqrt(np.where(square == 0, 0.0, terms).sum(axis=1))
+    # Where g is 0 every term below is 0; a shift of 1 keeps 0 / 0 away at the top eigenspace.
+    shift = np.where(square == 0, 1.0, delta)
 
-    # nu = mu - top. Newton's iteration on 1/length, which is concave, rises to the root from any point left of it.
+    # nu = mu - top. Newton's iteration on 1/length, which is concave, rises to the root from any point left of it:
+    # no single term, and not all of them at the largest shift, may be longer than the radius there.
     nu = np.maximum((np.abs(g) / radius - delta).max(axis=1), 0.0)
-    hard = length(nu) < radius * (1 - 1e-15)
-    hard &= nu == 0
-    for _ in range(200):
+    nu = np.maximum(nu, np.linalg.norm(g, axis=1) / radius - delta.max())
+    hard = np.zeros(len(g), dtype=bool)
+    inverse, terms = np.empty_like(g), np.empty_like(g)
+    for iteration in range(200):
+        np.add(shift, nu[:, None], out=inverse)
+        np.reciprocal(inverse, out=inverse)
+        np.multiply(square, inverse, out=terms)
+        squared = np.einsum("ij,ij->i", terms, inverse)  # ||e||^2
+        terms *= inverse
+        slope = np.einsum("ij,ij->i", terms, inverse)
+        if iteration == 0:
+            hard = (nu == 0) & (np.sqrt(squared) < radius * (1 - 1e-15))
         with np.errstate(divide="ignore", invalid="ignore"):
-            size = length(nu)
-            slope = np.where(square == 0, 0.0, square / (nu[:, None] + delta) ** 3).sum(axis=1)
-            step = (size / radius - 1) * size**2 / slope
+            step = (np.sqrt(squared) / radius - 1) * squared / slope
         step = np.where(hard | ~np.isfinite(step), 0.0, step)
         nu = nu + np.maximum(step, 0.0)
         if (step <= 1e-15 * np.maximum(nu, 1e-300)).all():
@@ -303,13 +309,13 @@ def sam_point(
     """
     factor = (1 - eta * eigenvalues - eta * rho * eigenvalues**2) ** k
     errors = factor * (starts - teacher)  # w_k - w*
-    at_mean = maximum_over_ball(eigenvalues, -eigenvalues * factor * teacher, rho0)
-    at_members = maximum_over_ball(eigenvalues, eigenvalues * errors, rho0)
+    # The first row is the mean iterate.
+    found = maximum_over_ball(eigenvalues, eigenvalues * np.vstack([-factor * teacher, errors]), rho0)
     return {
         "variance": float(errors.var(axis=0, ddof=1).mean()),
-        "sharpness": float(at_mean["value"]),
-        "member_sharpness": float(at_members["value"].mean()),
-        "gap": float(max(at_mean["gap"], at_members["gap"].max())),
+        "sharpness": float(found["value"][0]),
+        "member_sharpness": float(found["value"][1:].mean()),
+        "gap": float(found["gap"].max()),
     }
 
 

@@ -1,0 +1,210 @@
+"""The notebook runs, what git holds of it is small, and its figures can be drawn without it."""
+
+import copy
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import pytest
+from scipy.optimize import brentq
+
+from scripts import plot
+from utils import cli, plots
+from utils.verification import (
+    GRIDS,
+    PUBLISHED_POINTS,
+    TRAINED,
+    at_sharpness,
+    bounds,
+    published,
+    relative_to_sam,
+    simulate_all,
+    stable_limit,
+    table,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = ROOT / "theoretical_verifications.ipynb"
+
+
+@pytest.fixture(scope="module")
+def grids():
+    """All settings at the smallest size."""
+    return simulate_all(2)
+
+
+@pytest.fixture(scope="module")
+def figures(grids):
+    return plots.theory(grids, published())
+
+
+def test_the_notebook_runs_from_an_empty_kernel(monkeypatch):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    monkeypatch.setenv("THEORY_DATA_SETS", "2")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        cell.pop("outputs", None)
+        if cell.cell_type == "code":
+            cell.outputs = []
+    client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}})
+    client.execute()  # raises at the first error
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 7
+    assert "DIVERGENT" in "".join(output.get("text", "") for output in outputs)
+
+
+def test_what_git_holds_of_the_notebook():
+    assert NOTEBOOK.stat().st_size < 2**20
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    assert cells[0]["cell_type"] == "markdown"
+    outputs = []
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert cell["execution_count"] is None
+            assert "def " not in "".join(cell["source"])  # functions live in utils/
+            outputs += cell["outputs"]
+    assert len(outputs) == 7
+    assert all(set(output["data"]) == {"image/png"} for output in outputs)
+
+
+def test_every_figure_has_names_and_units(figures):
+    assert len(figures) == 7
+    for name, figure in figures.items():
+        for axis in figure.axes:
+            if axis.get_subplotspec().is_last_row():
+                assert "[" in axis.get_xlabel(), name
+            if not (name == "tradeoff" and axis is figure.axes[1]):  # which shares the other's axis
+                assert "[" in axis.get_ylabel(), name
+            assert axis.get_legend() is None  # it would lie on the data
+        assert figure.legends, name
+
+
+def test_a_legend_is_inside_the_picture_and_off_the_axes(figures):
+    for name, figure in figures.items():
+        figure.draw_without_rendering()
+        for legend in figure.legends:
+            box = legend.get_window_extent()
+            assert box.x0 >= 0, name
+            assert box.x1 <= figure.bbox.x1, name
+            assert not any(box.overlaps(axis.get_window_extent()) for axis in figure.axes), name
+
+
+def test_a_method_has_one_colour(figures):
+    assert len({plots.COLOURS[name] for name in ("deep_ensemble", "sam", "sharpbalance")}) == 3
+    (panel, *_) = figures["published"].axes
+    lines = {line.get_label(): line.get_color() for line in panel.get_lines()}
+    assert lines["SAM, published"] == lines["SAM (divergent)"] == plots.COLOURS["sam"]
+    assert lines["SharpBalance, published"] == lines["SharpBalance, exact $S$"] == plots.COLOURS["sharpbalance"]
+
+
+def test_files_are_pdf_and_png_and_do_not_change(grids, tmp_path):
+    first = plots.save(plots.trained(grids["trained"]), tmp_path / "a.png")
+    second = plots.save(plots.trained(copy.deepcopy(grids["trained"])), tmp_path / "rho0.5")
+    assert [path.name for path in first + second] == ["a.pdf", "a.png", "rho0.5.pdf", "rho0.5.png"]
+    content = [path.read_bytes() for path in first]
+    assert content == [path.read_bytes() for path in second]
+    assert content[0].startswith(b"%PDF")
+    assert b"CreationDate" not in content[0]
+    assert content[1].startswith(b"\x89PNG")
+    assert matplotlib.__version__.encode() not in content[1]
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_drawing_leaves_matplotlib_as_it_was(grids, tmp_path):
+    before = dict(matplotlib.rcParams)
+    plots.save(plots.theorem(grids["theorem_2_k"], "k"), tmp_path / "a")
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_all_settings_are_simulated_and_stable(grids):
+    for name, (method, values, steps) in GRIDS.items():
+        assert len(grids[name]) == len(values) * len(steps)
+        assert all(row["stable"] and row["method"] == method for row in grids[name])
+        assert max(values) < stable_limit(method)
+    assert {row["method"] for row in grids["trained"]} == set(TRAINED)
+    assert all(row["gap"] < 1e-10 for rows in grids.values() for row in rows)
+    random = [row["sam_share"] for row in grids["trained"] if row["method"] == "random"]
+    others = [row["sam_share"] for row in grids["trained"] if row["method"] in ("paper", "released")]
+    assert sum(random) / len(random) == pytest.approx(sum(others) / len(others), abs=0.02)
+
+
+def test_every_published_point_has_a_row():
+    rows = published()
+    for method, points in PUBLISHED_POINTS.items():
+        assert [(row["published_sharpness"], row["published_variance"]) for row in rows[method]] == points
+    assert not any(row["stable"] for row in rows["sam"])
+    assert all(row["stable"] for row in rows["sharpbalance"])
+
+
+def test_the_variance_at_equal_sharpness():
+    """Interpolated on the grid, from the formulas: within 1 % of the root in rho, at the best k."""
+    for name, value in (("tradeoff_sam", 0.5), ("tradeoff_sam", 0.2), ("tradeoff_sharpbalance", 0.4)):
+        method, values, steps = GRIDS[name]
+        rows, best = [], 0.0
+        for k in steps:
+            for rho in values:
+                row = {"rho": rho, "k": k, "variance_se": 0.0} | bounds(method, rho, k)
+                rows.append(row | {"sharpness": row["sharpness_upper"], "variance": row["variance_bound"]})
+
+            def distance(rho, k=k, method=method, value=value):
+                return bounds(method, rho, k)["sharpness_upper"] - value
+
+            if distance(0.0) > 0 > distance(values[-1]):
+                best = max(best, bounds(method, brentq(distance, 0, values[-1]), k)["variance_bound"])
+        assert at_sharpness(rows, value)[0] == pytest.approx(best, rel=0.01)
+    assert math.isnan(at_sharpness(rows, 5.0)[0])
+
+
+def test_the_variance_relative_to_sam():
+    sam = [
+        {"method": "sam", "rho": rho, "k": 4, "member_sharpness": x, "variance": x**2, "variance_se": 0.03 * x**2}
+        for rho, x in ((0.0, 0.4), (0.1, 0.2), (0.2, 0.1))
+    ]
+    other = {"method": "paper", "rho": 0.1, "k": 4, "member_sharpness": 0.3, "variance": 0.18, "variance_se": 0.0072}
+    (row,) = relative_to_sam([*sam, other, other | {"rho": 0.0}, other | {"member_sharpness": 0.5}])
+    assert row["ratio"] == pytest.approx(2)
+    assert row["ratio_se"] == pytest.approx(2 * 0.05)
+
+
+def test_a_table():
+    assert table([{"k": 1, "V": 0.5}, {"k": 10, "V": 2}], {"k": "d", "V": ".2f"}) == " k     V\n 1  0.50\n10  2.00"
+
+
+def test_the_script_draws_the_same_figures(grids, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plot, "simulate_all", lambda data_sets, progress: grids if data_sets == 2 else None)
+    cli.run(plot.main, plot.parse_args(["theory", "--to", str(tmp_path / "new/figures"), "--data-sets", "2"]))
+    assert capsys.readouterr().out.count("wrote") == 7
+    for path in plots.save(plots.published(published()), tmp_path / "published"):
+        assert (tmp_path / "new/figures" / path.name).read_bytes() == path.read_bytes()
+    assert len(list((tmp_path / "new/figures").iterdir())) == 14
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["theory"], "--to"),
+        (["nothing", "--to", "x"], "invalid choice: 'nothing'"),
+        (["theory", "--to", __file__], "no folder can be made there"),
+        (["theory", "--to", "x", "--data_sets", "1"], "'1' given, a whole number of 2 or more is needed"),
+    ],
+)
+def test_bad_input_to_the_script(words, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.run(plot.main, plot.parse_args(words))
+    assert end.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+
+
+def test_the_script_as_a_process():
+    command = [sys.executable, ROOT / "scripts/plot.py", "theory", "--too", "x"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("plot.py: error: ")
+    assert len(done.stderr.strip().splitlines()) == 1

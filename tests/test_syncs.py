@@ -1,0 +1,69 @@
+"""On a GPU nothing in an epoch may wait for the device: seen on the CPU by the operations that would."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from models import create_model
+from sam import SAM
+from utils.data import DatasetInfo, ImageSet
+from utils.training import sharpbalance_step, train_epoch
+
+WAITS = {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.masked_select.default", "aten.item.default"}
+
+
+class Waits(TorchDispatchMode):
+    """Collects the operations whose result the host has to wait for.
+
+    The mask of a step lives on the CPU by design: what is done with bool and int64 tensors made from it is free.
+    """
+
+    def __init__(self, free=()):
+        super().__init__()
+        self.found, self.free = [], free
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        indexed_by_mask = name.startswith("aten.index") and any(
+            index is not None and index.dtype == torch.bool for index in (args[1] if isinstance(args[1], list) else [])
+        )
+        if (name in WAITS and args[0].dtype not in self.free) or indexed_by_mask:
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def network():
+    torch.manual_seed(0)
+    return create_model("resnet18", 5, 2, 16)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("bn_perturbed", ["update", "freeze"])
+def test_a_step_waits_for_nothing(share, bn_perturbed):
+    model = network()
+    optimizer = SAM(model.parameters(), rho=0.1, lr=0.1, momentum=0.9)
+    images, labels, mask = torch.randn(10, 3, 16, 16), torch.randint(0, 5, (10,)), torch.arange(10) < 10 * share
+    with Waits(free=(torch.bool,)) as waits:
+        sharpbalance_step(model, optimizer, images, labels, mask, bn_perturbed)
+    assert waits.found == []
+
+
+def test_an_epoch_waits_only_for_its_two_sums():
+    random = np.random.default_rng(0)
+    info = DatasetInfo(5, 16, (0.5,) * 3, (0.2,) * 3, 2, True, (), "")
+    data = ImageSet(random.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8), random.integers(0, 5, 40), info)
+    model = network()
+    optimizer = SAM(model.parameters(), rho=0.1, lr=0.1, momentum=0.9)
+    with Waits(free=(torch.bool, torch.int64)) as waits:
+        train_epoch(model, optimizer, data, torch.arange(40) < 15, 1, 0, 8)
+    assert waits.found == ["aten._local_scalar_dense.default"] * 2
+
+
+def test_the_watch_sees_waits():
+    x = torch.randn(4)
+    with Waits() as waits:
+        x.sum().item()
+        x[x > 0]
+        x.nonzero()
+    assert len(waits.found) >= 3
