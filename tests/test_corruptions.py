@@ -1,0 +1,343 @@
+"""The 15 corruptions, and the script that makes corrupted copies of a test set."""
+
+import colorsys
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, features
+
+from scripts import make_corrupted
+from tests import files
+from utils import RunError, cli
+from utils.corruptions import CONSTANTS, FUNCTIONS, corrupt
+from utils.data import CORRUPTIONS, SEVERITIES, check_corrupted, find_corrupted, load_data, read_corrupted
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPES = [(8, 1), (28, 1), (32, 3), (64, 3)]
+
+# The first digits of the SHA-256 of four images in all severities, in the order of SHAPES. All work is in float64 and
+# is rounded to 256 levels with the halves kept off the last bit, so that the kernels that numpy picks for a processor
+# do not show. Not ours to fix is the JPEG library: the hashes of jpeg_compression are those of libjpeg-turbo.
+GOLDEN = {
+    "gaussian_noise": "df84972d830e dfec2f3717e3 85d8d2b1c2ff e41a48a219bb",
+    "shot_noise": "dee627467d33 afcf577c46e4 de9637a088a5 6dd13fab3ac4",
+    "impulse_noise": "50600c6aebd9 1e7877781ae7 2c4064f8128c bfc53ded6196",
+    "defocus_blur": "3ecdb49cb475 a1e05d7c018d 5d56b9789845 2729db8ff800",
+    "glass_blur": "3c01576357fd 18bbc43f4e4a 8a88eb242c38 cff3abeb44d1",
+    "motion_blur": "f587dfae5722 77c0d86e5f7b 9054b105da6c 9dbe0e3d641f",
+    "zoom_blur": "209902c226b6 90edc731ab9c 97c99191b07e 56b492f76849",
+    "snow": "8efdffa41aee cbb182a99785 2c8a5c1b2521 6976056aa443",
+    "frost": "74899f3cebc8 78e135c25e8f 9e458c388a44 f6653aa90ca2",
+    "fog": "c02ccf329599 2c6989e7763c d3fbbb727ba6 5b9c4036dd1f",
+    "brightness": "39cba469c3c3 46a4decd7a0d f0e43bf269ac 62523cda3d82",
+    "contrast": "af26cabc45c1 71a0d98577df ec4e125a5f45 298d69168556",
+    "elastic_transform": "34f7ab0691bb 5a89e66c0c12 add3cc064a73 9f3305b5fd8e",
+    "pixelate": "114b01f6ca40 6d2c441742db fc4591b8870e 91da098c1861",
+    "jpeg_compression": "24ac6f8dded7 90fb949c5e06 07c46ade8883 9b361a98f02e",
+}
+
+
+def coarse_images(size, channels, count=4):
+    """Blocks of 4x4 pixels with some noise, by whole numbers only."""
+    random = np.random.RandomState(size + channels)
+    blocks = random.randint(0, 240, (count, -(-size // 4), -(-size // 4), channels))
+    blocks = blocks.repeat(4, axis=1).repeat(4, axis=2)[:, :size, :size]
+    return (blocks + random.randint(0, 16, blocks.shape)).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def photographs():
+    """Crops of scikit-learn's two photographs, at any size."""
+    from sklearn.datasets import load_sample_images
+
+    pictures = load_sample_images().images
+    random = np.random.RandomState(0)
+    crops = []
+    for i in range(64):
+        side, picture = random.randint(150, 400), pictures[i % 2]
+        row, column = (random.randint(0, length - side) for length in picture.shape[:2])
+        crops.append(Image.fromarray(picture[row : row + side, column : column + side]))
+
+    def at(size, channels):
+        mode = "L" if channels == 1 else "RGB"
+        small = [np.asarray(crop.resize((size, size), Image.Resampling.BOX).convert(mode)) for crop in crops]
+        return np.stack(small).reshape(len(crops), size, size, channels)
+
+    return at
+
+
+def digests(name):
+    found = []
+    for size, channels in SHAPES:
+        images = coarse_images(size, channels)
+        digest = hashlib.sha256()
+        for severity in SEVERITIES:
+            digest.update(corrupt(images, name, severity))
+        found.append(digest.hexdigest()[:12])
+    return " ".join(found)
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_golden_hashes(name):
+    if name == "jpeg_compression" and not features.check("libjpeg_turbo"):
+        pytest.skip("Pillow was built with another JPEG library")
+    assert digests(name) == GOLDEN[name]
+
+
+def test_names_and_constants():
+    assert tuple(CONSTANTS) == tuple(FUNCTIONS) == CORRUPTIONS
+    assert all(len(severities) == 5 for pair in CONSTANTS.values() for severities in pair)
+
+
+# Where the distance to the plain image does not rise with each step, and what is true instead, from the mildest to the
+# strongest of the severities named. The published constants make it so:
+# glass_blur smooths more from 1 to 3 and from 4 to 5, which takes back some of the shuffling; motion_blur keeps its
+# deviation from 3 to 4 at 32x32; snow zooms and cuts other flakes at each severity; frost darkens the image as the ice
+# grows brighter; elastic_transform moves the whole image less as the local displacement grows.
+RISING = {
+    "glass_blur": {8: (1, 4), 28: (1, 4), 32: (1, 4), 64: (2, 5)},
+    "motion_blur": dict.fromkeys((8, 28, 32), (1, 2, 3, 5)),
+    "snow": {8: (1, 2, 4), 28: (1, 2, 4, 5), 32: (1, 2, 4, 5)},
+    "frost": {8: (1, 2), 28: (1, 2), 32: (1, 2), 64: (1, 5)},
+    "elastic_transform": dict.fromkeys((8, 28, 32, 64), (1,)),
+}
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+@pytest.mark.parametrize(("size", "channels"), SHAPES)
+def test_distance_rises_with_severity(photographs, name, size, channels):
+    images = photographs(size, channels)
+    distances = {s: np.abs(corrupt(images, name, s).astype(int) - images).mean() for s in SEVERITIES}
+    assert min(distances.values()) > 1
+    rising = [distances[s] for s in RISING.get(name, {}).get(size, SEVERITIES)]
+    # At 8x8 pixelate has the same grid at severities 1 and 2, and at 3 and 4.
+    steps = sorted(set(rising)) if (name, size) == ("pixelate", 8) else sorted(rising)
+    assert list(dict.fromkeys(rising)) == steps
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_an_image_is_corrupted_alike_in_any_company(name):
+    images = coarse_images(12, 3, count=300)  # more than are computed at once
+    whole = corrupt(images, name, 4)
+    order = np.random.RandomState(1).permutation(len(images))
+    assert (corrupt(images[order], name, 4, indices=order) == whole[order]).all()
+    for start, end in ((0, 1), (5, 40), (130, 300)):
+        assert (corrupt(images[start:end], name, 4, indices=range(start, end)) == whole[start:end]).all()
+    assert corrupt(images[:0], name, 4).shape == (0, 12, 12, 3)
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_what_is_random_depends_on_index_and_seed(name):
+    images = coarse_images(16, 1, count=1).repeat(8, axis=0)
+    once, again, other = (corrupt(images, name, 3, seed=seed) for seed in (0, 0, 1))
+    assert (once == again).all()
+    fixed = name in ("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression")
+    assert (once == other).all() == fixed
+    assert (len(np.unique(once, axis=0)) == 1) == fixed
+
+
+def test_severities_and_names_draw_apart():
+    grey = np.full((1, 64, 64, 3), 128, dtype=np.uint8)
+    one, two = ((corrupt(grey, "gaussian_noise", s) - 128.0).ravel() for s in (4, 5))
+    assert abs(np.corrcoef(one, two)[0, 1]) < 0.05
+    assert np.std(one) / 255 == pytest.approx(0.15, rel=0.03)
+    assert np.std(two) / 255 == pytest.approx(0.18, rel=0.03)
+
+
+@pytest.mark.parametrize("value", [0, 255])
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_black_and_white(name, value):
+    images = np.full((3, 20, 20, 3), value, dtype=np.uint8)
+    corrupted = corrupt(images, name, 5)
+    assert corrupted.dtype == np.uint8
+    assert corrupted.shape == images.shape
+    distance = np.abs(corrupted.astype(int) - value).max()
+    if any(word in name for word in ("blur", "contrast", "elastic", "pixelate")):
+        assert distance == 0
+    elif name == "jpeg_compression":
+        assert distance <= 3  # the steps of the mean of a block are that wide
+    else:
+        assert (distance == 0) == (name in {0: ("shot_noise", "fog"), 255: ("snow", "brightness")}[value])
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_inputs_are_left_as_they_are(name):
+    images = coarse_images(8, 3)
+    kept = images.copy()
+    images.setflags(write=False)
+    corrupt(images, name, 2)
+    assert (images == kept).all()
+
+
+@pytest.mark.parametrize("name", ["brightness", "contrast", "fog", "defocus_blur", "zoom_blur", "elastic_transform"])
+def test_grey_stays_grey(name):
+    """A grey picture is corrupted alike with one channel and with three."""
+    grey = coarse_images(24, 1)
+    colour = corrupt(grey.repeat(3, axis=3), name, 4)
+    assert (colour == corrupt(grey, name, 4)).all()
+
+
+def test_against_plain_formulas():
+    images = coarse_images(32, 3)
+    x = images / 255
+    mean = x.mean(axis=(1, 2), keepdims=True)
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    box = sum(padded[:, i : i + 32, j : j + 32] for i in range(3) for j in range(3)) / 9
+    for name, expected in (("contrast", mean + 0.15 * (x - mean)), ("defocus_blur", box)):
+        assert np.abs(corrupt(images, name, 5) - 255 * expected).max() < 0.51
+    grey = images[..., :1]
+    assert (corrupt(grey, "brightness", 3) == np.floor(np.clip(grey + 255 * 0.15, 0, 255) + 0.5)).all()
+    salted = corrupt(np.full((20, 32, 32, 3), 100, dtype=np.uint8), "impulse_noise", 5)
+    assert np.mean(salted == 0) == pytest.approx(0.035, rel=0.1)
+    assert np.mean(salted == 255) == pytest.approx(0.035, rel=0.1)
+
+
+def test_brightness_keeps_hue_and_saturation():
+    images = coarse_images(8, 3, count=1)
+    brighter = corrupt(images, "brightness", 2)
+    for pixel, result in zip(images.reshape(-1, 3) / 255, brighter.reshape(-1, 3), strict=True):
+        hue, saturation, value = colorsys.rgb_to_hsv(*pixel)
+        expected = np.array(colorsys.hsv_to_rgb(hue, saturation, min(value + 0.1, 1)))
+        assert np.abs(result - 255 * expected).max() < 0.51
+
+
+def test_glass_blur_only_exchanges_pixels():
+    """At severity 1 it smooths by a twentieth of a pixel, that is not at all: the same pixels remain."""
+    images = coarse_images(32, 1)
+    shuffled = corrupt(images, "glass_blur", 1)
+    assert (np.sort(shuffled.reshape(4, -1), axis=1) == np.sort(images.reshape(4, -1), axis=1)).all()
+    assert (shuffled != images).any(axis=(1, 2, 3)).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": [[1]]}, "images: list"),
+        ({"images": np.zeros((2, 8, 8, 1))}, "images: float64"),
+        ({"images": np.zeros((8, 8, 3), np.uint8)}, "images: uint8"),
+        ({"images": np.zeros((2, 8, 9, 3), np.uint8)}, "images: .* square"),
+        ({"images": np.zeros((2, 7, 7, 3), np.uint8)}, "images: .* 8 to 64"),
+        ({"images": np.zeros((2, 65, 65, 3), np.uint8)}, "images: .* 8 to 64"),
+        ({"images": np.zeros((2, 8, 8, 2), np.uint8)}, "images: .* 1 or 3 channels"),
+        ({"name": "rain"}, "name: 'rain'"),
+        ({"severity": 0}, "severity: 0"),
+        ({"severity": 6}, "severity: 6"),
+        ({"severity": 1.5}, "severity: 1.5"),
+        ({"seed": -1}, "seed: -1"),
+        ({"seed": 2**32}, "seed: "),
+        ({"seed": 0.5}, "seed: 0.5"),
+        ({"indices": [0]}, "indices: .* 2 whole numbers"),
+        ({"indices": [0.0, 1.0]}, "indices: float64"),
+        ({"indices": [-1, 1]}, "indices: -1"),
+    ],
+)
+def test_wrong_arguments(change, message):
+    right = {"images": np.zeros((2, 8, 8, 1), np.uint8), "name": "fog", "severity": 1}
+    with pytest.raises(ValueError, match=message):
+        corrupt(**{**right, **change})
+
+
+def make(*argv):
+    """What `python scripts/make_corrupted.py ...` does, in this process."""
+    cli.run(make_corrupted.main, make_corrupted.parse_args([str(word) for word in argv]))
+
+
+def refused(capsys, *argv):
+    """The one line of an error, with exit status 2."""
+    with pytest.raises(SystemExit) as end:
+        make(*argv)
+    assert end.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error
+    return error
+
+
+def test_digits_from_end_to_end(tmp_path):
+    """As a user calls it, with two workers; and what the measuring scripts then read."""
+    command = [sys.executable, ROOT / "scripts/make_corrupted.py", "--data-path", tmp_path, "--workers", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip() == f"wrote 15 corruptions of 899 images to {tmp_path / 'digits-C'}"
+    data, folder = load_data("digits"), find_corrupted("digits", tmp_path)
+    assert folder == tmp_path / "digits-C"
+    assert {path.stem for path in folder.iterdir()} == {*CORRUPTIONS, "labels", "about"}
+    check_corrupted(folder, data, CORRUPTIONS, SEVERITIES)
+    images = make_corrupted._pixels(data.test)
+    for name in CORRUPTIONS:
+        for severity in (1, 5):
+            part = read_corrupted(folder, data, name, severity)
+            assert (make_corrupted._pixels(part) == corrupt(images, name, severity)).all()
+            assert (part.labels == data.test.labels).all()
+
+
+def test_fashion_mnist_beside_its_data(tmp_path):
+    files.write_fashion_mnist(tmp_path / "fashion-mnist")
+    make("--data", "fashion_mnist", "--data_path", tmp_path, "--corruptions", "fog,snow")
+    data, folder = load_data("fashion_mnist", tmp_path), find_corrupted("fashion_mnist", tmp_path)
+    assert folder == tmp_path / "Fashion-MNIST-C"
+    assert read_corrupted(folder, data, "fog", 5).plain(np.arange(20))[0].shape == (20, 1, 32, 32)
+
+
+def test_what_is_there_is_kept_and_what_is_not_is_made(tmp_path, capsys, monkeypatch):
+    command = ("--to", tmp_path, "--corruptions", "contrast,brightness,fog")
+    make(*command)
+    folder = tmp_path / "digits-C"
+    contents = {path.name: path.read_bytes() for path in folder.iterdir()}
+    times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    (folder / "brightness.npy").unlink()
+    (folder / "brightness.npy.tmp").write_bytes(b"of a run that was killed")
+    (folder / "fog.npy").write_bytes(contents["fog.npy"][:-100])
+    make(*command)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("wrote 2 corruptions of 899 images")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == contents
+    assert (folder / "contrast.npy").stat().st_mtime_ns == times["contrast.npy"]
+
+    # The disk is full while the second is written: the first remains, and nothing half.
+    (folder / "contrast.npy").unlink()
+    (folder / "brightness.npy").unlink()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(make_corrupted.os, "fsync", full)
+        with pytest.raises(RunError, match=r"brightness\.npy: could not be written \(No space"):
+            make_corrupted.main(make_corrupted.parse_args([str(word) for word in command]))
+    assert {path.name for path in folder.iterdir()} == {"fog.npy", "labels.npy", "about.json"}
+    make(*command)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == contents
+
+
+@pytest.mark.parametrize("data", ["cifar10", "cifar100", "tiny_imgnet"])
+def test_published_sets_are_not_made(data, tmp_path, capsys):
+    error = refused(capsys, "--data", data, "--to", tmp_path)
+    assert "zenodo.org" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_refusals(tmp_path, capsys):
+    make("--to", tmp_path, "--corruptions", "contrast")
+    about = tmp_path / "digits-C/about.json"
+    about.write_text(json.dumps({"sha256_of_test_images": "other"}))
+    assert "made of other images" in refused(capsys, "--to", tmp_path)
+    about.unlink()
+    assert "about.json" in refused(capsys, "--to", tmp_path)
+    (tmp_path / "file").touch()
+    assert "--to: " in refused(capsys, "--to", tmp_path / "file")
+    assert "'rain'" in refused(capsys, "--corruptions", "rain")
+    assert "--workers" in refused(capsys, "--workers", "0")
+    assert ".png" in refused(capsys, "--contact_sheet", "sheet.pdf")
+    assert "--data_path" in refused(capsys, "--data", "fashion_mnist", "--data_path", tmp_path)
+
+
+def test_contact_sheet(tmp_path):
+    files.write_cifar(tmp_path / "data/cifar10")
+    make("--data", "cifar10", "--data_path", tmp_path / "data", "--contact_sheet", tmp_path / "new/sheet.png")
+    with Image.open(tmp_path / "new/sheet.png") as sheet:
+        assert sheet.size == (130 + 6 * 100, 20 + 15 * 100)
+    assert not (tmp_path / "data/CIFAR-10-C").exists()
