@@ -138,8 +138,14 @@ def figures(
         "member_accuracy": correct.double().mean(dim=0),
         "ensemble_accuracy": (ensemble.argmax(dim=1) == labels).double(),
     }
-    subsets = subsets_by_size(members)
     draws: dict[str, Tensor] = {}
+    by_size: dict[int, list[tuple[tuple[int, ...], dict[str, float]]]] = {}
+    if {"predict", "disagreement"} & set(args.mode):
+        probs = log_probs.exp()
+        by_size = {
+            size: [(subset, subset_scores(log_probs, probs, labels, subset, args)) for subset in chosen]
+            for size, chosen in subsets_by_size(members).items()
+        }
 
     if "predict" in args.mode:
         rows = [scores(member, labels, args.bins) for member in log_probs]
@@ -149,10 +155,7 @@ def figures(
         result["ensemble"] = scores(ensemble, labels, args.bins) | {
             "calibrated": scores(with_temperature(ensemble, temperatures["ensemble"]), labels, args.bins)
         }
-        result["ensemble_by_size"] = {
-            size: mean_of([subset_scores(log_probs, labels, subset, args) for subset in chosen])
-            for size, chosen in subsets.items()
-        }
+        result["ensemble_by_size"] = {size: mean_of([row for _, row in rows]) for size, rows in by_size.items()}
         label_column = labels[:, None]
         columns["member_nll"] = -log_probs.gather(2, label_column.expand(members, -1, 1))[:, :, 0].mean(dim=0)
         columns["ensemble_nll"] = -ensemble.gather(1, label_column)[:, 0]
@@ -167,15 +170,18 @@ def figures(
         predictions = log_probs.argmax(dim=2)
         matrix = disagreement(predictions)
         result["disagreement"] = {"matrix": matrix.tolist(), "mean": mean_over_pairs(matrix)}
-        result["variance_of_probabilities"] = variance_by_sample(log_probs.exp()).mean().item()
+        result["variance_of_probabilities"] = variance_by_sample(probs).mean().item()
+        distances = squared_distances(probs)
         errors = 1 - correct.double().mean(dim=1)
         # All pairs at once: of n_c members that predict class c, n_c (n_c - 1) ordered pairs agree.
         votes = torch.zeros(len(labels), log_probs.shape[2], dtype=torch.float64)
         votes.scatter_add_(1, predictions.T, torch.ones_like(predictions.T, dtype=torch.float64))
         columns["disagreement"] = 1 - (votes * (votes - 1)).sum(dim=1) / (members * (members - 1))
         result["disagreement_by_size"] = {
-            size: mean_of([subset_disagreement(log_probs, labels, matrix, errors, subset, args) for subset in chosen])
-            for size, chosen in subsets.items()
+            size: mean_of(
+                [subset_disagreement(matrix, distances, errors, row["accuracy"], subset) for subset, row in rows]
+            )
+            for size, rows in by_size.items()
             if size > 1
         }
 
@@ -237,25 +243,48 @@ def subsets_by_size(members: int) -> dict[int, list[tuple[int, ...]]]:
     return found
 
 
-def subset_scores(log_probs: Tensor, labels: Tensor, subset: tuple[int, ...], args: argparse.Namespace) -> dict:
-    """Scores of the ensemble of some members."""
-    return scores(ensemble_log_probs(log_probs[list(subset)], args.average), labels, args.bins)
+def subset_scores(
+    log_probs: Tensor, probs: Tensor, labels: Tensor, subset: tuple[int, ...], args: argparse.Namespace
+) -> dict[str, float]:
+    """Scores of the ensemble of some members, as `scores` of its log-probabilities, in one pass over its output."""
+    if args.average == "probs":
+        output = sum(probs[i] for i in subset) / len(subset)
+        # A probability may be too small for a float64: the label's comes from the logarithms.
+        at_label = log_probs.gather(2, labels[:, None].expand(len(probs), -1, 1))[list(subset), :, 0]
+        nll = math.log(len(subset)) - torch.logsumexp(at_label, dim=0)
+    else:
+        logs = ensemble_log_probs(log_probs[list(subset)], args.average)
+        output, nll = logs.exp(), -logs.gather(1, labels[:, None])[:, 0]
+    confidence, prediction = output.max(dim=1)
+    brier = torch.einsum("nc,nc->n", output, output) - 2 * torch.exp(-nll) + 1
+    return scores_of_samples(prediction == labels, nll, brier, confidence, args.bins)
+
+
+def squared_distances(probs: Tensor) -> Tensor:
+    """Mean squared distance of the members' probabilities [M, N, C], pair by pair: float64 [M, M].
+
+    The unbiased variance of any subset is half the mean over its pairs.
+    """
+    matrix = torch.zeros(len(probs), len(probs), dtype=torch.float64)
+    for i, j in itertools.combinations(range(len(probs)), 2):
+        gap = probs[i] - probs[j]
+        matrix[i, j] = matrix[j, i] = torch.einsum("nc,nc->", gap, gap) / len(gap)
+    return matrix
 
 
 def subset_disagreement(
-    log_probs: Tensor, labels: Tensor, matrix: Tensor, errors: Tensor, subset: tuple[int, ...], args: argparse.Namespace
+    matrix: Tensor, distances: Tensor, errors: Tensor, accuracy: float, subset: tuple[int, ...]
 ) -> dict[str, float | None]:
-    """Disagreement, DER, EIR and variance of probabilities of some members."""
+    """Disagreement, DER, EIR and variance of probabilities of some members, whose ensemble has this accuracy."""
     index = torch.tensor(subset)
-    ensemble = ensemble_log_probs(log_probs[index], args.average)
     rates = {
         "disagreement": mean_over_pairs(matrix[index][:, index]),
         "member_accuracy": 1 - errors[index].mean().item(),
-        "ensemble_accuracy": (ensemble.argmax(dim=1) == labels).double().mean().item(),
+        "ensemble_accuracy": accuracy,
     }
     ratios = ratios_of(rates)
     return {"disagreement": rates["disagreement"], "der": ratios["der"], "eir": ratios["eir"]} | {
-        "variance_of_probabilities": variance_by_sample(log_probs[index].exp()).mean().item()
+        "variance_of_probabilities": mean_over_pairs(distances[index][:, index]) / 2
     }
 
 
