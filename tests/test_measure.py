@@ -122,9 +122,16 @@ def test_diversity_equals_the_slow_forms(saved, tmp_path):
     assert test["kl"]["mean"] == pytest.approx(kl, rel=1e-4)
     # The whole ensemble is the last of its sizes; one member is the mean of the members.
     by_size = test["ensemble_by_size"]
-    assert by_size["3"]["nll"] == pytest.approx(test["ensemble"]["nll"], rel=1e-12)
+    for name in ("accuracy", "nll", "brier", "ece"):
+        assert by_size["3"][name] == pytest.approx(test["ensemble"][name], rel=1e-12)
     assert by_size["1"]["nll"] == pytest.approx(np.mean([row["nll"] for row in test["members"]]), rel=1e-12)
+    by_size_two = test["disagreement_by_size"]["2"]
     assert test["disagreement_by_size"]["3"]["der"] == pytest.approx(test["der"], rel=1e-12)
+    # The mean over subsets of an unbiased variance is the variance of all.
+    for size in ("2", "3"):
+        found = test["disagreement_by_size"][size]["variance_of_probabilities"]
+        assert found == pytest.approx(test["variance_of_probabilities"], rel=1e-12)
+    assert by_size_two["disagreement"] == pytest.approx(test["disagreement"]["mean"], rel=1e-12)
     two = [reference.nll((probs[i] + probs[j]) / 2, labels) for i, j in itertools.combinations(range(3), 2)]
     assert by_size["2"]["nll"] == pytest.approx(np.mean(two), rel=1e-5)
     for name in ("ensemble_accuracy", "ensemble_nll", "ensemble_ece", "disagreement", "der", "eir"):

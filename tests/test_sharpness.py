@@ -283,6 +283,15 @@ def test_average_of_a_quadratic_is_a_trace(norm, third, adaptive):
     assert stats.binomtest(hits, trials, 0.95).pvalue > 1e-3, hits
 
 
+def test_antithetic_pairs_leave_no_linear_term():
+    g, H, w = quadratic(6, 0)
+    values = [
+        average_sharpness(Quadratic(scale * g, H, w, offset=50.0).eval(), IMAGES, 0.1, n_draws=4)["loss"]
+        for scale in (0.0, 1.0, 20.0)
+    ]
+    assert values[1:] == [pytest.approx(values[0], rel=1e-6)] * 2
+
+
 def test_average_is_seeded_and_by_batch(trained):
     model, batches = trained
     a, b = (average_sharpness(model, batches[:3], 0.05, n_draws=4) for _ in range(2))
