@@ -21,4 +21,4 @@ if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
     printf '%s\n' "$wanted" >"$stamp"
 fi
-PATH="$PWD/$VENV/bin:$PATH"
+PATH="$(cd "$VENV" && pwd)/bin:$PATH"
