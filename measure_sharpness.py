@@ -132,15 +132,20 @@ def main(args: argparse.Namespace) -> None:
         if part is not None:
             found[name][member.digest] = part
     left = [(m, name) for m, name in todo if m.digest not in found[name]]
-    bar = tqdm(left, disable=not sys.stderr.isatty(), unit="part", dynamic_ncols=True)
-    for member, name in bar:
+    total = sum(passes_of(args, name, len(images)) for _, name in left)
+    bar = tqdm(total=total, disable=not sys.stderr.isatty(), unit="pass", unit_scale=True, dynamic_ncols=True)
+    done = 0
+    for member, name in left:
         bar.set_description(f"{member.path.parent.name} {name}")
         member.model.to(measurement.data.train.device, memory_format=torch.channels_last)
-        found[name][member.digest] = measure(args, name, member, images)
+        found[name][member.digest] = measure(args, name, member, images, bar.update)
+        done += passes_of(args, name, len(images))
+        bar.update(done - bar.n)
         path = paths[member.digest, name]
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"about": abouts[member.digest, name], "result": found[name][member.digest]})
         measurement.write("sharpness.json", collect(measurement.members, names, found))
+    bar.close()
     path = measurement.write("sharpness.json", collect(measurement.members, names, found))
     print_table(measurement.members, names, found)
     print(f"wrote {path}")
@@ -171,8 +176,28 @@ def chosen(args: argparse.Namespace, images: ImageSet, count: int) -> np.ndarray
     return np.random.RandomState(args.subset_seed).permutation(len(images))[:count]
 
 
-def measure(args: argparse.Namespace, name: str, member: SavedMember, images: ImageSet) -> dict[str, Any]:
-    """One part of one member."""
+def passes_of(args: argparse.Namespace, name: str, samples: int) -> int:
+    """About how many passes of one image a part takes: what the bar counts."""
+    subset = min(args.eval_batch_size * args.batch_num, samples)
+    whole = min(args.hessian_samples, samples)
+    return {
+        "APGD_worst": subset * (args.n_iters + 1),
+        "APGD_average": subset * args.n_draws // 2,
+        "hessian_t": 3 * whole * args.probes,
+        "hessian_e": 3 * whole * 10 * args.top_k,
+        "fisher": subset,
+        "NTK": 2 * min(args.ntk_samples, samples),
+    }[name.partition("-")[0]]
+
+
+def measure(
+    args: argparse.Namespace,
+    name: str,
+    member: SavedMember,
+    images: ImageSet,
+    progress: Callable[[int], object] = lambda passes: None,
+) -> dict[str, Any]:
+    """One part of one member; `progress` is told of the passes that were made."""
     model, (mode, _, norm) = member.model, name.partition("-")
 
     def batches(count: int, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -183,9 +208,18 @@ def measure(args: argparse.Namespace, name: str, member: SavedMember, images: Im
         subset = batches(args.eval_batch_size * args.batch_num, args.eval_batch_size)
         common: dict[str, Any] = {"rho": args.rho0, "norm": norm, "adaptive": args.adaptive, "params": args.params}
         if mode == "APGD_worst":
-            found = worst_case_sharpness(model, subset, n_iters=args.n_iters, maximiser=args.maximiser, **common)
+            each = args.eval_batch_size * (args.n_iters + 1)
+            found = worst_case_sharpness(
+                model,
+                subset,
+                n_iters=args.n_iters,
+                maximiser=args.maximiser,
+                progress=lambda: progress(each),
+                **common,
+            )
         else:
-            found = average_sharpness(model, subset, n_draws=args.n_draws, **common)
+            each = sum(len(labels) for _, labels in subset) // 2  # a pass forward only
+            found = average_sharpness(model, subset, n_draws=args.n_draws, progress=lambda: progress(each), **common)
         spread = statistics.stdev(found["loss_by_batch"]) if len(subset) > 1 else float("nan")
         found["loss_standard_error_over_batches"] = spread / len(subset) ** 0.5 if len(subset) > 1 else None
         return {"value": found["loss"], **found, "images": sum(len(labels) for _, labels in subset)}

@@ -337,9 +337,9 @@ def test_sharpness_parts_are_kept_and_made_anew_where_the_protocol_changed(saved
     measured = []
     original = measure_sharpness.measure
 
-    def watched(args, name, member, images):
+    def watched(args, name, member, *rest):
         measured.append((name, member.seed))
-        return original(args, name, member, images)
+        return original(args, name, member, *rest)
 
     monkeypatch.setattr(measure_sharpness, "measure", watched)
     assert call("sharpness", *common, "--mode", ",".join(MODES))["result"] == first
@@ -357,10 +357,10 @@ def test_a_cut_off_measurement_says_what_is_missing(saved, tmp_path, monkeypatch
     common = ["--resume", *paths[:2], "--save", tmp_path, "--data_path", tmp_path, *SMALL, "--mode", "fisher,hessian_t"]
     original = measure_sharpness.measure
 
-    def deadly(args, name, member, images):
+    def deadly(args, name, member, *rest):
         if (name, member.seed) == ("fisher", 5):
             raise KeyboardInterrupt
-        return original(args, name, member, images)
+        return original(args, name, member, *rest)
 
     monkeypatch.setattr(measure_sharpness, "measure", deadly)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
