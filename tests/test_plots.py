@@ -1,0 +1,445 @@
+"""The figures of results: from small result files to what is drawn."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from models import create_model
+from scripts import plot
+from tests.test_measure import save_member
+from utils import cli, landscape, plots
+from utils.checkpoint import load_model, write_array, write_json
+from utils.data import load_data
+from utils.metrics import pack_counts, paired_bootstrap, t_interval
+from utils.partition import sharpness_aware_masks
+
+DEEP = {
+    "data": "digits",
+    "model": "resnet18",
+    "width": 2,
+    "sam": False,
+    "rho": 0.05,
+    "sam_adaptive": False,
+    "flat_ratio": 0.0,
+    "initial_epochs": 2,
+    "select": None,
+    "unselected": None,
+}
+SAM = DEEP | {"sam": True, "rho": 0.1}
+SHARPBALANCE = SAM | {"flat_ratio": 0.5, "select": "flattest", "unselected": "one"}
+PAPER = SHARPBALANCE | {"select": "sharpest", "unselected": "normal"}
+METHODS = {"deep": DEEP, "sam": SAM, "sharpbalance": SHARPBALANCE}
+IMAGES = 50
+SEVERITIES = (1, 2, 3, 4, 5)
+
+
+def row(accuracy):
+    """What measure_diversity.py finds on one part, for an ensemble of two with this accuracy."""
+    member = accuracy - 0.1
+    right, both = (np.arange(IMAGES) < round(value * IMAGES) for value in (accuracy, member))
+
+    def scores(value):
+        return {"accuracy": value, "nll": 1 - value, "ece": 0.1 * value}
+
+    return {
+        "members": [scores(member - 0.02), scores(member + 0.02)],
+        "ensemble": scores(accuracy),
+        "ensemble_by_size": {"1": scores(member), "2": scores(accuracy)},
+        "rates": {"member_accuracy": member, "ensemble_accuracy": accuracy, "disagreement": 0.2 * accuracy},
+        "der": 0.8,
+        "eir": 0.3,
+        "right_of_samples": {"members": pack_counts(2 * both), "ensemble": pack_counts(right)},
+        "intervals_95": {
+            name: [value - 0.03, value + 0.04]
+            for name, value in (
+                ("member_accuracy", member),
+                ("ensemble_accuracy", accuracy),
+                ("member_nll", 1 - member),
+                ("ensemble_nll", 1 - accuracy),
+                ("ensemble_ece", 0.1 * accuracy),
+                ("disagreement", 0.2 * accuracy),
+            )
+        },
+        "parts": 1,
+    }
+
+
+def measure(folder, settings, seeds=(1, 2), accuracy=0.8, sharpness=2.0, corrupted=True, **change):
+    """The result files of one ensemble."""
+    folder.mkdir(parents=True, exist_ok=True)
+    members = [{"seed": seed, "sha256_of_weights": f"{seed:064x}"} for seed in seeds]
+    result = {"test": row(accuracy)}
+    if corrupted:
+        by = {str(s): row(accuracy - 0.08 * s) for s in SEVERITIES}
+        result["corrupted"] = {"mean": row(accuracy - 0.24) | {"parts": 15}, "by_severity": by}
+    content = {
+        "members": members,
+        "network": {"model": "resnet18", "width": 2},
+        "data": {"dataset": "digits", "test": IMAGES, "sha256_of_arrays_and_split": "d"},
+        "protocol": {"checkpoint": "best", "bins": 15, "corruptions": ["fog"], "split": sorted(result)},
+        "trained": settings | {"seed": list(seeds)},
+        "result": result,
+    }
+    write_json(folder / "diversity.json", content | change)
+    found = {"APGD_worst-l2": {"mean": sharpness, "std": 0.1, "n": len(seeds)}}
+    write_json(
+        folder / "sharpness.json", {"members": members, "protocol": {"rho0": 0.5, "adaptive": True}, "result": found}
+    )
+    return folder
+
+
+@pytest.fixture
+def three(tmp_path):
+    """One ensemble of each method."""
+    accuracies = zip(METHODS.items(), (0.7, 0.8, 0.9), (9.0, 3.0, 2.0), strict=True)
+    return [measure(tmp_path / "m" / n, s, accuracy=a, sharpness=x) for (n, s), a, x in accuracies]
+
+
+def make_run(folder, settings, seeds=(1, 2), epochs=4, checkpoints=False):
+    """A run folder of digits."""
+    folder.mkdir(parents=True)
+    data = load_data("digits")
+    free = {"data_path": "data", "train_idx_path": None, "val_idx_path": None, "device": "auto"}
+    write_json(folder / "args.json", settings | free | {"seed": list(seeds)})
+    write_json(folder / "environment.json", {"data": data.record})
+    random = np.random.default_rng(len(folder.name))
+    scores = random.exponential(size=(len(seeds), len(data.train))).astype(np.float32)
+    masks = sharpness_aware_masks(scores, settings["flat_ratio"], settings["select"] or "flattest", "one")
+    for i, seed in enumerate(seeds):
+        member = folder / f"seed_{seed}"
+        member.mkdir()
+        lines = [
+            {"epoch": e, "train_loss": 1 / (e + 1) + i, "train_acc": 0.5, "val_loss": 2.0, "val_acc": 0.4 + 0.1 * i}
+            for e in range(epochs)
+        ]
+        (member / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if settings["flat_ratio"]:
+            write_array(member / "fisher.npy", scores[i])
+            write_array(member / "sam_mask.npy", masks[i])
+        if checkpoints:
+            save_member(member / "model_best.pth.tar", seed + 10 * len(folder.name))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return [make_run(folder / name, settings, checkpoints=True) for name, settings in METHODS.items()]
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    monkeypatch.setattr(plot, "ALONG", [-0.5, 0.0, 0.5])
+    monkeypatch.setattr(plot, "BETWEEN", [0.0, 0.5, 1.0])
+
+
+def call(kind, folders, to):
+    cli.run(plot.main, plot.parse_args([kind, "--from", *map(str, folders), "--to", str(to)]))
+
+
+def figure(kind, folders, to="x"):
+    return plot.KINDS[kind](plot.parse_args([kind, "--from", *map(str, folders), "--to", str(to)]))
+
+
+def refused(capsys, kind, folders, to):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        call(kind, folders, to)
+    assert end.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error
+    return error
+
+
+def drawn_well(one, panels):
+    """Labels with units, the legend and the note inside the picture and off the panels."""
+    one.draw_without_rendering()
+    axes = [axis for axis in one.axes if axis.get_label() != "<colorbar>"]
+    assert len(axes) == panels
+    for axis in axes:
+        assert axis.get_legend() is None
+        assert "[" in axis.get_ylabel()
+        assert "[" in axis.get_xlabel() or not axis.get_subplotspec().is_last_row() or axis.patches
+    (legend,) = one.legends
+    for artist in (legend, one._supxlabel):
+        box = artist.get_window_extent()
+        assert box.x0 >= 0
+        assert box.y0 >= 0
+        assert box.x1 <= one.bbox.x1
+        assert box.y1 <= one.bbox.y1
+        assert not any(box.overlaps(axis.get_window_extent()) for axis in axes)
+    assert legend.get_texts()[0].get_text() == "deep ensemble"
+    return axes
+
+
+@pytest.mark.parametrize("kind", ["tradeoff", "benchmark", "severity", "ensemble_size"])
+def test_files_of_measured_kinds(kind, three, tmp_path, capsys):
+    call(kind, three, tmp_path / "new" / "a.png")
+    call(kind, reversed(three), tmp_path / "new" / "b")
+    assert capsys.readouterr().out.startswith(f"wrote {tmp_path / 'new' / 'a.pdf'}, ")
+    for suffix, magic in (("pdf", b"%PDF"), ("png", b"\x89PNG")):
+        content = (tmp_path / "new" / f"a.{suffix}").read_bytes()
+        assert content.startswith(magic)
+        assert content == (tmp_path / "new" / f"b.{suffix}").read_bytes()  # whatever the order of the folders
+    assert len(list((tmp_path / "new").iterdir())) == 4
+
+
+def test_tradeoff(three, tmp_path):
+    one = figure("tradeoff", three)
+    (axis,) = drawn_well(one, 1)
+    assert len(one.axes) == 2  # and the colour bar
+    assert axis.get_xscale() == "log"
+    points = [line for line in axis.get_lines() if line.get_zorder() == 3]
+    assert [line.get_xydata()[0].tolist() for line in points] == [
+        pytest.approx([x, 20 * a]) for x, a in ((9, 0.7), (3, 0.8), (2, 0.9))
+    ]
+    edges = [line.get_markeredgecolor() for line in points]
+    assert [plots.to_rgb(c) for c in edges] == [plots.to_rgb(plots.COLOURS[m]) for m in list(plots.COLOURS)[:3]]
+    assert len({line.get_markerfacecolor() for line in points}) == 3
+    assert len(axis.collections) == 6  # bars in both directions
+    assert "1 ensemble of 2 members" in one._supxlabel.get_text()
+    # Several ensembles of several radii: a name for each radius, and no bars. Without a corrupted set: no colour bar.
+    folders = [
+        measure(tmp_path / f"{rho}{i}", SAM | {"rho": rho}, (i, i + 5), 0.8, 2.0, corrupted=False)
+        for rho in (0.1, 0.2)
+        for i in range(2)
+    ]
+    one = figure("tradeoff", folders)
+    assert len(one.axes) == 1
+    assert not one.axes[0].collections
+    assert [text.get_text() for text in one.axes[0].texts] == [r"$\rho$ = 0.1", r"$\rho$ = 0.2"]
+    assert one.axes[0].get_xscale() == "linear"
+
+
+def test_benchmark(three, tmp_path):
+    axes = drawn_well(figure("benchmark", three), 4)
+    left, right = axes[:2]
+    # Bars are those of a method after another: mean of the members, ensemble.
+    assert [bar.get_height() for bar in left.patches] == pytest.approx([60, 70, 70, 80, 80, 90])
+    assert [bar.get_height() for bar in right.patches] == pytest.approx([10, 10, 10])
+    low, high = left.collections[1].get_segments()[0][:, 1]
+    assert (low, high) == (pytest.approx(67), pytest.approx(74))
+    gap = 100.0 * ((np.arange(IMAGES) >= 30) & (np.arange(IMAGES) < 35))  # where the ensemble is right and no member
+    edges = paired_bootstrap(torch.from_numpy(gap))
+    assert right.collections[0].get_segments()[0][:, 1].tolist() == pytest.approx(edges)
+    more = [measure(tmp_path / f"sam{i}", SAM, (i, i + 5), a) for i, a in enumerate((0.7, 0.8, 0.84))]
+    one = figure("benchmark", more)
+    assert one.axes[0].patches[1].get_height() == pytest.approx(78)
+    edges = one.axes[0].collections[1].get_segments()[0][:, 1]
+    assert edges.tolist() == pytest.approx(t_interval([70, 80, 84]))
+    assert "Student's" in one._supxlabel.get_text()
+    assert "3 ensembles of 2 members" in one._supxlabel.get_text()
+    clean = measure(tmp_path / "clean", SAM, corrupted=False)
+    assert len(figure("benchmark", [clean]).axes) == 2
+
+
+def test_severity(three):
+    left, right = drawn_well(figure("severity", three), 2)
+    curves = [line for line in left.get_lines() if len(line.get_xdata()) == 6]
+    assert len(curves) == 6  # members and ensembles of three methods
+    assert curves[1].get_ydata().tolist() == pytest.approx([70 - 8 * s for s in range(6)])
+    assert curves[0].get_ydata().tolist() == pytest.approx([60 - 8 * s for s in range(6)])
+    assert len(left.collections) == 36
+    assert len(right.collections) == 18  # the file holds none for the ECE of members
+
+
+def test_ensemble_size(three):
+    axes = drawn_well(figure("ensemble_size", three), 6)
+    for axis, values in zip(axes[:3], ([60, 70], [0.4, 0.3], [6, 7]), strict=True):
+        curves = [line for line in axis.get_lines() if len(line.get_xdata()) == 2]
+        assert len(curves) == 3
+        assert curves[0].get_ydata().tolist() == pytest.approx(values)
+    assert [len(axis.collections) for axis in axes[:3]] == [6, 6, 3]
+
+
+def test_curves(runs):
+    axes = drawn_well(figure("curves", runs), 4)
+    lines = axes[0].get_lines()
+    assert len(lines) == 3 * (2 + 1) + 1  # members and mean of each method, and where the sets are made
+    assert lines[2].get_ydata().tolist() == pytest.approx([1 / (e + 1) + 0.5 for e in range(4)])
+    assert lines[2].get_xdata().tolist() == [1, 2, 3, 4]
+    assert lines[-1].get_xdata()[0] == 2.5
+    assert axes[3].get_lines()[0].get_ydata().tolist() == pytest.approx([40] * 4)
+
+
+def test_sets(runs, tmp_path):
+    one = figure("sets", [runs[2]])
+    one.draw_without_rendering()
+    classes, picks, bar, flat, sharp = (axis for part in one.subfigs for axis in part.axes)
+    train = load_data("digits").train
+    labels = train.labels.numpy()
+    masks, scores = (
+        np.stack([np.load(runs[2] / f"seed_{seed}" / f"{name}.npy") for seed in (1, 2)])
+        for name in ("sam_mask", "fisher")
+    )
+    shares = classes.images[0].get_array()
+    for member, label in itertools.product(range(2), range(10)):
+        chosen = [masks[member, i] for i in range(len(labels)) if labels[i] == label]
+        assert shares[member, 1 + label] == pytest.approx(100 * np.mean(chosen))
+    assert shares[:, 0].tolist() == pytest.approx((100 * masks.mean(axis=1)).tolist())
+    # A member trains with SAM all that the other one picked; of its own only what that one picked too.
+    shares = picks.images[0].get_array()
+    own = [set(np.argsort(row)[: len(row) // 2]) for row in scores]
+    both = 100 * len(own[0] & own[1]) / len(own[0])
+    assert shares[:, :2].ravel().tolist() == pytest.approx([both, 100, 100, both])
+    assert shares[:, 2].sum() == pytest.approx(100)  # one of the two for each
+    assert len(classes.texts) == 22
+    assert len(picks.texts) == 6
+    assert flat.images[0].get_array().shape == sharp.images[0].get_array().shape == (8, 10 * 9 - 1)
+    ranks = np.argsort(np.argsort(scores, axis=1), axis=1).mean(axis=0)
+    first = train.info.std[0] * train.plain(np.array([ranks.argmin()]))[0][0, 0].numpy() + train.info.mean[0]
+    np.testing.assert_allclose(flat.images[0].get_array()[:, :8], first, atol=1e-6)
+    assert sharp.get_xticklabels()[0].get_text().startswith(f"{labels[ranks.argmax()]}: ")
+    assert all(
+        "[" in text for text in (classes.get_xlabel(), classes.get_ylabel(), picks.get_xlabel(), bar.get_ylabel())
+    )
+    call("sets", [runs[2]], tmp_path / "a")
+    call("sets", [runs[2]], tmp_path / "b")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_landscape(runs, few_steps, tmp_path, monkeypatch):
+    one = figure("landscape", runs, tmp_path / "a")
+    left, right = drawn_well(one, 2)
+    assert len(left.get_lines()) == 3 * (2 + 1)
+    assert len(right.get_lines()) == 3 * (1 + 1)
+    path = tmp_path / "a.json"
+    content = json.loads(path.read_text())
+    data = load_data("digits")
+    batches = plot.subset(data.val)
+    model, _ = load_model(runs[0] / "seed_1" / "model_best.pth.tar")
+    with torch.no_grad():
+        images, labels = zip(*batches, strict=True)
+        loss = torch.nn.functional.cross_entropy(model(torch.cat(images)), torch.cat(labels)).item()
+    curves = next(iter(content["runs"][0]["along"].values()))
+    assert [values[1] for values in curves] == pytest.approx([loss, loss], rel=1e-5)
+    assert curves[0] != curves[1]
+
+    # The numbers are taken up again, by the same command and from the file alone.
+    def computed(*args):
+        raise AssertionError("computed what the file holds")
+
+    monkeypatch.setattr(plot, "losses_along", computed)
+    monkeypatch.setattr(plot, "losses_between", computed)
+    call("landscape", runs, tmp_path / "a")
+    call("landscape", [path], tmp_path / "b")
+    assert (tmp_path / "a.pdf").read_bytes() == (tmp_path / "b.pdf").read_bytes()
+    assert json.loads(path.read_text()) == content
+    # Other images or steps are another matter.
+    monkeypatch.setattr(plot, "IMAGES", 40)
+    with pytest.raises(AssertionError, match="computed"):
+        figure("landscape", runs, tmp_path / "a")
+
+
+def test_the_lines_of_a_landscape():
+    torch.manual_seed(0)
+    a, b = (create_model("resnet18", 10, 2, 8, 1) for _ in range(2))
+    before = [{name: tensor.clone() for name, tensor in model.state_dict().items()} for model in (a, b)]
+    batches = [(torch.randn(9, 1, 8, 8), torch.arange(9)), (torch.randn(4, 1, 8, 8), torch.arange(4))]
+    direction = landscape.random_direction(a, torch.Generator().manual_seed(1))
+    for parameter, way in zip(a.parameters(), direction, strict=True):
+        if parameter.ndim == 1:
+            assert not way.any()
+        else:
+            norms = parameter.flatten(1).norm(dim=1), way.flatten(1).norm(dim=1)
+            torch.testing.assert_close(*norms)
+    assert landscape.losses_along(a, direction, [0.0], batches)[0] == landscape.mean_loss(a, batches)
+    there = landscape.losses_between(a, b, [0.0, 0.25, 1.0], batches, batches)
+    back = landscape.losses_between(b, a, [0.0, 0.75, 1.0], batches, batches)
+    assert there == pytest.approx(back[::-1], rel=1e-4)
+    for model, state in zip((a, b), before, strict=True):
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+        assert model.training
+
+
+def test_a_method_has_one_name_and_colour(tmp_path):
+    settings = [PAPER, SAM | {"rho": 0.2}, SAM, SHARPBALANCE, DEEP, SHARPBALANCE | {"select": "random"}]
+    ensembles = plot.measured([measure(tmp_path / str(i), one) for i, one in enumerate(settings)])
+    rows = plots.looks(plot.groups_of(ensembles).values())
+    assert [row["label"] for row in rows] == [
+        "deep ensemble",
+        r"SAM, $\rho$ = 0.2",
+        r"SAM, $\rho$ = 0.1",
+        "SharpBalance",
+        "SharpBalance, the paper's sets",
+        "SAM on random samples",
+    ]
+    colours = [row["colour"] for row in rows]
+    assert len(set(colours)) == 6
+    assert colours[3] == plots.to_rgb(plots.COLOURS["sharpbalance"])
+    (unknown,) = plots.looks([plot.measured([measure(tmp_path / "theirs", DEEP, trained=None)])])
+    assert unknown["label"] == "theirs"
+
+
+def test_bad_measurements(three, tmp_path, capsys):
+    to = tmp_path / "x"
+    assert "none/diversity.json: missing" in refused(capsys, "benchmark", [tmp_path / "none"], to)
+    data = {"dataset": "digits", "test": IMAGES, "sha256_of_arrays_and_split": "other"}
+    other = measure(tmp_path / "other", PAPER, data=data)
+    assert "data differs" in refused(capsys, "tradeoff", [*three, other], to)
+    other = measure(tmp_path / "other", PAPER, protocol={"checkpoint": "last", "bins": 15})
+    assert "--checkpoint differs (last, best)" in refused(capsys, "ensemble_size", [*three, other], to)
+    clean = measure(tmp_path / "clean", SAM, corrupted=False)
+    error = refused(capsys, "severity", [clean], to)
+    assert "clean/diversity.json: no corrupted set was measured" in error
+    assert "--split test,corrupted" in error
+    content = json.loads((three[0] / "diversity.json").read_text())
+    del content["result"]["test"]["ensemble_by_size"]
+    write_json(three[0] / "diversity.json", content)
+    assert "'ensemble_by_size' is missing; measure it by" in refused(capsys, "ensemble_size", three, to)
+    sharpness = json.loads((three[1] / "sharpness.json").read_text())
+    write_json(three[1] / "sharpness.json", sharpness | {"members": [{"sha256_of_weights": "0"}]})
+    assert "of other weights than diversity.json" in refused(capsys, "tradeoff", three, to)
+    (three[1] / "sharpness.json").unlink()
+    error = refused(capsys, "tradeoff", three, to)
+    assert "sam/sharpness.json: holds no APGD_worst-l2 of all members" in error
+    assert "measure_sharpness.py" in error
+    assert "is a folder" in refused(capsys, "benchmark", three, tmp_path)
+    (tmp_path / "file").write_text("")
+    assert "--to" in refused(capsys, "benchmark", three, tmp_path / "file" / "x")
+    assert not to.with_suffix(".png").exists()
+
+
+def test_bad_runs(runs, tmp_path, capsys, monkeypatch):
+    to = tmp_path / "x"
+    assert "args.json" in refused(capsys, "curves", [tmp_path], to)
+    assert "do not come from scores" in refused(capsys, "sets", [runs[1]], to)
+    assert "name one folder" in refused(capsys, "sets", runs, to)
+    broken = make_run(tmp_path / "broken", SHARPBALANCE)
+    (broken / "seed_2" / "sam_mask.npy").unlink()
+    error = refused(capsys, "sets", [broken], to)
+    assert "seed_2/sam_mask.npy: missing" in error
+    write_array(broken / "seed_2" / "sam_mask.npy", np.ones(7, dtype=bool))
+    assert "shape [7]" in refused(capsys, "sets", [broken], to)
+    (broken / "seed_1" / "log.jsonl").write_text("{}\n")
+    assert "seed_1/log.jsonl: missing or not the log" in refused(capsys, "curves", [broken], to)
+    (broken / "seed_1" / "log.jsonl").write_text("")
+    assert "holds no epoch" in refused(capsys, "curves", [broken], to)
+    assert "model_best.pth.tar is missing" in refused(capsys, "landscape", [broken], to)
+    assert "same method and seeds" in refused(capsys, "curves", [runs[0], runs[0]], to)
+    content = json.loads((broken / "environment.json").read_text())
+    content["data"]["sha256_of_arrays_and_split"] = "other"
+    write_json(broken / "environment.json", content)
+    assert "data differs" in refused(capsys, "curves", [runs[0], broken], to)
+    assert "are not those of the run" in refused(capsys, "sets", [broken], to)
+    (broken / "environment.json").unlink()
+    assert "environment.json: missing" in refused(capsys, "curves", [broken], to)
+    write_json(tmp_path / "x.json", {})
+    assert "x.json: not the numbers of a landscape" in refused(capsys, "landscape", [tmp_path / "x.json"], to)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sets", "--to", "x"], "sets is drawn from result folders"),
+        (["theory", "--from", "a", "--to", "x"], "theory is simulated"),
+    ],
+)
+def test_bad_words(words, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        plot.parse_args(words)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err

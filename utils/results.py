@@ -1,0 +1,254 @@
+"""Ensembles as the result files tell of them: reading, refusing what cannot be compared, and grouping."""
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils import InputError
+from utils.checkpoint import read_settings
+from utils.ensemble import FREE_SETTINGS
+from utils.metrics import t_interval, unpack_counts
+
+INTERVALS = {
+    "member": "member_accuracy",
+    "ensemble": "ensemble_accuracy",
+    "disagreement": "disagreement",
+    "der": "der",
+    "eir": "eir",
+    "nll": "ensemble_nll",
+    "ece": "ensemble_ece",
+}
+# What has to be the same in all files of a table.
+SAME = ("average", "bins", "checkpoint", "split", "corruptions", "severities")
+SAME_SHARPNESS = ("rho0", "adaptive", "n_iters", "maximiser", "eval_batch_size", "batch_num", "subset_seed", "split")
+
+
+@dataclass
+class Ensemble:
+    """What was measured of one ensemble, by the names of `COLUMNS`.
+
+    values, their standard deviations over members, their intervals, and the share of right answers by sample.
+    """
+
+    folder: Path
+    method: str
+    seeds: tuple[int | None, ...]
+    values: dict[str, float | None]
+    spread: dict[str, float]
+    intervals: dict[str, list[float] | None]
+    right: dict[str, torch.Tensor]
+    content: dict[str, Any]
+
+
+def read_ensemble(folder: Path) -> Ensemble:
+    """The measurements of one ensemble.
+
+    Raises:
+        InputError: naming the file that is missing or not what the scripts write.
+    """
+    content = read_result(folder / "diversity.json", "python measure_diversity.py")
+    try:
+        row = content["result"]["test"]
+        values = _values(row)
+        corrupted = content["result"].get("corrupted")
+        right = {name: torch.from_numpy(unpack_counts(text)) for name, text in row["right_of_samples"].items()}
+        if corrupted is not None:
+            mean = corrupted["mean"]
+            values |= {f"corrupted_{name}": value for name, value in _values(mean).items()}
+            packed = mean["right_of_samples"].items()
+            right |= {f"corrupted_{n}": torch.from_numpy(unpack_counts(text)) / mean["parts"] for n, text in packed}
+        seeds = tuple(member["seed"] for member in content["members"])
+        for name in ("members", "corrupted_members"):
+            if name in right:
+                right[name.replace("members", "member")] = right.pop(name) / len(seeds)
+        spread = {}
+        if len(row.get("members", [])) > 1:
+            spread["member"] = statistics.stdev(member["accuracy"] for member in row["members"])
+        intervals = {name: row["intervals_95"].get(key) for name, key in INTERVALS.items()}
+        if corrupted is not None:
+            intervals |= {f"corrupted_{n}": corrupted["mean"]["intervals_95"].get(key) for n, key in INTERVALS.items()}
+        method = method_of(content["trained"]) if content.get("trained") else folder.name
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{folder / 'diversity.json'}: not a result of the test set ({error}); measure it anew, --split test"
+        ) from error
+    if (folder / "sharpness.json").is_file():
+        sharpness = read_result(folder / "sharpness.json", "python measure_sharpness.py")
+        found = sharpness.get("result", {}).get("APGD_worst-l2", {})
+        values["sharpness"] = found.get("mean")
+        if found.get("std") is not None:
+            spread["sharpness"] = found["std"]
+        if "members" in sharpness and weights_of(sharpness) != weights_of(content):
+            raise InputError(
+                f"{folder / 'sharpness.json'}: of other weights than diversity.json beside it; measure one of them anew"
+            )
+        content["sharpness"] = sharpness
+    return Ensemble(folder, method, seeds, values, spread, intervals, right, content)
+
+
+def weights_of(content: dict[str, Any]) -> list[str]:
+    """The digests of the members that a result file is about."""
+    return [member["sha256_of_weights"] for member in content["members"]]
+
+
+def read_result(path: Path, script: str) -> dict[str, Any]:
+    """A result file.
+
+    Raises:
+        InputError: if it cannot be read; `script` is what makes it.
+    """
+    return read_json(path, f"make it by {script} --save {path.parent}")
+
+
+def read_json(path: Path, way_out: str) -> dict[str, Any]:
+    """A JSON file that holds a dict.
+
+    Raises:
+        InputError: naming the file and the way out.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: missing or not readable; {way_out}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a result file; {way_out}")
+    return content
+
+
+def _values(row: dict[str, Any]) -> dict[str, float | None]:
+    ensemble = row.get("ensemble", {})
+    return {
+        "member": row["rates"]["member_accuracy"],
+        "ensemble": row["rates"]["ensemble_accuracy"],
+        "disagreement": row["rates"].get("disagreement"),
+        "der": row.get("der"),
+        "eir": row.get("eir"),
+        "nll": ensemble.get("nll"),
+        "ece": ensemble.get("ece"),
+    }
+
+
+def method_of(settings: dict[str, Any]) -> str:
+    """A short name of how an ensemble was trained, from the settings of its run."""
+    if not settings["sam"] or not settings["rho"]:
+        return "deep ensemble"
+    kind = "ASAM" if settings["sam_adaptive"] else "SAM"
+    if not settings["flat_ratio"]:
+        return f"{kind}, rho {settings['rho']:g}"
+    return (
+        f"SharpBalance ({settings['select']}, {settings['unselected']}), rho {settings['rho']:g}, "
+        f"k {settings['flat_ratio']:g}, T_d {settings['initial_epochs']}"
+    )
+
+
+def family_of(settings: dict[str, Any] | None) -> str:
+    """The method as `utils.plots` knows it by name and colour, from the settings of a run; "other" without settings."""
+    if not settings:
+        return "other"
+    if not settings["sam"] or not settings["rho"]:
+        return "deep_ensemble"
+    if not settings["flat_ratio"]:
+        return "asam" if settings["sam_adaptive"] else "sam"
+    drawn = {"random": "random_set", "same": "same_set", "sharpest": "paper"}
+    return drawn.get(settings["select"], "sharpbalance")
+
+
+def read_run(folder: Path) -> Ensemble:
+    """An ensemble as its run folder tells of it: how it was trained and on which data, without measurements.
+
+    Raises:
+        InputError: naming the file that is missing or not what main.py writes.
+    """
+    settings = read_settings(folder)
+    path = folder / "environment.json"
+    content = read_json(path, "it is part of a run of main.py")
+    trained = {name: value for name, value in settings.items() if name not in FREE_SETTINGS}
+    try:
+        about = {"data": content["data"], "protocol": {}, "trained": trained, "settings": settings}
+        about["data"]["sha256_of_arrays_and_split"]
+        about["network"] = {"model": trained["model"], "width": trained["width"]}
+        method = method_of(trained)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder}: its args.json and environment.json do not tell of a run ({error})") from error
+    return Ensemble(folder, method, tuple(settings["seed"]), {}, {}, {}, {}, about)
+
+
+def needed(ensemble: Ensemble, *keys: str) -> Any:
+    """An entry of the result in diversity.json.
+
+    Raises:
+        InputError: if it was not measured, and how to do that.
+    """
+    value = ensemble.content["result"]
+    for key in keys:
+        if not isinstance(value, dict) or key not in value:
+            what, flag = f"'{key}' is missing", "--mode predict,disagreement"
+            if key == "corrupted":
+                what, flag = "no corrupted set was measured", "--split test,corrupted"
+            path = ensemble.folder / "diversity.json"
+            raise InputError(f"{path}: {what}; measure it by python measure_diversity.py {flag}")
+        value = value[key]
+    return value
+
+
+def estimate(values: list[float], interval: list[float] | None = None) -> tuple[float, list[float] | None]:
+    """Mean over ensembles and its 95 % interval: Student's, or of a single ensemble the given one."""
+    return statistics.mean(values), t_interval(values) if len(values) > 1 else interval
+
+
+def check_alike(ensembles: list[Ensemble]) -> None:
+    """Refuse to compare what was measured on different data or by different protocols."""
+    first = ensembles[0]
+    for other in ensembles[1:]:
+        for name, a, b in [
+            (
+                "data",
+                first.content["data"]["sha256_of_arrays_and_split"],
+                other.content["data"]["sha256_of_arrays_and_split"],
+            ),
+            *((f"--{key}", first.content["protocol"].get(key), other.content["protocol"].get(key)) for key in SAME),
+            *(
+                (f"--{key} of the sharpness", *(e.content["sharpness"]["protocol"].get(key) for e in (first, other)))
+                for key in SAME_SHARPNESS
+                if "sharpness" in first.content and "sharpness" in other.content
+            ),
+        ]:
+            if a != b:
+                raise InputError(
+                    f"{other.folder} and {first.folder} cannot be compared: {name} differs ({_short(b)}, {_short(a)}); "
+                    "measure both alike"
+                )
+    folders = {}
+    for ensemble in ensembles:
+        key = (ensemble.method, ensemble.seeds, json.dumps(ensemble.content.get("trained"), sort_keys=True))
+        if key in folders and ensemble.content.get("trained"):
+            raise InputError(f"{ensemble.folder} and {folders[key]} are the same method and seeds; give each once")
+        folders[key] = ensemble.folder
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:12] + "..."
+
+
+def groups_of(ensembles: list[Ensemble]) -> dict[str, list[Ensemble]]:
+    """Ensembles of equal settings but for the seeds, by a name that tells the groups apart."""
+    by_settings: dict[str, list[Ensemble]] = {}
+    for ensemble in ensembles:
+        settings = ensemble.content.get("trained")
+        key = ensemble.method
+        if settings:
+            key = json.dumps({name: value for name, value in settings.items() if name != "seed"}, sort_keys=True)
+            key += str(len(ensemble.seeds))
+        by_settings.setdefault(key, []).append(ensemble)
+    groups: dict[str, list[Ensemble]] = {}
+    for rows in by_settings.values():
+        name = rows[0].method
+        if name in groups:  # the same method by other settings
+            name = f"{name} ({rows[0].folder.name})"
+        groups[name] = rows
+    return groups
