@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains a deep ensemble, a SAM ensemble and a SharpBalance ensemble of 3 networks each on scikit-learn's 8x8 digits and
-# compares them in a table. Makes .venv on its first call. Writes runs/quickstart/ and measurements/quickstart/; given
+# compares them in a table and a picture. Makes .venv on its first call. Writes runs/quickstart/ and measurements/quickstart/; given
 # again, it goes on or shows the table at once. RUNS and MEASUREMENTS name other folders.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
@@ -23,3 +23,5 @@ for method in deep_ensemble deep_ensemble_sam sharpbalance; do
 done
 echo
 python scripts/summarize.py "$MEASUREMENTS"/{deep_ensemble,deep_ensemble_sam,sharpbalance}
+python scripts/plot.py tradeoff --from "$MEASUREMENTS"/{deep_ensemble,deep_ensemble_sam,sharpbalance} \
+    --to "$RUNS/tradeoff"
