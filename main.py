@@ -6,7 +6,8 @@
 
 Writes under --save_path (default runs/<data>_<method>): args.json, environment.json, command.txt, summary.json, and for
 each member seed_<seed>/ with checkpoint.pth.tar, model_best.pth.tar, log.jsonl, fisher.npy and sam_mask.npy.
-The same command again goes on with a run that was cut off.
+The same command again goes on with a run that was cut off. `torchrun --nproc-per-node K main.py ...` deals the members
+out to K processes, with the same result.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 
 from models import MODELS, create_model
-from utils import InputError
+from utils import InputError, distributed
 from utils.checkpoint import find_checkpoints, read_settings
 from utils.cli import Parser, Seeds, add_checkpoint_options, add_data_options, add_flag, number, run, start_device
 from utils.data import DATASETS, load_data
@@ -189,6 +190,13 @@ def build_parser() -> Parser:
     group.add_argument(
         "--save_path", type=Path, metavar="DIR", help="folder of the run (default: runs/<data>_<method>)"
     )
+    group.add_argument(
+        "--save_every",
+        type=number(float, 0),
+        default=600.0,
+        metavar="SECONDS",
+        help="save within an epoch as well, where it takes longer than this; the end of an epoch is always saved",
+    )
     add_flag(group, "overwrite", "start anew in a folder that holds a run")
     add_flag(group, "evaluate", "train nothing: print the accuracies of the run in --save_path, or of --resume")
     add_checkpoint_options(parser)
@@ -219,18 +227,37 @@ def print_summary(rows: dict) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Train, or evaluate, as the settings say."""
+    if args.threads is None and not args.evaluate:
+        args.threads = _threads_of(args)
     device = start_device(args.device, args.threads)
     paths = find_checkpoints(args.resume or [args.save_path], args.checkpoint) if args.evaluate else []
+    if not args.evaluate:
+        distributed.join(device, args.seed, args.save_path)
+        args.threads = distributed.agree(torch.get_num_threads())
+        torch.set_num_threads(args.threads)
     data = load_data(args.data, args.data_path, device, args.train_idx_path, args.val_idx_path, args.download)
     if args.evaluate:
         print_summary(evaluate_members(paths, data))
         return
-    print(f"{method(args)} of {len(args.seed)} x {args.model} (width {args.width}) on {args.data}, in {args.save_path}")
+    if not distributed.rank():
+        what = f"{len(args.seed)} x {args.model} (width {args.width}) on {args.data}"
+        print(f"{method(args)} of {what}, in {args.save_path}")
     summary = train_ensemble(args, data)
+    distributed.leave()
+    if summary is None:
+        return
     for name, rows in summary.items():
         print(f"\ncheckpoints '{name}' ({'best validation accuracy' if name == 'best' else 'end of training'})")
         print_summary(rows)
     print(f"\nwrote {args.save_path}")
+
+
+def _threads_of(args: argparse.Namespace) -> int | None:
+    """The number that the run in this folder began with: sums of floats depend on it, in their last bits."""
+    if args.overwrite or not (args.save_path / "args.json").is_file():
+        return None
+    threads = read_settings(args.save_path).get("threads")
+    return threads if isinstance(threads, int) and threads > 0 else None
 
 
 if __name__ == "__main__":

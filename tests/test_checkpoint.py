@@ -10,11 +10,12 @@ import utils.checkpoint
 from models import create_model
 from utils import InputError, RunError
 from utils.checkpoint import (
+    DamagedError,
     digest,
     find_checkpoints,
     load_checkpoint,
     load_model,
-    read_array,
+    pack_checkpoint,
     save_checkpoint,
     write_array,
     write_atomically,
@@ -175,19 +176,54 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         assert list(tmp_path.iterdir()) == [path]
 
 
+def test_every_flipped_byte_and_every_cut_is_noticed(tmp_path):
+    path = tmp_path / "x"
+    save_checkpoint(path, {"state_dict": {"a": torch.arange(5.0)}})
+    content = path.read_bytes()
+    assert torch.load(path, weights_only=True)["state_dict"]["a"].tolist() == [0, 1, 2, 3, 4]  # any reader reads it
+    for i in range(len(content)):
+        path.write_bytes(content[:i] + bytes([content[i] ^ (1 << i % 8)]) + content[i + 1 :])
+        with pytest.raises(DamagedError):
+            load_checkpoint(path)
+        with pytest.raises(DamagedError):
+            load_checkpoint(path, ours=True)
+    for i in range(len(content)):
+        path.write_bytes(content[:i])
+        with pytest.raises(DamagedError):
+            load_checkpoint(path)
+    path.write_bytes(content + b"x")
+    with pytest.raises(DamagedError):
+        load_checkpoint(path)
+    torch.save({"state_dict": {"a": torch.ones(1)}}, path)
+    load_checkpoint(path)
+    with pytest.raises(DamagedError, match="checksum"):
+        load_checkpoint(path, ours=True)
+
+
+def test_the_previous_checkpoint_is_kept(tmp_path, monkeypatch):
+    path, previous = tmp_path / "x", tmp_path / "y"
+    for number in range(3):
+        write_atomically(path, pack_checkpoint({"state_dict": {"a": torch.tensor([number])}}), previous)
+        assert load_checkpoint(path)["state_dict"]["a"] == number
+        assert previous.exists() == (number > 0)
+        if number:
+            assert load_checkpoint(previous)["state_dict"]["a"] == number - 1
+
+    def no_links(*args):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(utils.checkpoint.os, "link", no_links)
+    write_atomically(path, pack_checkpoint({"state_dict": {"a": torch.tensor([3])}}), previous)
+    assert [load_checkpoint(p)["state_dict"]["a"].item() for p in (path, previous)] == [3, 2]
+    assert {p.name for p in tmp_path.iterdir()} == {"x", "y"}
+
+
 def test_arrays(tmp_path):
-    path = tmp_path / "a.npy"
     array = np.arange(5, dtype=np.float32)
-    assert read_array(path, (5,), np.float32) is None
-    write_array(path, array)
-    assert (read_array(path, (5,), np.float32) == array).all()
-    assert read_array(path, (6,), np.float32) is None
-    assert read_array(path, (5,), np.float64) is None
-    path.write_bytes(path.read_bytes()[:-1])
-    assert read_array(path, (5,), np.float32) is None
-    np.save(path, np.array([Payload(tmp_path / "executed")]), allow_pickle=True)
-    assert read_array(path, (1,), object) is None
-    assert not (tmp_path / "executed").exists()
+    write_array(tmp_path / "a.npy", array)
+    assert (np.load(tmp_path / "a.npy") == array).all()
+    with pytest.raises(ValueError, match="Object arrays"):
+        write_array(tmp_path / "b.npy", np.array([{}]))
     assert digest(array) == digest(array[::1].copy())
     assert digest(array) != digest(array + 1)
 

@@ -1,6 +1,9 @@
 """Whole runs: resuming, what is written, and what is refused. Tiny networks on digits."""
 
 import json
+import re
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +13,12 @@ import pytest
 import torch
 
 import main
+import utils.checkpoint
 import utils.ensemble
+import utils.training
 from tests import reference
 from utils import InputError, RunError
-from utils.checkpoint import load_model, read_array
+from utils.checkpoint import load_model
 from utils.data import load_data
 from utils.fisher import per_sample_fisher
 
@@ -66,7 +71,7 @@ KILLS = {
 }
 KILLER = """
 import importlib, os, signal, sys
-name, count, when = sys.argv.pop(1), int(sys.argv.pop(1)), sys.argv.pop(1)
+name, count, when, number = sys.argv.pop(1), int(sys.argv.pop(1)), sys.argv.pop(1), int(sys.argv.pop(1))
 owner, attribute = name.rsplit(".", 1)
 owner = os if owner.endswith(".os") else importlib.import_module(owner)
 original, calls = getattr(owner, attribute), 0
@@ -74,35 +79,95 @@ def deadly(*args, **kwargs):
     global calls
     calls += 1
     if calls == count and when == "before":
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), number)
     result = original(*args, **kwargs)
     if calls == count:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), number)
     return result
 setattr(owner, attribute, deadly)
 import main
-main.main(main.parse_args(sys.argv[1:]))
+from utils.cli import run
+run(main.main, main.parse_args(sys.argv[1:]))
 """
+
+
+def killed(folder, name, count, when, number=signal.SIGKILL, flags=()):
+    """A run in a process of its own that gets a signal before or after the n-th call of a function."""
+    command = [sys.executable, "-c", KILLER, name, str(count), when, str(int(number)), *SHARPBALANCE, *flags]
+    command += ["--save_path", str(folder)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("moment", KILLS)
 def test_a_killed_run_ends_as_if_it_was_not(moment, whole, tmp_path):
-    name, count, when = KILLS[moment]
-    command = [
-        sys.executable,
-        "-c",
-        KILLER,
-        name,
-        str(count),
-        when,
-        *SHARPBALANCE,
-        "--save_path",
-        str(tmp_path / "run"),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = killed(tmp_path / "run", *KILLS[moment])
     assert done.returncode == -9, done.stderr
     assert not (tmp_path / "run" / "summary.json").exists()
     assert results(run(tmp_path / "run")) == results(whole)
+
+
+def partial(folder, seed=13):
+    return torch.load(folder / f"seed_{seed}" / "checkpoint_partial.pth.tar", weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "name", "count", "steps"),
+    [
+        (signal.SIGTERM, 143, "utils.training.sharpbalance_step", 10, 3),  # of 7 steps an epoch
+        (signal.SIGINT, 130, "utils.training.sharpbalance_step", 45, 3),
+        (signal.SIGTERM, 143, "utils.training.sharpbalance_step", 14, 7),
+        (signal.SIGTERM, 143, "utils.ensemble.accuracy", 3, 7),
+        (signal.SIGTERM, 143, "utils.ensemble.predict", 3, 7),
+        (signal.SIGTERM, 143, "utils.ensemble._scores", 2, None),
+        (signal.SIGTERM, 143, "utils.checkpoint.os.replace", 5, None),
+        (signal.SIGINT, 130, "utils.ensemble.evaluate_members", 1, None),
+    ],
+)
+def test_signals(number, status, name, count, steps, whole, tmp_path):
+    """A signal during a call ends the run after the step in hand, which is saved: only what is left is done again."""
+    folder = tmp_path / "run"
+    done = killed(folder, name, count, "before", number)
+    assert done.returncode == status, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "the same command goes on from there" in done.stderr
+    assert not (folder / "lock").exists()
+    if steps is not None:
+        seed = 13 if count in (3, 45) else 17
+        assert partial(folder, seed)["position"]["steps"] == steps
+    assert results(run(folder)) == results(whole)
+
+
+def test_saving_within_an_epoch(whole, tmp_path, monkeypatch):
+    """With --save_every 0 no step is made twice, wherever the run is killed."""
+    folder, flags = tmp_path / "run", [*SHARPBALANCE, "--save_every", "0"]
+    original, steps = utils.training.sharpbalance_step, 0
+
+    def step(*args):
+        nonlocal steps
+        steps += 1
+        if steps % 9 == 0:
+            raise MemoryError
+        return original(*args)
+
+    monkeypatch.setattr(utils.training, "sharpbalance_step", step)
+    interruptions = 0
+    while not (folder / "summary.json").exists():
+        try:
+            run(folder, flags)
+        except MemoryError:
+            interruptions += 1
+    assert interruptions == 6
+    assert steps == 2 * 4 * 7 + interruptions
+    assert results(folder) == results(whole)
+
+
+def test_a_partial_checkpoint_of_a_finished_epoch_is_dropped(whole, tmp_path):
+    folder = tmp_path / "run"
+    killed(folder, "utils.training.sharpbalance_step", 10, "before", signal.SIGTERM)
+    old = (folder / "seed_17" / "checkpoint_partial.pth.tar").read_bytes()
+    run(folder)
+    (folder / "seed_17" / "checkpoint_partial.pth.tar").write_bytes(old)
+    assert results(run(folder)) == results(whole)
 
 
 def test_a_finished_run_given_again_changes_nothing(whole):
@@ -122,7 +187,8 @@ def test_what_is_written(whole):
         "seed_13",
         "seed_17",
     }
-    names = {"checkpoint.pth.tar", "model_best.pth.tar", "log.jsonl", "fisher.npy", "sam_mask.npy"}
+    names = {"checkpoint.pth.tar", "checkpoint_previous.pth.tar", "model_best.pth.tar"}
+    names |= {"log.jsonl", "fisher.npy", "sam_mask.npy"}
     assert {path.name for path in (whole / "seed_13").iterdir()} == names
     settings = json.loads((whole / "args.json").read_text())
     assert settings["seed"] == [13, 17]
@@ -147,17 +213,18 @@ def test_scores_and_masks_are_those_of_the_members_at_the_split(whole, tmp_path)
     flags = [*TINY, "--sam", "--rho", "0.1", "--epochs", "4"]
     args = main.parse_args([*flags, "--save_path", str(tmp_path / "run")])
     data = load_data("digits")
-    utils.ensemble.open_run(args, data)
-    members = [utils.ensemble._open_member(args, data, seed) for seed in args.seed]
-    progress = utils.ensemble._Progress(members, args, len(data.train))
-    for _ in range(2):
-        for member in members:
-            utils.ensemble._train_one_epoch(args, data, member, progress)
+    with utils.ensemble.open_run(args, data):
+        members = [utils.ensemble._open_member(args, data, seed) for seed in args.seed]
+        progress = utils.ensemble._Progress(members, args, len(data.train))
+        for _ in range(2):
+            for member in members:
+                utils.ensemble._train_one_epoch(args, data, member, progress, utils.ensemble.Signals())
     scores = []
     for member in members:
         parts = [per_sample_fisher(member.model.eval(), x, y) for x, y in data.train.in_order(200)]
         scores.append(torch.cat(parts).numpy())
-        saved = read_array(whole / f"seed_{member.seed}" / "fisher.npy", (809,), np.float32)
+        saved = np.load(whole / f"seed_{member.seed}" / "fisher.npy")
+        assert (saved.shape, saved.dtype) == ((809,), np.float32)
         np.testing.assert_allclose(saved, scores[-1], rtol=1e-3)
     saved = np.stack([np.load(whole / f"seed_{seed}" / "fisher.npy") for seed in (13, 17)])
     expected = reference.sharpness_aware_sets(saved, 0.4, "flattest", "one")
@@ -216,25 +283,145 @@ def test_a_moved_run_goes_on(whole, tmp_path):
     assert results(run(changed(whole, tmp_path, cut))) == results(whole)
 
 
+def flipped(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("seed_13/checkpoint.pth.tar", lambda b: b[: len(b) // 2], "damaged or not a torch file"),
-        ("seed_13/fisher.npy", lambda b: b[:100], "missing or damaged, and the member has moved on"),
-        ("seed_13/fisher.npy", lambda b: b[:-3000] + bytes(3000), "do not give the set that seed 1"),
-        ("seed_13/log.jsonl", lambda b: b"{", "cannot be taken up again"),
-        ("args.json", lambda b: b"{", "cannot be read"),
+        (
+            "checkpoint.pth.tar",
+            lambda b: b[:-1],
+            r"damaged.*going on from checkpoint_previous\.pth\.tar, after epoch 2",
+        ),
+        ("checkpoint.pth.tar", flipped, "damaged.*going on from"),
+        ("checkpoint.pth.tar", lambda b: None, "missing; going on from"),
+        ("checkpoint.pth.tar", "seed_17", r"of another member or run \(seed 17\); going on from"),
+        ("checkpoint_partial.pth.tar", lambda b: b"", "damaged.*begins anew"),
+        ("fisher.npy", flipped, ""),
+        ("fisher.npy", lambda b: None, ""),
+        ("sam_mask.npy", flipped, ""),
+        ("log.jsonl", lambda b: b"{", "written anew from the checkpoint, with 4 lines that lack their seconds"),
+        ("log.jsonl", lambda b: b.replace(b"train_acc", b"train_bcc", 1), "with 1 lines"),
+        ("checkpoint.pth.tar.tmp", lambda b: b"half", ""),
     ],
 )
-def test_damaged_runs(name, damage, message, whole, tmp_path):
+def test_damage_is_mended(name, damage, message, whole, tmp_path, capsys):
+    """From what is left the run ends as if nothing had been, and says so in one line."""
+
     def break_it(folder):
-        (folder / name).write_bytes(damage((folder / name).read_bytes()))
+        path = folder / "seed_13" / name
+        if damage == "seed_17":
+            path.write_bytes((folder / "seed_17" / name).read_bytes())
+            return
+        content = damage(path.read_bytes() if path.exists() else b"")
+        path.unlink() if content is None else path.write_bytes(content)
+
+    assert results(run(changed(whole, tmp_path, break_it))) == results(whole)
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert error.count("\n") == bool(message)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["seed_13/checkpoint.pth.tar", "seed_13/checkpoint_previous.pth.tar"], "put one of them back, or remove .*13"),
+        (["seed_13/model_best.pth.tar"], r"model_best\.pth\.tar: damaged.*put it back, or remove .*seed_13"),
+        (["args.json"], "cannot be read"),
+        (["environment.json"], r"environment\.json: damaged .*put it back"),
+    ],
+)
+def test_damage_that_cannot_be_mended(names, message, whole, tmp_path):
+    def break_it(folder):
+        for name in names:
+            (folder / name).write_bytes((folder / name).read_bytes()[:-5])
 
     copy = changed(whole, tmp_path, break_it)
-    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file() and path.name != "sam_mask.npy"}
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     with pytest.raises(InputError, match=message):
         run(copy)
     assert {path: path.read_bytes() for path in before} == before
+    if "remove" in message:  # the way out
+        subprocess.run(["rm", "-r", str(copy / "seed_13")], check=True)
+        assert results(run(copy)) == results(whole)
+
+
+def test_the_best_checkpoint_of_another_epoch_is_refused(whole, tmp_path):
+    def swap(folder):
+        best = folder / "seed_13" / "model_best.pth.tar"
+        epoch = torch.load(best, weights_only=True)["epoch"]
+        other = "checkpoint_previous.pth.tar" if epoch == 4 else "checkpoint.pth.tar"
+        best.write_bytes((folder / "seed_13" / other).read_bytes())
+
+    with pytest.raises(InputError, match=r"model_best.*of epoch 3, the best one was"):
+        run(changed(whole, tmp_path, swap))
+
+
+def test_a_full_disk(whole, tmp_path, monkeypatch):
+    """The run stops in one line that says how much is needed; what was saved is whole, and the run goes on."""
+    folder, original, calls = tmp_path / "run", utils.checkpoint.os.fsync, 0
+
+    def full(number):
+        nonlocal calls
+        calls += 1
+        if calls == 24:
+            raise OSError(28, "No space left on device")
+        return original(number)
+
+    monkeypatch.setattr(utils.checkpoint.os, "fsync", full)
+    with pytest.raises(RunError, match=r"could not be written \(No space left on device; [0-9.]+ MiB are needed\)"):
+        run(folder)
+    assert not list(folder.rglob("*.tmp"))
+    assert utils.checkpoint.load_checkpoint(folder / "seed_13" / "checkpoint.pth.tar", ours=True)["epoch"] >= 1
+    assert results(run(folder)) == results(whole)
+
+
+def test_a_second_run_on_a_folder_is_refused(whole, tmp_path, monkeypatch):
+    copy = changed(whole, tmp_path, lambda folder: None)
+    refusal = (
+        rf"--save_path {re.escape(str(copy))}: process (\d+) on host {re.escape(socket.gethostname())} is training"
+    )
+    script = "import sys, time; from pathlib import Path; from utils.checkpoint import locked\n"
+    script += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", script, str(copy)], cwd=ROOT, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(InputError, match=refusal) as error:
+            run(copy)
+        assert str(holder.pid) in str(error.value)
+        with monkeypatch.context() as patch:  # where the file system has no locks, the process is looked up
+            patch.setattr(utils.checkpoint.fcntl, "flock", no_locks)
+            with pytest.raises(InputError, match=refusal):
+                run(copy)
+        holder.kill()
+    assert (copy / "lock").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(utils.checkpoint.fcntl, "flock", no_locks)
+        run(copy)  # a dead process' lock is taken over
+    assert not (copy / "lock").exists()
+    assert results(copy) == results(whole)
+
+
+def no_locks(*args):
+    raise OSError(95, "Operation not supported")
+
+
+def test_locks_of_another_host_and_of_a_copied_folder(whole, tmp_path):
+    copy = changed(whole, tmp_path, lambda folder: None)
+    lock = copy / "lock"
+    lock.write_text("")
+    lock.write_text(f"elsewhere 12 {lock.stat().st_ino}\n")
+    with pytest.raises(InputError, match=r"process 12 on host elsewhere began a run.*if it is dead, remove .*lock"):
+        run(copy)
+    moved = copy.rename(tmp_path / "moved")
+    with pytest.raises(InputError, match="host elsewhere"):
+        run(moved)
+    subprocess.run(["cp", "-r", str(moved), str(copy)], check=True)
+    run(copy)
+    (copy / "lock").write_bytes(b"\xff\xfe elsewhere")  # damaged
+    assert results(run(copy)) == results(whole)
 
 
 def test_other_settings_are_refused_and_overwrite_starts_anew(whole, tmp_path):

@@ -230,7 +230,7 @@ def test_train_epoch_averages_over_samples():
     data, passes = small_set(), []
     optimizer = SAM(model.parameters(), rho=0.1, lr=0.0)
     mask = torch.arange(37) % 2 == 0
-    loss, accuracy = train_epoch(model, optimizer, data, mask, 13, 4, 8, progress=passes.append)
+    loss, accuracy = train_epoch(model, optimizer, data, mask, 13, 4, 8, after_step=lambda p, _: passes.append(p))
     images, labels = (torch.cat(x) for x in zip(*((x, y) for _, x, y in data.epoch(13, 4, 8)), strict=True))
     logits = model(images)
     assert loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)

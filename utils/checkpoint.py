@@ -1,12 +1,16 @@
-"""Files of a run: atomic writes, checkpoints that load without executing anything, and the authors' checkpoints."""
+"""Files of a run: atomic writes, checkpoints with a checksum that load without executing anything, the run's lock."""
 
+import fcntl
 import hashlib
 import io
 import json
 import os
 import pickle
 import re
+import socket
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +24,32 @@ from utils import InputError, RunError, first_line
 
 # The file of each choice of --checkpoint, in a member's folder.
 CHECKPOINTS = {"last": "checkpoint.pth.tar", "best": "model_best.pth.tar"}
+# The checkpoint of the epoch before the last, and the one of an epoch that is not finished.
+PREVIOUS, PARTIAL = "checkpoint_previous.pth.tar", "checkpoint_partial.pth.tar"
 # What a checkpoint of ours always holds; the authors' hold `state_dict` and little that we need besides.
 REQUIRED = ("state_dict", "epoch", "model", "dataset", "width", "num_classes", "image_size", "in_channels")
 
 
-def write_atomically(path: str | Path, content: bytes) -> None:
+# A zip archive, which a torch file is, ends with a record of 22 bytes and a comment of the length that it tells. The
+# checksum is this comment: it cannot part from its file when that is renamed or copied, and every reader skips it.
+ZIP_END, ZIP_END_BYTES = b"PK\x05\x06", 22
+MARK = b"sha256:"
+CHECKSUM_BYTES = len(MARK) + 64
+
+
+class DamagedError(InputError):
+    """A file that is there and readable, but not what was written."""
+
+
+def write_atomically(path: str | Path, content: bytes, previous: Path | None = None) -> None:
     """Write a file so that at any moment either its old or its new content is there, whole, on the disk.
 
     A temporary file in the same folder, fsync, rename, fsync of the folder.
+
+    Args:
+        path: the file.
+        content: its new content.
+        previous: a file of the same folder that gets the old content, once the new one is on the disk.
 
     Raises:
         RunError: if it cannot be written; the old content remains.
@@ -39,6 +61,12 @@ def write_atomically(path: str | Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if previous and path.exists():
+            previous.unlink(missing_ok=True)
+            try:
+                os.link(path, previous)  # `path` itself stays where it is until the rename below
+            except OSError:  # a file system without hard links
+                os.replace(path, previous)
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -65,45 +93,70 @@ def write_array(path: str | Path, array: np.ndarray) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def read_array(path: str | Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray | None:
-    """Read an array that `write_array` wrote; None if it is missing, damaged or of another shape or dtype."""
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
-    return array if array.shape == shape and array.dtype == dtype else None
-
-
 def digest(array: np.ndarray) -> str:
     """SHA-256 of an array's bytes."""
     return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
 
 
+def pack_checkpoint(checkpoint: dict[str, Any]) -> bytes:
+    """The content of a checkpoint file: a dict of tensors and primitives, and a checksum.
+
+    The same checkpoint gives the same bytes.
+    """
+    buffer = io.BytesIO()  # torch puts the name of a file into the archive; a buffer has none
+    torch.save(checkpoint, buffer)
+    with buffer.getbuffer() as archive:
+        archive[-2:] = CHECKSUM_BYTES.to_bytes(2, "little")  # the length of the comment
+        checksum = _checksum(archive)
+    buffer.seek(0, io.SEEK_END)
+    buffer.write(checksum)
+    return buffer.getvalue()
+
+
 def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
-    """Atomically write a dict of tensors and primitives; the same content gives the same bytes.
+    """Atomically write what `pack_checkpoint` returns.
 
     Raises:
         RunError: if it cannot be written.
     """
-    buffer = io.BytesIO()  # torch puts the name of a file into the archive; a buffer has none
-    torch.save(checkpoint, buffer)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, pack_checkpoint(checkpoint))
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
+def _checksum(archive: bytes | memoryview) -> bytes:
+    return MARK + hashlib.sha256(archive).hexdigest().encode()
+
+
+def _check(path: str | Path, content: bytes, ours: bool) -> None:
+    """Compare a file with its checksum; the authors' files have none, and no comment either."""
+    end = content.rfind(ZIP_END)
+    comment = content[end + ZIP_END_BYTES - 2 :] if end >= 0 else b""
+    if not ours and comment in (b"", b"\0\0"):
+        return
+    if content[-CHECKSUM_BYTES:] != _checksum(memoryview(content)[:-CHECKSUM_BYTES]):
+        raise DamagedError(f"{path}: damaged: its bytes do not have the checksum that they were written with")
+
+
+def load_checkpoint(path: str | Path, ours: bool = False) -> dict[str, Any]:
     """Read a checkpoint of ours or of the authors' release, on the CPU, without executing anything in it.
 
     The state_dict of the result has no `module.` prefixes (DataParallel) and no `mask` buffers (the authors' Tiny
     ResNet holds two of ones beside each layer).
 
+    Args:
+        path: the file.
+        ours: whether it must have a checksum, as all files that `save_checkpoint` writes; where there is one, it is
+            compared in any case.
+
     Raises:
-        InputError: naming the file, if it is missing, damaged, not a checkpoint, or holds objects beyond tensors and
+        InputError: naming the file, if it is missing.
+        DamagedError: naming the file, if it is damaged, not a checkpoint, or holds objects beyond tensors and
             primitives.
     """
     try:
         content = Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    _check(path, content, ours)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols; what cannot be read is an error all the same
@@ -111,14 +164,14 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"it refers to {refused.group(1)}" if refused else "it is damaged or not a torch file"
-        raise InputError(
+        raise DamagedError(
             f"{path}: {reason}; only tensors, numbers, strings, lists and dicts are read, and nothing was executed"
         ) from error
     except Exception as error:  # a truncated archive raises nearly anything
-        raise InputError(f"{path}: damaged or not a torch file ({first_line(error)})") from error
+        raise DamagedError(f"{path}: damaged or not a torch file ({first_line(error)})") from error
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InputError(f"{path}: not a checkpoint: it must be a dict whose 'state_dict' holds tensors")
+        raise DamagedError(f"{path}: not a checkpoint: it must be a dict whose 'state_dict' holds tensors")
     names = {name: name.removeprefix("module.") for name in state}
     checkpoint["state_dict"] = {short: state[name] for name, short in names.items() if not short.endswith("mask")}
     return checkpoint
@@ -251,3 +304,69 @@ def _read_off(state: dict[str, Tensor]) -> dict[str, Any] | None:
         "in_channels": stem.shape[1],
         "image_size": image_size,
     }
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, which is made if need be, so that no second run works in it.
+
+    The file `lock` is locked by the operating system, which lets go of it when the process ends, however it ends. The
+    host, the process and the file's own number are written in it: for the message, and for file systems whose locks do
+    not reach other machines. A lock that a dead process of this host left is taken over, as is one that came with a
+    copy of the folder, where the file has another number.
+
+    Raises:
+        InputError: if the folder cannot be made, if another process holds it, or if one of another host did not let
+            go of it.
+    """
+    path = folder / "lock"
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = open(path, "a+", errors="replace")  # noqa: SIM115, closed by the `with` below
+        except OSError as error:
+            raise InputError(f"--save_path {folder}: cannot be made ({error.strerror}); name another folder") from error
+        held = reaches = True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = False
+        except BlockingIOError:
+            pass
+        except OSError:
+            held = reaches = False  # a file system without locks: what is written in the file must do
+        number = os.fstat(file.fileno()).st_ino
+        try:
+            same = path.stat().st_ino == number
+        except FileNotFoundError:
+            same = False
+        if held or same:
+            break
+        file.close()  # its holder removed it between our two calls
+    with file:
+        file.seek(0)
+        host, process, written = (file.read().split() + ["?"] * 3)[:3]
+        me = socket.gethostname()
+        refusal = f"--save_path {folder}: process {process} on host {host} "
+        if held or (not reaches and host == me and _alive(process)):
+            raise InputError(refusal + "is training in it; wait for its end, or name another folder")
+        if host not in ("?", me) and written == str(number):
+            raise InputError(refusal + f"began a run in it and did not end it; if it is dead, remove {path}")
+        try:
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"{me} {os.getpid()} {number}\n".encode())
+        except OSError as error:
+            raise RunError(f"{path}: could not be written ({error.strerror}); make room") from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _alive(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except PermissionError:
+        return True  # it is another user's
+    except (OSError, ValueError):
+        return False
+    return True

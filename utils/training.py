@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -152,9 +153,10 @@ def train_epoch(
     batch_size: int,
     bn_perturbed: str = "update",
     amp: str = "none",
-    progress: Callable[[int], None] = lambda passes: None,
+    after_step: Callable[[int, Callable[[], dict]], None] = lambda passes, position: None,
+    position: dict | None = None,
 ) -> tuple[float, float]:
-    """Train one epoch on augmented images.
+    """Train one epoch on augmented images, or the rest of one.
 
     Args:
         model, optimizer, bn_perturbed, amp: as for `sharpbalance_step`.
@@ -162,7 +164,10 @@ def train_epoch(
         sam_mask: bool [N] on the CPU, which samples are trained with SAM.
         seed, epoch: order and augmentation are a pure function of them.
         batch_size: samples a step.
-        progress: called after each step with the number of forward-backward passes of one image that it made.
+        after_step: called after each step with the number of forward-backward passes of one image that it made, and
+            with a function that returns the position in the epoch: all that the rest of it needs, besides the model
+            and the optimizer. It waits for the device.
+        position: what such a function returned; None is the beginning.
 
     Returns:
         Mean loss and accuracy (0 to 1) over the epoch, each sample at the weights of its own step; sums over samples,
@@ -172,13 +177,31 @@ def train_epoch(
     torch.manual_seed((seed << 20) + epoch)
     model.train()
     loss_sum = torch.zeros((), dtype=torch.float64 if data.device.type != "mps" else torch.float32, device=data.device)
-    correct_sum = loss_sum.clone()
-    for index, images, labels in data.epoch(seed, epoch, batch_size):
+    correct_sum, steps = loss_sum.clone(), 0
+    if position is not None:
+        steps = position["steps"]
+        loss_sum += position["loss_sum"]
+        correct_sum += position["correct_sum"]
+        torch.set_rng_state(position["rng"])
+        if position["rng_cuda"] is not None and data.device.type == "cuda":
+            torch.cuda.set_rng_state(position["rng_cuda"], data.device)
+
+    def here() -> dict:
+        return {
+            "steps": steps,
+            "loss_sum": loss_sum.item(),
+            "correct_sum": correct_sum.item(),
+            "rng": torch.get_rng_state(),
+            "rng_cuda": torch.cuda.get_rng_state(data.device) if data.device.type == "cuda" else None,
+        }
+
+    for index, images, labels in islice(data.epoch(seed, epoch, batch_size), steps, None):
         mask = sam_mask[index]
         loss, correct = sharpbalance_step(model, optimizer, images, labels, mask, bn_perturbed, amp)
         loss_sum += loss * len(index)
         correct_sum += correct
-        progress(len(index) + int(mask.sum()))
+        steps += 1
+        after_step(len(index) + int(mask.sum()), here)
     return loss_sum.item() / len(data), correct_sum.item() / len(data)
 
 

@@ -28,3 +28,6 @@ for seeds in "11 12 13" "21 22 23" "31 32 33" "41 42 43" "51 52 53"; do
 done
 mkdir -p "$RESULTS"
 python scripts/summarize.py "$MEASUREMENTS"/* --format markdown --to "$RESULTS/tables.md"
+for figure in tradeoff benchmark; do
+    python scripts/plot.py "$figure" --from "$MEASUREMENTS"/* --to "$RESULTS/$figure"
+done

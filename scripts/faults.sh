@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Injects faults into tiny runs and checks that nothing is lost; takes about 20 minutes. Arguments go to the harness:
+# bash scripts/faults.sh --faults 2000 --seed 7
+set -euo pipefail
+source "$(dirname "$0")/setup.sh" requirements-dev.txt
+OMP_NUM_THREADS=1 python -m tests.faults.harness "$@"

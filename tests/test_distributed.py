@@ -1,0 +1,148 @@
+"""torchrun: the same results as one process, whatever the number of processes, and an end when a rank ends."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.test_ensemble import ROOT, TINY, results, run
+from utils import distributed
+
+FLAGS = [*TINY, "--seed", "13 17 27", "--sam", "--rho", "0.1", "--flat_ratio", "0.4", "--initial_epochs", "2"]
+FLAGS += ["--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of one process."""
+    return run(tmp_path_factory.mktemp("whole") / "run", FLAGS)
+
+
+def start(folder, options, fault=None, flags=FLAGS):
+    """Torchrun, with a fault where one is given."""
+    program = "main.py" if fault is None else "tests/faults/faulty.py"
+    command = [sys.executable, "-m", "torch.distributed.run", *options, program, *flags, "--save_path", str(folder)]
+    environment = os.environ | {"FAULT": fault or "", "OMP_NUM_THREADS": "1"}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **streams)
+
+
+def end(process, seconds=240):
+    """Exit status and output."""
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    finally:
+        process.kill()
+    return process.returncode, output
+
+
+def torchrun(folder, options, fault=None, flags=FLAGS):
+    return end(start(folder, ["--standalone", *options.split()], fault, flags))
+
+
+@pytest.mark.parametrize(
+    "count", [2, 4, pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+)
+def test_any_number_of_processes_gives_the_same_bytes(count, whole, tmp_path):
+    status, output = torchrun(tmp_path / "run", f"--nproc-per-node {count}")
+    assert status == 0, output
+    assert output.count("epoch   seed") == 1
+    assert results(tmp_path / "run") == results(whole)
+
+
+FATAL = {
+    "in warm-up": "utils.training.sharpbalance_step 10 before 9 1",
+    "in the exchange": "utils.distributed.dist.all_gather 1 after 9 1",
+    "after it": "utils.training.sharpbalance_step 23 before 9 1",
+    "rank 0 in warm-up": "utils.training.sharpbalance_step 10 before 9 0",
+    "rank 0 while the others wait for it": "utils.distributed.dist.all_gather 1 before 9 0",
+}
+
+
+@pytest.mark.parametrize("moment", FATAL)
+def test_a_dead_rank_ends_the_others_and_another_number_goes_on(moment, whole, tmp_path):
+    folder, fault = tmp_path / "run", FATAL[moment]
+    started = time.monotonic()
+    status, output = torchrun(folder, "--nproc-per-node 2", fault)
+    assert status != 0
+    assert time.monotonic() - started < 90
+    dead = fault[-1]
+    assert f"rank {dead} (seed {17 if dead == '1' else 13}: {folder}" in output.partition("has ended or does not")[0]
+    assert re.search(rf"rank\s+: {dead}|rank: {dead}", output), output  # torchrun's own report
+    assert (
+        "Traceback" not in output.partition("ChildFailedError")[0].partition("main.py FAILED")[0].split("has ended")[0]
+    )
+    assert results(run(folder, FLAGS)) == results(whole)
+
+
+def test_max_restarts_goes_on_by_itself(whole, tmp_path):
+    fault = f"utils.training.sharpbalance_step 24 before 9 1 {tmp_path / 'marker'}"
+    status, output = torchrun(tmp_path / "run", "--nproc-per-node 2 --max-restarts 1", fault)
+    assert (tmp_path / "marker").exists()
+    assert status == 0, output
+    assert results(tmp_path / "run") == results(whole)
+
+
+def free_port():
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("case", ["whole", "dead rank", pytest.param("restart", marks=pytest.mark.slow)])
+def test_two_nodes(case, whole, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    options = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "7"]
+    options += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    fault = None if case == "whole" else "utils.training.sharpbalance_step 10 before 9 1"
+    if case == "restart":  # as docs/CLUSTER.md says
+        monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+        options += ["--max-restarts", "2"]
+        fault += f" {tmp_path / 'marker'}"
+    nodes = [start(folder, options, fault) for _ in range(2)]
+    ends = [end(node) for node in nodes]
+    if case == "dead rank":
+        assert 0 not in [status for status, _ in ends]
+        output = "\n".join(output for _, output in ends)
+        assert f"rank 1 (seed 17: {folder}" in output.partition("has ended or does not")[0], output
+        run(folder, FLAGS)
+    else:
+        assert [status for status, _ in ends] == [0, 0], ends
+    assert results(folder) == results(whole)
+
+
+def test_sigterm_for_all(whole, tmp_path):
+    folder = tmp_path / "run"
+    process = start(folder, ["--standalone", "--nproc-per-node", "2"])
+    while not (folder / "seed_13" / "log.jsonl").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    started = time.monotonic()
+    status, output = end(process)
+    assert status != 0
+    assert time.monotonic() - started < 15
+    assert output.count("stopped by SIGTERM") == 2, output
+    assert "has ended or does not answer" not in output
+    assert results(run(folder, FLAGS)) == results(whole)
+
+
+def test_one_process_alone_has_nobody_to_wait_for():
+    assert (distributed.rank(), distributed.ranks(), distributed.agree(3)) == (0, 1, 3)
+    scores = np.ones((2, 3), np.float32)
+    assert distributed.gather_scores(scores, 2) is scores
+    distributed.meet()
+    distributed.finish()
+    assert not distributed.lost()
+
+
+def test_a_refusal_on_rank_0_ends_all(whole, tmp_path):
+    status, output = torchrun(whole, "--nproc-per-node 2", flags=[*FLAGS, "--rho", "0.3"])
+    assert status != 0
+    assert "--rho 0.3 here, 0.1 there" in output
