@@ -31,7 +31,7 @@ def states_equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-3)])
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_mixed_steps_equal_the_slow_form(dtype, tolerance, adaptive):
     # In float32 a ReLU that flips ends the comparison: there the steps are small.
