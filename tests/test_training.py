@@ -31,15 +31,15 @@ def states_equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_mixed_steps_equal_the_slow_form(dtype, tolerance, adaptive):
-    # In float32 a ReLU that flips ends the comparison: there the steps are small.
-    hyper = HYPER | ({"lr": 1e-3} if dtype == torch.float32 else {})
+    # In float32 a ReLU that flips ends the comparison: there the steps are small and few.
+    hyper, steps = (HYPER | {"lr": 1e-3}, 2) if dtype == torch.float32 else (HYPER, 8)
     fast, slow = resnet(dtype), resnet(dtype)
     optimizer = SAM(fast.parameters(), rho=0.1, adaptive=adaptive, **hyper)
     buffers = [None] * len(list(slow.parameters()))
-    for images, labels, mask in batches(8, dtype=dtype):
+    for images, labels, mask in batches(steps, dtype=dtype):
         loss, correct = sharpbalance_step(fast, optimizer, images, labels, mask)
         expected = reference.sharpbalance_step(slow, buffers, images, labels, mask, 0.1, *hyper.values(), adaptive)
         assert loss.item() == pytest.approx(expected, abs=tolerance)
@@ -47,7 +47,7 @@ def test_mixed_steps_equal_the_slow_form(dtype, tolerance, adaptive):
         assert 0 <= correct.item() <= len(images)
     for name, value in fast.state_dict().items():  # weights and running statistics
         torch.testing.assert_close(value, slow.state_dict()[name], rtol=0, atol=tolerance, msg=name)
-    assert fast.bn1.num_batches_tracked == 24  # three forward passes a step
+    assert fast.bn1.num_batches_tracked == 3 * steps  # three forward passes a step
 
 
 def test_no_sam_sample_equals_sgd_bit_for_bit():
