@@ -19,7 +19,7 @@ import torch
 from models import MODELS, create_model
 from utils import InputError, distributed
 from utils.checkpoint import find_checkpoints, read_settings
-from utils.cli import Parser, Seeds, add_checkpoint_options, add_data_options, add_flag, number, run, start_device
+from utils.cli import Parser, Seeds, add_checkpoint_options, add_data_options, add_flag, number, path, run, start_device
 from utils.data import DATASETS, load_data
 from utils.ensemble import evaluate_members, train_ensemble
 from utils.partition import SELECT, UNSELECTED
@@ -51,9 +51,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         except InputError as error:
             parser.error(str(error))
         # Flags that are given stand; if they contradict the run they are refused where it is opened.
-        parser.set_defaults(**settings)
-        resume = args.resume
-        args = parser.parse_args(argv)
+        resume, given = args.resume, sys.argv[1:] if argv is None else argv
+        args = parser.parse_args([*words_of(settings), *given])
         args.save_path, args.resume, args.overwrite, args.evaluate = resume[0], None, False, False
 
     for name, value in zip(("width", "epochs", "batch_size", "lr"), RECIPES[args.data], strict=True):
@@ -79,6 +78,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(f"argument --{error}")
     return args
+
+
+def words_of(settings: dict) -> list[str]:
+    """The settings of an args.json as the words of a command line, so that they are checked as those are."""
+    words = []
+    for name, value in settings.items():
+        if value is not None:
+            text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            words.append(f"--{name}={text}")
+    return words
 
 
 def check_method(parser: Parser, args: argparse.Namespace) -> None:
@@ -188,7 +197,7 @@ def build_parser() -> Parser:
 
     group = parser.add_argument_group("run")
     group.add_argument(
-        "--save_path", type=Path, metavar="DIR", help="folder of the run (default: runs/<data>_<method>)"
+        "--save_path", type=path, metavar="DIR", help="folder of the run (default: runs/<data>_<method>)"
     )
     group.add_argument(
         "--save_every",

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils import InputError
 from utils.cli import Choices, Parser, add_checkpoint_options, add_data_options, add_measure_options, number, run
 from utils.diversity import (
     disagreement,
@@ -304,7 +305,10 @@ def cka_matrix(representations: list[Tensor], debiased: bool) -> dict[str, Any]:
     members = len(representations)
     matrix = torch.eye(members, dtype=torch.float64)
     for i, j in itertools.combinations(range(members), 2):
-        matrix[i, j] = matrix[j, i] = linear_cka(representations[i], representations[j], debiased)
+        try:
+            matrix[i, j] = matrix[j, i] = linear_cka(representations[i], representations[j], debiased)
+        except ValueError as error:
+            raise InputError(f"--mode CKA: {error}; leave it out") from error
     return {"matrix": matrix.tolist(), "mean": mean_over_pairs(matrix)}
 
 

@@ -11,7 +11,6 @@ the next call finds again.
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -23,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from utils import InputError
-from utils.checkpoint import write_json
+from utils.checkpoint import load_json, write_json
 from utils.cli import (
     Choices,
     Parser,
@@ -165,8 +164,9 @@ def about(args: argparse.Namespace, name: str, member: SavedMember, images: str)
 def read_part(path: Path, expected: dict[str, Any]) -> dict | None:
     """A finished part, or None if it is missing, damaged or of another protocol."""
     try:
-        content = json.loads(path.read_text())
-        return content["result"] if content["about"] == expected else None
+        content = load_json(path)
+        result = content["result"] if content["about"] == expected else None
+        return result if isinstance(result, dict) and isinstance(result["value"], float | None) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -236,7 +236,7 @@ def measure(
         scores = torch.cat([per_sample_fisher(model, *batch) for batch in subset]).double().cpu()
         points = torch.quantile(scores, torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
         quantiles = dict(zip(map(str, QUANTILES), points, strict=True))
-        error = scores.std().item() / len(scores) ** 0.5
+        error = scores.std().item() / len(scores) ** 0.5 if len(scores) > 1 else None
         return {"value": scores.mean().item(), "standard_error": error, "quantiles": quantiles, "images": len(scores)}
     (pictures, _), *_ = batches(args.ntk_samples, args.ntk_samples)
     values = torch.linalg.eigvalsh(ntk_gram(model, pictures, args.params or r"weight$"))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import InputError
+from utils import InputError, first_line
 from utils.checkpoint import write_atomically
 from utils.cli import Parser, run
 from utils.metrics import paired_bootstrap, t_interval
@@ -54,8 +54,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Print or write the tables."""
     ensembles = [read_ensemble(folder) for folder in args.folders]
-    check_alike(ensembles)
-    text = tables(ensembles, args.format)
+    try:
+        check_alike(ensembles)
+        text = tables(ensembles, args.format)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        # Something is missing in a file, or is of another kind.
+        if isinstance(error, InputError):
+            raise
+        folders = ", ".join(map(str, args.folders))
+        raise InputError(f"{folders}: a result file there is damaged ({first_line(error)}); measure it anew") from error
     if args.to is None:
         print(text, end="")
     else:

@@ -4,4 +4,5 @@ set -euo pipefail
 source "$(dirname "$0")/setup.sh" requirements-dev.txt
 ruff check .
 ruff format --check .
-python -m pytest "$@"
+# Each worker keeps to one CPU thread, and takes whole files: their runs are trained once.
+python -m pytest -n auto --dist loadfile "$@"

@@ -160,6 +160,35 @@ def test_a_group_without_gradients_and_rho_by_group():
     torch.testing.assert_close(weights(model)[2], before[2] + 0.2 * model[2].weight.grad / norm, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_a_gradient_of_zeros(adaptive):
+    """It has no direction: the weights stay where they are, and nothing is divided by zero."""
+    model = net()
+    optimizer = SAM(model.parameters(), rho=0.5, adaptive=adaptive, lr=0.1)
+    before = weights(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.first_step()
+    assert equal(before, weights(model))
+    optimizer.second_step()
+    assert equal(before, weights(model))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_a_gradient_that_is_not_finite(value):
+    """Of w + eps nothing is left behind: w comes back bit for bit. 1e30 is finite, but its square is not."""
+    model = net().float()
+    optimizer = SAM(model.parameters(), rho=0.5, lr=0.1)
+    before = weights(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, value)
+    optimizer.first_step()
+    if value == 1e30:
+        assert all(torch.isfinite(weight).all() for weight in weights(model))
+    optimizer.restore()
+    assert equal(before, weights(model))
+
+
 def test_wrong_order_of_calls():
     model = net()
     optimizer = SAM(model.parameters(), rho=0.1, lr=0.1)

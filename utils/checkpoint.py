@@ -6,9 +6,11 @@ import io
 import json
 import os
 import pickle
+import pickletools
 import re
 import socket
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +30,7 @@ CHECKPOINTS = {"last": "checkpoint.pth.tar", "best": "model_best.pth.tar"}
 PREVIOUS, PARTIAL = "checkpoint_previous.pth.tar", "checkpoint_partial.pth.tar"
 # What a checkpoint of ours always holds; the authors' hold `state_dict` and little that we need besides.
 REQUIRED = ("state_dict", "epoch", "model", "dataset", "width", "num_classes", "image_size", "in_channels")
+KINDS = {"model": str, "dataset": str} | dict.fromkeys((*REQUIRED[4:], "epoch", "seed"), int)
 
 
 # A zip archive, which a torch file is, ends with a record of 22 bytes and a comment of the length that it tells. The
@@ -35,6 +38,11 @@ REQUIRED = ("state_dict", "epoch", "model", "dataset", "width", "num_classes", "
 ZIP_END, ZIP_END_BYTES = b"PK\x05\x06", 22
 MARK = b"sha256:"
 CHECKSUM_BYTES = len(MARK) + 64
+
+
+# More than a checkpoint of the largest network needs: bytes that say what is in it, tuples among them, files in it.
+MOST_PICKLE, MOST_TUPLES, MOST_ENTRIES = 2**21, 20_000, 20_000
+MOST_JSON = 2**28
 
 
 class DamagedError(InputError):
@@ -84,6 +92,24 @@ def write_atomically(path: str | Path, content: bytes, previous: Path | None = N
 def write_json(path: str | Path, value: Any) -> None:
     """Atomically write a value as indented JSON."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def load_json(path: str | Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is no JSON, nested without end, larger than any file of a run, or not a file.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError("not a file")
+    if path.stat().st_size > MOST_JSON:
+        raise ValueError(f"larger than {MOST_JSON} bytes")
+    try:
+        return json.loads(path.read_text())
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
 
 
 def write_array(path: str | Path, array: np.ndarray) -> None:
@@ -153,16 +179,19 @@ def load_checkpoint(path: str | Path, ours: bool = False) -> dict[str, Any]:
             primitives.
     """
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise InputError(f"{path}: cannot be read (not a file)")
         content = Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     _check(path, content, ours)
+    archive = _clean_archive(path, content)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols; what cannot be read is an error all the same
-            checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            checkpoint = torch.load(archive, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        refused = re.search(r"GLOBAL ([\w.]{1,99})", str(error))
         reason = f"it refers to {refused.group(1)}" if refused else "it is damaged or not a torch file"
         raise DamagedError(
             f"{path}: {reason}; only tensors, numbers, strings, lists and dicts are read, and nothing was executed"
@@ -172,9 +201,62 @@ def load_checkpoint(path: str | Path, ours: bool = False) -> dict[str, Any]:
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise DamagedError(f"{path}: not a checkpoint: it must be a dict whose 'state_dict' holds tensors")
+    plain = all(v.layout == torch.strided and v.device.type == "cpu" and not v.is_quantized for v in state.values())
+    # A tensor may show few numbers as many, and be copied later.
+    if not plain or sum(v.numel() * v.element_size() for v in state.values()) > len(content):
+        raise DamagedError(f"{path}: damaged: its tensors are not plain ones, or are larger than the file")
+    if not all(isinstance(name, str) for name in state):
+        raise DamagedError(f"{path}: not a checkpoint: the names in its 'state_dict' must be strings")
     names = {name: name.removeprefix("module.") for name in state}
     checkpoint["state_dict"] = {short: state[name] for name, short in names.items() if not short.endswith("mask")}
     return checkpoint
+
+
+def _clean_archive(path: str | Path, content: bytes) -> io.BytesIO:
+    """The archive anew, once it is seen that reading it takes no more memory and time than its size tells.
+
+    torch then reads what was looked at here, however the file is built, and the checksums of its entries were compared.
+    """
+    clean = io.BytesIO()
+    try:
+        if content.count(b"PK\x01\x02") > MOST_ENTRIES:
+            raise ValueError("too many files in it")
+        with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(clean, "w") as copy:
+            entries = archive.infolist()
+            # torch packs nothing; what is packed could hold a thousand times the size of the file.
+            if any(e.compress_type for e in entries) or sum(e.file_size for e in entries) > len(content):
+                raise ValueError("its entries are packed, or larger than the file")
+            if len({e.filename for e in entries}) < len(entries):
+                raise ValueError("a file is in it twice")
+            for entry in entries:
+                data = archive.read(entry)
+                if entry.filename.endswith("data.pkl"):
+                    _check_pickle(data)
+                copy.writestr(zipfile.ZipInfo(entry.filename), data)
+    except pickle.UnpicklingError as error:
+        raise DamagedError(
+            f"{path}: {error}; only tensors, numbers, strings, lists and dicts are read, and nothing was executed"
+        ) from error
+    except Exception as error:  # a damaged archive raises nearly anything
+        raise DamagedError(
+            f"{path}: it is damaged or not a torch file, as torch writes since 1.6 ({first_line(error)}); only "
+            "tensors, numbers, strings, lists and dicts are read, and nothing was executed"
+        ) from error
+    clean.seek(0)
+    return clean
+
+
+def _check_pickle(data: bytes) -> None:
+    """Refuse what torch would read all the same: numbers that take memory, nests that overflow the stack."""
+    if len(data) > MOST_PICKLE:
+        raise ValueError("the list of what is in it is too long")
+    tuples = 0
+    for operation, argument, _ in pickletools.genops(data):
+        tuples += operation.name.startswith("TUPLE")
+        if operation.name == "GLOBAL" and argument.split() == ["builtins", "bytearray"]:
+            raise pickle.UnpicklingError("it refers to builtins.bytearray")  # takes memory for a number
+    if tuples > MOST_TUPLES:
+        raise ValueError("too many tuples in it")
 
 
 def find_checkpoints(paths: list[Path], which: str) -> list[Path]:
@@ -211,11 +293,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
         InputError: if it is not readable or not what main.py writes.
     """
     try:
-        settings = json.loads((folder / "args.json").read_text())
+        settings = load_json(folder / "args.json")
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / 'args.json'}: cannot be read ({error})") from error
     seeds = settings.get("seed") if isinstance(settings, dict) else None
-    if not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds):
+    if not isinstance(seeds, list) or not seeds or not all(type(s) is int and 0 <= s < 2**32 for s in seeds):
         raise InputError(f"{folder / 'args.json'}: not the settings of a run: it holds no list of seeds")
     return settings
 
@@ -237,18 +319,29 @@ def load_model(path: str | Path, **told: Any) -> tuple[nn.Module, dict[str, Any]
     """
     checkpoint = load_checkpoint(path)
     if not all(name in checkpoint for name in REQUIRED):
-        found = _read_off(checkpoint["state_dict"])
+        try:
+            found = _read_off(checkpoint["state_dict"])
+        except (IndexError, TypeError, ZeroDivisionError):  # tensors of other dimensions
+            found = None
         if found is None:
             raise InputError(f"{path}: its tensors have the names of no network known here")
         checkpoint = {"epoch": None, "dataset": told.get("dataset"), **checkpoint, **found}
+    for name, kind in KINDS.items():
+        if type(checkpoint.get(name)) not in (kind, type(None)):
+            raise InputError(
+                f"{path}: describes a network that cannot be built (its {name} is a {type(checkpoint[name]).__name__})"
+            )
     for name, value in told.items():
         if value is not None and checkpoint[name] != value:
             raise InputError(f"{path}: --{name} {value} contradicts the checkpoint, which has {checkpoint[name]}")
     arguments = ("model", "num_classes", "width", "image_size", "in_channels")
     try:
-        model = create_model(*(checkpoint[name] for name in arguments))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: describes a network that cannot be built ({error})") from error
+        with torch.device("meta"):  # takes no memory: the file may name any size
+            model = create_model(*(checkpoint[name] for name in arguments))
+    except (ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
+        raise InputError(f"{path}: describes a network that cannot be built ({first_line(error)})") from error
+    _check_state(model, checkpoint["state_dict"], path)
+    model = create_model(*(checkpoint[name] for name in arguments))
     fill_model(model, checkpoint["state_dict"], path)
     return model.eval(), checkpoint
 
@@ -259,6 +352,11 @@ def fill_model(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> 
     Raises:
         InputError: naming the file and the first tensor that does not fit.
     """
+    _check_state(model, state, path)
+    model.load_state_dict(state)
+
+
+def _check_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
     own = model.state_dict()
     for name, tensor in own.items():
         if name not in state:
@@ -267,10 +365,11 @@ def fill_model(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> 
             raise InputError(
                 f"{path}: not of this network: {name} is {list(state[name].shape)}, {list(tensor.shape)} is needed"
             )
+        if state[name].is_floating_point() != tensor.is_floating_point() or state[name].is_complex():
+            raise InputError(f"{path}: not of this network: {name} is {state[name].dtype}, not {tensor.dtype}")
     for name in state:
         if name not in own:
             raise InputError(f"{path}: not of this network, which has no {name}")
-    model.load_state_dict(state)
 
 
 def _read_off(state: dict[str, Tensor]) -> dict[str, Any] | None:

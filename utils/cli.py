@@ -4,6 +4,7 @@ import argparse
 import ctypes
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +30,9 @@ class Parser(argparse.ArgumentParser):
     ) -> argparse.Namespace:
         """As argparse's; a misspelt option is answered with the nearest one."""
         words = sys.argv[1:] if args is None else args
+        for word in words:
+            if word.startswith("--") and word.endswith("=--"):  # argparse would drop the value, and not look at it
+                self.error(f"argument {word[:-3]}: '--' given, which is no value")
         parsed, unknown = self.parse_known_args([_underscored(word) for word in words], namespace)
         if unknown:
             near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
@@ -57,7 +61,9 @@ def _underscored(word: str) -> str:
 def fail(message: str, status: int) -> NoReturn:
     """Print `<script>: error: <message>` as one line on stderr and exit."""
     script = Path(sys.argv[0]).name or "python"
-    print(f"{script}: error: {' '.join(message.split())}", file=sys.stderr)
+    # The message may hold what stands in a file: that must not steer the terminal.
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+    print(f"{script}: error: {line}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -69,6 +75,12 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
         fail(str(error), status=2)
     except RunError as error:
         fail(str(error), status=1)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+            raise
+        fail("out of memory; a smaller --width, --batch_size or number of images needs less", status=1)
+    except OSError as error:  # where nothing expects one: a disk that fails, rights that were taken away
+        fail(f"{error.filename or 'a file'}: {error.strerror or error}", status=1)
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on after the last finished epoch", status=130)
 
@@ -82,12 +94,25 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"'{text}' is neither True nor False")
 
 
+def path(text: str) -> Path:
+    """An argument type: a path, at which there may be nothing yet."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path given")
+    try:
+        os.stat(text)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # a name too long, a folder without rights, a loop of links
+        raise argparse.ArgumentTypeError(f"'{text[:200]}': {getattr(error, 'strerror', None) or error}") from error
+    return Path(text)
+
+
 def number(kind: type, low: float, high: float = float("inf"), open_low: bool = False) -> Callable[[str], Any]:
     """An argument type: int or float from low to high, finite; `open_low` leaves low itself out."""
 
     def convert(text: str) -> Any:
         try:
-            value = kind(text)
+            value = kind(text) if text.isascii() else None
         except ValueError:
             value = None
         ok = (
@@ -111,7 +136,7 @@ class Seeds(argparse.Action):
     ) -> None:
         seeds = []
         for text in " ".join(values).replace(",", " ").split():
-            if not (text.isascii() and text.isdigit()) or int(text) >= 2**32:
+            if not (text.isascii() and text.isdigit()) or len(text) > 20 or int(text) >= 2**32:
                 parser.error(f"argument {option}: '{text}' given, whole numbers from 0 to {2**32 - 1} are needed")
             seeds.append(int(text))
         twice = next((seed for seed in seeds if seeds.count(seed) > 1), None)
@@ -160,18 +185,20 @@ def add_data_options(parser: Parser, measuring: bool = False) -> None:
     )
     group.add_argument(
         "--data_path",
-        type=Path,
+        type=path,
         default=None if measuring else Path("data"),
         metavar="DIR",
         help="folder that holds the data sets" + told,
     )
     group.add_argument(
-        "--train_idx_path", type=Path, metavar="FILE", help=".npy of the indices to train on, in the official order"
+        "--train_idx_path", type=path, metavar="FILE", help=".npy of the indices to train on, in the official order"
     )
-    group.add_argument("--val_idx_path", type=Path, metavar="FILE", help=".npy of the indices to validate on")
+    group.add_argument("--val_idx_path", type=path, metavar="FILE", help=".npy of the indices to validate on")
     add_flag(group, "download", "fetch a missing data set through torchvision (not tiny_imgnet)")
     group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
-    group.add_argument("--threads", type=number(int, 1), metavar="N", help="CPU threads (default: one for each core)")
+    group.add_argument(
+        "--threads", type=number(int, 1, 1024), metavar="N", help="CPU threads (default: one for each core)"
+    )
 
 
 def add_checkpoint_options(parser: Parser, measuring: bool = False) -> None:
@@ -179,7 +206,7 @@ def add_checkpoint_options(parser: Parser, measuring: bool = False) -> None:
     group = parser.add_argument_group("saved members")
     group.add_argument(
         "--resume",
-        type=Path,
+        type=path,
         nargs="+",
         required=measuring,
         metavar="PATH",
@@ -195,9 +222,9 @@ def add_measure_options(parser: Parser, parts: bool = True) -> None:
     group = parser.add_argument_group("measurement")
     told = "default: what the checkpoint says; another value is refused"
     group.add_argument("--model", choices=MODELS, help=f"network of the members ({told})")
-    group.add_argument("--width", type=number(int, 1), metavar="N", help=f"its width ({told})")
+    group.add_argument("--width", type=number(int, 1, 2**16), metavar="N", help=f"its width ({told})")
     group.add_argument(
-        "--save", type=Path, metavar="DIR", help="folder of the results (default: measurements/<name of the run>)"
+        "--save", type=path, metavar="DIR", help="folder of the results (default: measurements/<name of the run>)"
     )
     if not parts:
         return

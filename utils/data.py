@@ -8,10 +8,13 @@ import gzip
 import hashlib
 import io
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+import re
+import warnings
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -121,6 +124,10 @@ VALIDATION_SHARE = 0.1
 # The splits are part of the experiment: they must not move with a library's version. RandomState's stream is frozen.
 SPLIT_SEED = 0
 TAGS = {"order": 0, "augmentation": 1}
+
+# More than the published files need, and no more memory than a machine has: of a file of a data set (CIFAR-100's
+# training file has 148 MiB), of an unpacked IDX file (45 MiB), of a 64x64 image (16 KiB), and of a text (0.5 MiB).
+MOST_FILE, MOST_IDX, MOST_IMAGE, MOST_TEXT = 2**28, 2**27, 2**20, 2**24
 
 
 class ImageSet:
@@ -305,15 +312,17 @@ def _split(samples: int, train_path: str | Path | None, val_path: str | Path | N
         raise InputError("--train_idx_path and --val_idx_path go together: give both, or none for the fixed 10 % split")
     parts = []
     for flag, path in (("--train_idx_path", train_path), ("--val_idx_path", val_path)):
-        try:
-            index = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{flag} {path}: not a readable .npy file of indices ({first_line(error)})") from error
+        index = load_npy(Path(path), flag + " ")
         if index.ndim != 1 or index.dtype.kind not in "iu" or not len(index):
             raise InputError(f"{flag} {path}: {index.dtype} {index.shape} found, a list of whole numbers is needed")
-        if index.min() < 0 or index.max() >= samples or len(np.unique(index)) < len(index):
+        twice = len(index) > samples or len(np.unique(index)) < len(index)
+        if twice or index.min() < 0 or index.max() >= samples:
             raise InputError(f"{flag} {path}: indices must be distinct and from 0 to {samples - 1}")
         parts.append(index.astype(np.int64))
+    if len(parts[0]) < 2:
+        raise InputError(
+            f"--train_idx_path {train_path}: 1 sample, 2 or more are needed: BatchNorm has no spread of one"
+        )
     if len(np.intersect1d(*parts)):
         raise InputError(f"--train_idx_path {train_path} and --val_idx_path {val_path} share samples")
     return parts[0], parts[1]
@@ -386,6 +395,10 @@ def _read_cifar(folder: Path, info: DatasetInfo) -> tuple[Arrays, list[dict]]:
 def _cifar_batch(path: Path, content: bytes, key: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
     try:
         batch = _CifarUnpickler(io.BytesIO(content), encoding="latin1").load()
+    except KeyError as error:  # no entry in its table of operations
+        raise InputError(
+            f"{path}: not a CIFAR batch (operation {error} of pickle); nothing in it was executed"
+        ) from error
     except Exception as error:  # a damaged pickle raises nearly anything
         raise InputError(f"{path}: not a CIFAR batch ({first_line(error)}); nothing in it was executed") from error
     if not isinstance(batch, dict):
@@ -394,24 +407,31 @@ def _cifar_batch(path: Path, content: bytes, key: str, classes: int) -> tuple[np
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != 3072:
         found = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else type(images).__name__
         raise InputError(f"{path}: 'data' is {found}, a CIFAR batch has uint8 [images, 3072]")
-    try:
-        labels = np.array(labels, dtype=np.int64)
-    except (TypeError, ValueError, OverflowError):
-        labels = np.empty(0, dtype=np.int64)
-    if labels.shape != (len(images),) or not len(labels):
+    whole = labels.dtype.kind in "iu" if isinstance(labels, np.ndarray) else isinstance(labels, list)
+    if whole and isinstance(labels, list):  # of lists in lists, numpy would make more numbers than the file has bytes
+        whole = all(type(label) is int and abs(label) < 2**31 for label in labels)
+    if not whole or np.shape(labels) != (len(images),) or not len(images):
         raise InputError(f"{path}: '{key}' must hold one whole number for each of the {len(images)} images")
+    labels = np.array(labels)
     if labels.min() < 0 or labels.max() >= classes:
         raise InputError(f"{path}: labels from {labels.min()} to {labels.max()}, 0 to {classes - 1} are possible")
-    return np.ascontiguousarray(images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), labels
+    pixels = np.ascontiguousarray(images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    return pixels, labels.astype(np.int64)
 
 
-class _CifarUnpickler(pickle.Unpickler):
-    """Admits arrays, bytes, strings, numbers, lists, tuples and dicts; a reference to anything else is an error."""
+_NDARRAY = object()  # stands for numpy.ndarray: the class itself, called, would take memory at will
 
-    def find_class(self, module: str, name: str) -> Callable:
+
+class _CifarUnpickler(pickle._Unpickler):
+    """Admits arrays, bytes, strings, numbers, lists, tuples and dicts; a reference to anything else is an error.
+
+    pickle's form in Python: the one in C takes memory for every number that a file claims.
+    """
+
+    def find_class(self, module: str, name: str) -> object:
         admitted = {
             ("multiarray", "_reconstruct"): _new_array,
-            ("numpy", "ndarray"): np.ndarray,
+            ("numpy", "ndarray"): _NDARRAY,
             ("numpy", "dtype"): _new_dtype,
             ("numeric", "_frombuffer"): _array_from_bytes,
             ("_codecs", "encode"): _latin1_bytes,
@@ -419,21 +439,60 @@ class _CifarUnpickler(pickle.Unpickler):
         # numpy keeps its internals in numpy.core up to version 1 and in numpy._core from 2 on.
         short = module.removeprefix("numpy.core.").removeprefix("numpy._core.")
         if (short, name) not in admitted:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no CIFAR batch needs")
+            raise pickle.UnpicklingError(f"it refers to {module[:80]}.{name[:80]}, which no CIFAR batch needs")
         return admitted[short, name]
 
+    def _build(self) -> None:
+        """Fill an array or a dtype as numpy does; nothing else has a state."""
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, np.dtype) and state[2:] == (None, None, None, -1, -1, 0) and state[1] in ("<", ">", "|"):
+            target.__setstate__(state)
+        elif isinstance(target, np.ndarray) and isinstance(state[2], np.dtype) and isinstance(state[4], str | bytes):
+            target.__setstate__(state)  # compares the number of bytes with the shape
+        else:
+            raise pickle.UnpicklingError("it holds an array in a form that numpy does not write")
 
-def _new_array(array_type: type, shape: tuple, _dtype: object) -> np.ndarray:
+    def _set_items(self) -> None:
+        items = self.pop_mark()
+        if not all(isinstance(key, str | bytes) for key in items[::2]):  # tuples in tuples overflow the stack
+            raise pickle.UnpicklingError("it holds a dict whose keys are not strings")
+        self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
+
+    def _set_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.metastack.append(self.stack)
+        self.stack = [key, value]
+        self._set_items()
+
+    # What data need. Left out is what makes objects in other ways, or sets.
+    _admitted = (
+        "PROTO FRAME STOP MARK POP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT STRING "
+        "BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 "
+        "BYTEARRAY8 EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT DICT GET BINGET "
+        "LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL REDUCE"
+    )
+    dispatch: ClassVar = {
+        **{
+            getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _admitted.split()
+        },
+        pickle.BUILD[0]: _build,
+        pickle.SETITEM[0]: _set_item,
+        pickle.SETITEMS[0]: _set_items,
+    }
+
+
+def _new_array(array_type: object, shape: tuple, _dtype: object) -> np.ndarray:
     # numpy always writes an empty array here and fills it afterwards; another shape would reserve memory at will.
-    if array_type is not np.ndarray or tuple(shape) != (0,):
+    if array_type is not _NDARRAY or tuple(shape) != (0,):
         raise pickle.UnpicklingError("it holds an array in a form that numpy does not write")
     return np.ndarray((0,), np.uint8)
 
 
 def _new_dtype(code: str, *flags: object) -> np.dtype:
-    dtype = np.dtype(code)
-    if dtype.kind not in "biuf":
-        raise pickle.UnpicklingError(f"it holds an array of {dtype}, which no CIFAR batch needs")
+    if not isinstance(code, str) or not re.fullmatch(r"[|<>]?[biuf][1248]", code):
+        raise pickle.UnpicklingError(
+            f"it holds an array of objects or strings ({str(code)[:20]}), which no CIFAR batch needs"
+        )
     return np.dtype(code, *flags)
 
 
@@ -477,17 +536,19 @@ def _read_idx(path: Path, content: bytes, magic: int, item: tuple[int, ...]) -> 
     """An IDX file: big-endian magic number, count and item shape as 32-bit numbers, then the bytes."""
     header_bytes = 8 + 4 * len(item)
     stream = gzip.GzipFile(fileobj=io.BytesIO(content)) if path.suffix == ".gz" else io.BytesIO(content)
+    # A packed file may hold a thousand times its own size.
+    limit = MOST_IDX if path.suffix == ".gz" else len(content)
     try:
         header = np.frombuffer(stream.read(header_bytes), dtype=">u4")
         if header.tolist()[:1] != [magic] or tuple(header[2:]) != item or not header[1]:
             raise InputError(f"{path}: header {header.tolist()} found, [{magic}, count, {str(item)[1:-1]}] is needed")
         size = int(header[1]) * int(np.prod(item))
-        if size > 1024 * len(content):
+        if size > min(limit, 1024 * len(content)):
             raise InputError(f"{path}: its header promises {size} bytes, more than the file can hold")
         body = stream.read(size + 1)
-    except (OSError, EOFError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except Exception as error:  # a damaged stream raises nearly anything
         raise InputError(f"{path}: not a readable IDX file ({first_line(error)})") from error
     if len(body) != size:
         raise InputError(
@@ -506,7 +567,7 @@ def _read_tiny(folder: Path, info: DatasetInfo) -> tuple[Arrays, list[dict]]:
     if not 2 <= len(names) <= info.num_classes:
         raise InputError(f"{train}: {len(names)} class folders found, 2 to {info.num_classes} are possible")
     listed = folder / "wnids.txt"
-    if listed.is_file() and set(listed.read_text().split()) != set(names):
+    if listed.is_file() and set(_read_text(listed).split()) != set(names):
         raise InputError(f"{train}: its class folders are not those of {listed}")
     train_files = [(path, number[name]) for name in names for path in _images_of_class(train / name)]
 
@@ -515,12 +576,15 @@ def _read_tiny(folder: Path, info: DatasetInfo) -> tuple[Arrays, list[dict]]:
     if (val / "images").is_dir():
         if not annotations.is_file():
             raise InputError(f"{annotations}: missing; without it the images of {val / 'images'} have no labels")
-        rows = [line.split("\t") for line in annotations.read_text().splitlines() if line]
-        test_files = []
+        rows = [line.split("\t") for line in _read_text(annotations).splitlines() if line]
+        listed_files: dict[str, int] = {}
         for row in rows:
-            if len(row) < 2 or row[1] not in number:
-                raise InputError(f"{annotations}: '{' '.join(row[:2])}' is not a file and a class of {train}")
-            test_files.append((val / "images" / row[0], number[row[1]]))
+            # A name with a folder in it could lead anywhere, and one image named a million times fills the memory.
+            if len(row) < 2 or row[1] not in number or Path(row[0]).name != row[0][:255] or row[0] in listed_files:
+                found = " ".join(row[:2])[:80]
+                raise InputError(f"{annotations}: '{found}' is not a file, named once, and a class of {train}")
+            listed_files[row[0]] = number[row[1]]
+        test_files = [(val / "images" / name, label) for name, label in listed_files.items()]
     else:
         found = sorted(path.name for path in val.iterdir() if path.is_dir())
         if found != names:
@@ -544,19 +608,25 @@ def _images_of_class(folder: Path) -> list[Path]:
 
 def _read_jpegs(files: list[tuple[Path, int]]) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels of a list of (file, label)."""
-    with ThreadPoolExecutor() as pool:  # Pillow lets go of the interpreter lock while it decodes
+    # Pillow lets go of the interpreter lock while it decodes, and warns of large images, which are refused here.
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        warnings.simplefilter("ignore")
         images = list(pool.map(_read_jpeg, (path for path, _ in files)))
     return np.stack(images), np.array([label for _, label in files])
 
 
 def _read_jpeg(path: Path) -> np.ndarray:
     size = DATASETS["tiny_imgnet"].image_size
+    _check_file(path, MOST_IMAGE)
     try:
-        with Image.open(path) as image:
+        # Other formats are not needed, and Pillow calls programs for some of them.
+        with Image.open(path, formats=("JPEG",)) as image:
             if image.size != (size, size):
                 raise InputError(f"{path}: {image.size[0]}x{image.size[1]} pixels, {size}x{size} are needed")
             return np.asarray(image.convert("RGB"))
-    except OSError as error:
+    except InputError:
+        raise
+    except Exception as error:  # a damaged image raises nearly anything
         raise InputError(f"{path}: not a readable image ({first_line(error)})") from error
 
 
@@ -619,10 +689,7 @@ def _in_blocks(folder: Path) -> bool:
 def _blocks(folder: Path, data: Data, name: str) -> tuple[np.ndarray, np.ndarray]:
     arrays = []
     for path in (folder / f"{name}.npy", folder / "labels.npy"):
-        try:
-            arrays.append(np.load(path, mmap_mode="r", allow_pickle=False))
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(f"{path}: not a readable .npy file ({first_line(error)})") from error
+        arrays.append(load_npy(path))
     images, labels = arrays
     info = data.info
     shape = (info.image_size, info.image_size, len(info.mean))
@@ -641,11 +708,51 @@ def _blocks(folder: Path, data: Data, name: str) -> tuple[np.ndarray, np.ndarray
     return images, labels.astype(np.int64)
 
 
-def _read_file(path: Path) -> bytes:
+def load_npy(path: Path, flag: str = "") -> np.ndarray:
+    """A .npy file as a read-only map. It takes no memory, and its header cannot promise more than the file holds.
+
+    Raises:
+        InputError: naming the file, after `flag`.
+    """
+    _check_file(path, flag=flag)
+    try:
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            array = np.lib.format.open_memmap(path, mode="r")
+        whole = array.offset + array.nbytes == path.stat().st_size
+    except Exception as error:  # a damaged header raises nearly anything
+        raise InputError(f"{flag}{path}: not a readable .npy file ({first_line(error)})") from error
+    if not whole:
+        raise InputError(f"{flag}{path}: not a readable .npy file (it is longer than its header says)")
+    return array
+
+
+def _check_file(path: Path, most: int | None = None, flag: str = "") -> None:
+    """Refuse what is no ordinary file (a pipe or a device has no end) or has more than `most` bytes."""
+    try:
+        ordinary, size = path.is_file(), path.stat().st_size
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"{flag}{path}: cannot be read ({reason}); the data set needs this file") from error
+    if not ordinary:
+        raise InputError(f"{flag}{path}: cannot be read (not a file)")
+    if most is not None and size > most:
+        raise InputError(f"{flag}{path}: {size} bytes, at most {most} are possible here")
+
+
+def _read_file(path: Path, most: int = MOST_FILE) -> bytes:
+    _check_file(path, most)
     try:
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); the data set needs this file") from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return _read_file(path, MOST_TEXT).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a text in UTF-8 ({first_line(error)})") from error
 
 
 def _fingerprint(path: Path, content: bytes, published: str | None) -> dict:

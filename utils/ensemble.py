@@ -44,6 +44,7 @@ from utils.checkpoint import (
     digest,
     fill_model,
     load_checkpoint,
+    load_json,
     load_model,
     locked,
     pack_checkpoint,
@@ -424,7 +425,7 @@ def _check_same(folder: Path, settings: dict, record: dict) -> None:
         raise InputError(f"--save_path {folder}: a run of other settings ({'; '.join(differ)}); {way_out}")
     key = "sha256_of_arrays_and_split"
     try:
-        data_before = json.loads((folder / "environment.json").read_text())["data"][key]
+        data_before = load_json(folder / "environment.json")["data"][key]
     except FileNotFoundError:
         return  # cut off before it was written: it is made anew
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -563,7 +564,7 @@ def _restore_log(member: Member) -> None:
     try:
         text = path.read_text()
         found = [json.loads(line) for line in text.splitlines()]
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         text, found = "", []
     lost = 0
     for i, line in enumerate(member.log):

@@ -15,6 +15,8 @@ from scipy import stats
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+MOST_COUNTS = 2**24  # bytes of unpacked counts: a text may hold a thousand times its own size
+
 
 def ensemble_log_probs(log_probs: Tensor, average: str = "probs") -> Tensor:
     """Log-probabilities of an ensemble, [M, N, C] -> [N, C].
@@ -152,6 +154,10 @@ def unpack_counts(text: str) -> np.ndarray:
         ValueError: if it is not such a text.
     """
     try:
-        return np.frombuffer(zlib.decompress(base64.b64decode(text, validate=True)), dtype="<u2").astype(np.int64)
+        unpacker = zlib.decompressobj()
+        content = unpacker.decompress(base64.b64decode(text, validate=True), MOST_COUNTS)
+        if not unpacker.eof:
+            raise ValueError("cut off, or too many")
+        return np.frombuffer(content, dtype="<u2").astype(np.int64)
     except (ValueError, zlib.error) as error:
         raise ValueError(f"no packed counts ({error})") from error

@@ -11,7 +11,6 @@ import json
 import shlex
 import sys
 import zipfile
-import zlib
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from tqdm import tqdm
 from utils import InputError, RunError, first_line
 from utils.checkpoint import find_checkpoints, load_model, read_settings, write_atomically, write_json
 from utils.cli import start_device
-from utils.data import CORRUPTED, Data, ImageSet, check_corrupted, find_corrupted, load_data, read_corrupted
+from utils.data import CORRUPTED, DATASETS, Data, ImageSet, check_corrupted, find_corrupted, load_data, read_corrupted
 from utils.ensemble import FREE_SETTINGS, environment
 from utils.training import evaluating
 
@@ -163,7 +162,7 @@ class Predictions:
     def _member(self, member: SavedMember, part: str, images: ImageSet, key: str) -> dict[str, np.ndarray]:
         path = self.folder / "predictions" / member.digest[:16] / f"{part}.npz"
         about = json.dumps({"form": FORM, "weights": member.digest, "images": key})
-        arrays = _read(path, about, len(images))
+        arrays = _read(path, about, (len(images), member.network["num_classes"]))
         if arrays is None or (self.features and "features" not in arrays):
             arrays = forward(member.model, images, self.features, self.progress)
             if not np.isfinite(arrays["logits"]).all():
@@ -198,17 +197,33 @@ def forward(
     return {name: torch.cat(tensors).cpu().numpy() for name, tensors in rows.items() if tensors}
 
 
-def _read(path: Path, about: str, samples: int) -> dict[str, np.ndarray] | None:
-    """A cache file, or None if it is missing, damaged or about something else."""
+def _read(path: Path, about: str, shape: tuple[int, int]) -> dict[str, np.ndarray] | None:
+    """A cache file, or None if it is missing, damaged or about something else; `shape` is that of the logits."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if file["about"].item() != about:
+        with zipfile.ZipFile(path) as file:
+            entries = file.infolist()
+            # numpy.savez packs nothing; what is packed could hold a thousand times the size of the file.
+            if any(entry.compress_type or entry.file_size > path.stat().st_size for entry in entries):
                 return None
-            arrays = {name: file[name] for name in file.files if name != "about"}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+            if _array(file.read("about.npy")).item() != about:
+                return None
+            names = [entry.filename for entry in entries if entry.filename != "about.npy"]
+            arrays = {name.removesuffix(".npy"): _array(file.read(name)) for name in names}
+        whole = all(array.dtype == np.float32 and array.ndim == 2 for array in arrays.values())
+        whole = whole and all(len(array) == shape[0] and np.isfinite(array).all() for array in arrays.values())
+        return arrays if whole and arrays["logits"].shape == shape else None
+    except Exception:  # a damaged file raises nearly anything
         return None
-    whole = all(array.dtype == np.float32 and len(array) == samples for array in arrays.values())
-    return arrays if whole and "logits" in arrays else None
+
+
+def _array(content: bytes) -> np.ndarray:
+    """The array of an .npy file that numpy writes, out of its content: no header makes it larger than that."""
+    file = io.BytesIO(content)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("not a form that is written here")
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+    array = np.frombuffer(bytearray(content[file.tell() :]), dtype=dtype)  # writable, as torch wants it
+    return array.reshape(shape, order="F" if fortran_order else "C")
 
 
 class Measurement:
@@ -236,9 +251,14 @@ class Measurement:
         args.data = self.members[0].network["dataset"]
         if args.data is None:
             raise InputError(f"--data: {paths[0]} does not say which data set its network was trained on; name it")
+        if not isinstance(args.data, str) or args.data not in DATASETS:
+            raise InputError(f"{paths[0]}: its data set is {str(args.data)[:40]!r}, not one of {', '.join(DATASETS)}")
         for name in ("data_path", "train_idx_path", "val_idx_path"):
-            if getattr(args, name) is None and settings.get(name) is not None:
-                setattr(args, name, Path(settings[name]))
+            told = settings.get(name)
+            if getattr(args, name) is None and told is not None:
+                if not isinstance(told, str):
+                    raise InputError(f"{run / 'args.json'}: its {name} is no path")
+                setattr(args, name, Path(told))
         args.data_path = args.data_path or Path("data")
         args.save = args.save or Path("measurements") / (run or paths[0].parent).resolve().name
         try:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from utils import InputError
-from utils.checkpoint import read_settings
+from utils.checkpoint import load_json, read_settings
 from utils.ensemble import FREE_SETTINGS
 from utils.metrics import t_interval, unpack_counts
 
@@ -72,7 +72,7 @@ def read_ensemble(folder: Path) -> Ensemble:
         if corrupted is not None:
             intervals |= {f"corrupted_{n}": corrupted["mean"]["intervals_95"].get(key) for n, key in INTERVALS.items()}
         method = method_of(content["trained"]) if content.get("trained") else folder.name
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{folder / 'diversity.json'}: not a result of the test set ({error}); measure it anew, --split test"
         ) from error
@@ -111,7 +111,7 @@ def read_json(path: Path, way_out: str) -> dict[str, Any]:
         InputError: naming the file and the way out.
     """
     try:
-        content = json.loads(path.read_text())
+        content = load_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: missing or not readable; {way_out}") from error
     if not isinstance(content, dict):

@@ -1,0 +1,156 @@
+"""Numbers at the edge: few samples, absent classes, gradients that are not finite. A run works or says why not."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import main
+import measure_diversity
+import measure_diversity_variance
+import measure_sharpness
+import utils.ensemble
+from utils import RunError, cli
+from utils.data import load_data
+
+TINY = ["--width", "2", "--epochs", "2", "--initial_epochs", "1", "--lr", "0.01", "--sam", "--rho", "0.05"]
+SMALL = ["--n_iters", "2", "--n_draws", "4", "--probes", "6", "--top_k", "2"]
+
+
+def split(folder, train, val):
+    """The flags of a split."""
+    flags = []
+    for name, index in (("train", train), ("val", val)):
+        np.save(folder / f"{name}.npy", np.array(index))
+        flags += [f"--{name}_idx_path", str(folder / f"{name}.npy")]
+    return flags
+
+
+def strict(path):
+    """A JSON file without NaN and infinities, which JSON does not have."""
+    return json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} in {path}"))
+
+
+def train(folder, *flags):
+    args = main.parse_args([*TINY, *flags, "--save_path", str(folder)])
+    cli.run(main.main, args)
+    return strict(folder / "summary.json")
+
+
+@pytest.mark.parametrize("ratio", ["0.1", "0.5", "1"])
+@pytest.mark.parametrize("samples", [2, 3, 5])
+def test_fewer_samples_than_a_batch(samples, ratio, tmp_path):
+    """Of 5 samples a tenth is none: nobody picks any."""
+    flags = split(tmp_path, range(samples), [100])
+    summary = train(tmp_path / "run", *flags, "--flat_ratio", ratio, "--batch_size", "64", "--seed", "1 2 3")
+    assert all(np.isfinite(row["val_loss"]) for row in summary["last"]["members"])
+    masks = [np.load(tmp_path / "run" / f"seed_{seed}" / "sam_mask.npy") for seed in (1, 2, 3)]
+    assert {mask.shape for mask in masks} == {(samples,)}
+    if ratio == "1":
+        assert np.all(masks)
+
+
+def test_one_sample_left_joins_the_batch_before_it(tmp_path):
+    """5 samples in batches of 2: the images have 1x1 pixels in the last stage, where one sample has no spread."""
+    train(tmp_path / "run", *split(tmp_path, range(5), [100]), "--batch_size", "2", "--seed", "1 2")
+
+
+def test_one_training_sample_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        train(tmp_path / "run", *split(tmp_path, [7], [100]), "--seed", "1")
+    assert end.value.code == 2
+    assert "train.npy: 1 sample, 2 or more are needed" in capsys.readouterr().err
+
+
+def test_one_validation_image_and_absent_classes(tmp_path, capsys):
+    """Training saw three classes and validation is one image of a fourth one: all measures have a value or None."""
+    labels = load_data("digits").train.labels.numpy()
+    order = np.sort(np.concatenate([np.flatnonzero(labels == label)[:7] for label in (1, 4, 6)]))
+    # Indices count the official training images, validation among them.
+    everything = np.sort(np.random.RandomState(0).permutation(898)[89:])
+    flags = split(tmp_path, everything[order], [everything[np.flatnonzero(labels == 9)[0]]])
+    data = load_data("digits", train_idx_path=tmp_path / "train.npy", val_idx_path=tmp_path / "val.npy")
+    assert sorted(set(data.train.labels.tolist())) == [1, 4, 6]
+    assert data.val.labels.tolist() == [9]
+    train(tmp_path / "run", *flags, "--flat_ratio", "0.5", "--seed", "1 2 3")
+
+    common = ["--resume", str(tmp_path / "run"), "--save", str(tmp_path / "m"), "--split"]
+    for script, name, words in (
+        (measure_diversity, "diversity", ["val", "--bootstrap", "20"]),
+        (measure_diversity_variance, "variance", ["val"]),
+        (measure_sharpness, "sharpness", ["val", "--mode", "all", *SMALL]),
+    ):
+        cli.run(script.main, script.parse_args([*common, *words]))
+        strict(tmp_path / "m" / f"{name}.json")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        cli.run(measure_diversity.main, measure_diversity.parse_args([*common, "val", "--mode", "CKA"]))
+    assert end.value.code == 2
+    assert "--mode CKA" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_gradient_that_is_not_finite(value, step, tmp_path, monkeypatch):
+    """The run stops in its epoch, at the latest by the loss on validation, and saves nothing of it."""
+    made = utils.ensemble.create_model
+    calls = []
+
+    def poisoned(*args, **kwargs):
+        model = made(*args, **kwargs)
+
+        def hook(gradient):
+            calls.append(1)
+            return torch.full_like(gradient, value) if len(calls) == step else gradient
+
+        model.linear.weight.register_hook(hook)
+        return model
+
+    monkeypatch.setattr(utils.ensemble, "create_model", poisoned)
+    args = main.parse_args(["--width", "2", "--epochs", "1", "--batch_size", "1000", "--seed", "4", "--sam"])
+    args.save_path = tmp_path / "run"
+    # One batch, whose two passes are the two calls: the loss at w is finite, and the weights are not afterwards.
+    with pytest.raises(RunError, match="seed 4, epoch 0: the loss is not finite"):
+        utils.ensemble.train_ensemble(args, load_data("digits"))
+    assert calls
+    assert not list((tmp_path / "run").rglob("*.pth.tar"))
+
+
+def test_equal_scores_of_all_members(tmp_path, monkeypatch):
+    """Then all pick the same samples, and the rest is dealt out: the run goes on as with any other scores."""
+    monkeypatch.setattr(utils.ensemble, "per_sample_fisher", lambda model, images, labels: torch.ones(len(images)))
+    for unselected, counts in (("normal", (10, 10)), ("one", (15, 15)), ("others", (15, 15))):
+        flags = [*split(tmp_path, range(20), range(30, 40)), "--flat_ratio", "0.5", "--unselected", unselected]
+        train(tmp_path / unselected, *flags, "--seed", "1 2", "--batch_size", "8")
+        masks = [np.load(tmp_path / unselected / f"seed_{seed}" / "sam_mask.npy") for seed in (1, 2)]
+        assert tuple(int(mask.sum()) for mask in masks) == counts
+        assert all(mask[:10].all() for mask in masks)
+
+
+def test_a_share_that_gives_no_sample(tmp_path):
+    """0.001 of 20 samples is none: nobody picked any, so that the rest is all."""
+    flags = [*split(tmp_path, range(20), range(30, 40)), "--flat_ratio", "0.001", "--unselected", "normal"]
+    train(tmp_path / "run", *flags, "--seed", "1 2", "--batch_size", "8")
+    assert not np.load(tmp_path / "run" / "seed_1" / "sam_mask.npy").any()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate"), None])
+def test_out_of_memory(error, capsys):
+    def work(args):
+        if error is not None:
+            raise error
+        torch.empty(2**60)
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(work, None)
+    assert end.value.code == 1
+    assert "out of memory; a smaller --width" in capsys.readouterr().err
+
+
+def test_other_errors_are_not_hidden():
+    def work(args):
+        raise RuntimeError("a fault of ours")
+
+    with pytest.raises(RuntimeError, match="of ours"):
+        cli.run(work, None)
