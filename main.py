@@ -20,7 +20,7 @@ from models import MODELS, create_model
 from utils import InputError, distributed
 from utils.checkpoint import find_checkpoints, read_settings
 from utils.cli import Parser, Seeds, add_checkpoint_options, add_data_options, add_flag, number, path, run, start_device
-from utils.data import DATASETS, load_data
+from utils.data import AUGMENTATIONS, DATASETS, load_data
 from utils.ensemble import evaluate_members, train_ensemble
 from utils.partition import SELECT, UNSELECTED
 
@@ -32,6 +32,9 @@ RECIPES = {
     "fashion_mnist": (16, 30, 128, 0.1),
     "digits": (8, 30, 64, 0.1),
 }
+
+
+KINDS = {"last": "end of training", "best": "best validation accuracy", "averaged": "mean of the weights"}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -102,6 +105,12 @@ def check_method(parser: Parser, args: argparse.Namespace) -> None:
     for name in ("select", "unselected"):
         if getattr(args, name) and not args.flat_ratio:
             parser.error(f"argument --{name}: {getattr(args, name)} given without a --flat_ratio above 0; add one")
+    if args.match_size and args.select not in ("random", "same"):
+        parser.error("argument --match_size: given without --select random or same, whose sets it sizes")
+    if args.average_from is not None and args.average_from >= args.epochs:
+        parser.error(
+            f"argument --average_from: {args.average_from} given with --epochs {args.epochs}: no step would be averaged"
+        )
     if args.flat_ratio and args.initial_epochs is not None and args.initial_epochs >= args.epochs:
         parser.error(
             f"argument --initial_epochs: {args.initial_epochs} given with --epochs {args.epochs}: the split would "
@@ -170,6 +179,11 @@ def build_parser() -> Parser:
         help="samples that nobody picked: normal steps for all, SAM at one member, or SAM at all others but one "
         "(default: by --partition)",
     )
+    add_flag(
+        group,
+        "match_size",
+        "with --select random or same: sets of the size that SharpBalance's would have at the split, by --partition",
+    )
     group.add_argument(
         "--bn_perturbed",
         choices=("update", "freeze"),
@@ -192,6 +206,25 @@ def build_parser() -> Parser:
         choices=("step", "cosine"),
         default="step",
         help="learning rate: times 0.1 at 1/2 and 3/4 of the epochs, or a cosine to 0",
+    )
+    group.add_argument(
+        "--augmentation",
+        choices=AUGMENTATIONS,
+        default="standard",
+        help="of training images; standard: crop and, but for digits, flip",
+    )
+    group.add_argument(
+        "--label_noise",
+        type=number(float, 0, 1),
+        default=0.0,
+        metavar="P",
+        help="share of the training labels that are replaced by wrong ones, always the same",
+    )
+    group.add_argument(
+        "--average_from",
+        type=number(int, 0),
+        metavar="N",
+        help="EoA: also keep the mean of a member's weights after each step from this epoch on",
     )
     group.add_argument("--amp", choices=("none", "bf16"), default="none", help="autocast of the forward passes")
 
@@ -244,7 +277,16 @@ def main(args: argparse.Namespace) -> None:
         distributed.join(device, args.seed, args.save_path)
         args.threads = distributed.agree(torch.get_num_threads())
         torch.set_num_threads(args.threads)
-    data = load_data(args.data, args.data_path, device, args.train_idx_path, args.val_idx_path, args.download)
+    data = load_data(
+        args.data,
+        args.data_path,
+        device,
+        args.train_idx_path,
+        args.val_idx_path,
+        args.download,
+        args.label_noise,
+        args.augmentation,
+    )
     if args.evaluate:
         print_summary(evaluate_members(paths, data))
         return
@@ -256,7 +298,7 @@ def main(args: argparse.Namespace) -> None:
     if summary is None:
         return
     for name, rows in summary.items():
-        print(f"\ncheckpoints '{name}' ({'best validation accuracy' if name == 'best' else 'end of training'})")
+        print(f"\ncheckpoints '{name}' ({KINDS[name]})")
         print_summary(rows)
     print(f"\nwrote {args.save_path}")
 

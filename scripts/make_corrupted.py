@@ -59,6 +59,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--corruptions", action=Choices, among=CORRUPTIONS, default=list(CORRUPTIONS), help="which to make"
     )
+    parser.add_argument(
+        "--images", type=number(int, 1), metavar="N", help="only the first N test images (default: all)"
+    )
     parser.add_argument("--workers", type=number(int, 1), default=1, metavar="N", help="processes, one core each")
     parser.add_argument(
         "--contact_sheet",
@@ -82,7 +85,7 @@ def main(args: argparse.Namespace) -> None:
             f"{PUBLISHED[args.data]} and unpack it in {args.data_path}"
         )
     test = load_data(args.data, args.data_path, download=args.download).test
-    images = _pixels(test)
+    images = _pixels(test)[: args.images]
     if args.contact_sheet is not None:
         picture = io.BytesIO()
         contact_sheet(images[0]).save(picture, format="PNG")
@@ -92,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
         return
     folder = args.to / name
     _make_folder(folder, "--to")
-    _check_origin(folder, test)
+    _check_origin(folder, test, len(images))
     shape = (len(SEVERITIES) * len(images), *images.shape[1:])
     todo = [corruption for corruption in args.corruptions if not _is_done(folder / f"{corruption}.npy", shape)]
     try:
@@ -144,20 +147,22 @@ def _make_folder(folder: Path, flag: str) -> None:
         raise InputError(f"{flag}: {folder} cannot be made ({error.strerror}); name another place") from error
 
 
-def _check_origin(folder: Path, test: ImageSet) -> None:
+def _check_origin(folder: Path, test: ImageSet, count: int) -> None:
     """Write about.json and labels.npy, or see that those that are there belong to these test images."""
-    about, labels = folder / "about.json", np.tile(test.labels.numpy(), len(SEVERITIES))
+    about, labels = folder / "about.json", np.tile(test.labels.numpy()[:count], len(SEVERITIES))
     images = test.digest()
     if about.is_file() or any(folder.glob("*.npy")):
         try:
             found = json.loads(about.read_text())
         except (OSError, ValueError) as error:
             raise InputError(f"{about}: cannot be read ({first_line(error)}); give another --to") from error
-        if not isinstance(found, dict) or found.get("sha256_of_test_images") != images:
+        before = (found.get("sha256_of_test_images"), found.get("images")) if isinstance(found, dict) else None
+        if before != (images, count):
             raise InputError(f"{folder}: holds a set made of other images; remove it, or give another --to")
     else:
         versions = {"numpy": np.__version__, "scipy": scipy.__version__, "pillow": PIL.__version__}
-        write_json(about, {"made_by": "scripts/make_corrupted.py", "sha256_of_test_images": images, **versions})
+        origin = {"made_by": "scripts/make_corrupted.py", "sha256_of_test_images": images, "images": count}
+        write_json(about, origin | versions)
     if not _is_done(folder / "labels.npy", labels.shape, labels.dtype):
         write_array(folder / "labels.npy", labels)
 

@@ -66,7 +66,7 @@ def tradeoff(args: argparse.Namespace) -> Figure:
     ensembles = measured(args.folders)
     families: dict[str, list[Ensemble]] = {}
     for ensemble in ensembles:
-        families.setdefault(family_of(ensemble.content.get("trained")), []).append(ensemble)
+        families.setdefault(family_of(ensemble), []).append(ensemble)
     rows = looks(families.values())
     for row in rows:
         row["label"] = plots.NAMES[row["family"]]
@@ -400,6 +400,7 @@ def data_of(one: Ensemble, device: torch.device | str = "cpu") -> Data:
         *(settings[key] for key in ("data", "data_path")),
         device,
         *(settings[key] for key in ("train_idx_path", "val_idx_path")),
+        label_noise=settings.get("label_noise") or 0.0,
     )
     key = "sha256_of_arrays_and_split"
     if data.record[key] != one.content["data"][key]:

@@ -9,7 +9,7 @@ from scipy import stats
 
 from tests import files, reference
 from utils import InputError
-from utils.data import DATASETS, DatasetInfo, ImageSet, batch_slices, load_data
+from utils.data import DATASETS, DatasetInfo, ImageSet, batch_slices, load_data, mislabel
 
 INFO = DatasetInfo(10, 32, (0.5, 0.4, 0.3), (0.2, 0.3, 0.25), 4, True, (), "")
 
@@ -334,3 +334,33 @@ def test_the_split_never_moves():
     """Pinned: a split that changes with a library's version would put validation images into training."""
     data = load_data("digits")
     assert data.record["sha256_of_arrays_and_split"].startswith("62d7be14b0b3")
+
+
+def test_mislabel():
+    """Every other class, about equally often; the same draw each time; a larger share has the smaller one's samples."""
+    labels = np.random.default_rng(0).integers(0, 10, 20_000)
+    noisy, wrong = mislabel(labels, 10, 0.5)
+    assert wrong.sum() == 10_000
+    assert ((noisy != labels) == wrong).all()
+    counts = np.zeros((10, 10))
+    np.add.at(counts, (labels[wrong], noisy[wrong]), 1)
+    expected = counts.sum(axis=1, keepdims=True) / 9
+    off = ~np.eye(10, dtype=bool)
+    assert (((counts - expected) ** 2 / expected)[off]).sum() < 130  # chi-squared of 80 degrees: 99.95 %
+    assert (mislabel(labels, 10, 0.5)[0] == noisy).all()
+    assert (mislabel(labels, 10, 0.2)[1] <= wrong).all()
+    assert not mislabel(labels, 10, 0.0)[1].any()
+    assert (mislabel(labels, 10, 1.0)[0] != labels).all()
+
+
+@pytest.mark.parametrize("augmentation", ["flip", "none"])
+def test_less_augmentation(augmentation, tmp_path):
+    folder = files.write_fashion_mnist(tmp_path, train=40, test=10)
+    data = load_data("fashion_mnist", folder, augmentation=augmentation)
+    assert data.train.digest() == load_data("fashion_mnist", folder).train.digest()
+    index, images, _ = next(data.train.epoch(3, 0, 36))
+    plain = data.train.plain(index.numpy())[0]
+    kept = (images == plain).flatten(1).all(dim=1)
+    mirrored = (images == plain.flip(3)).flatten(1).all(dim=1)
+    assert (kept | mirrored).all()
+    assert bool((~kept).any()) == (augmentation == "flip")

@@ -24,7 +24,7 @@ from utils.fisher import per_sample_fisher
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--width", "2", "--epochs", "4", "--batch_size", "128", "--seed", "13 17"]
-SHARPBALANCE = [*TINY, "--sam", "--rho", "0.1", "--flat_ratio", "0.4", "--initial_epochs", "2"]
+SHARPBALANCE = [*TINY, "--sam", "--rho", "0.1", "--flat_ratio", "0.4", "--initial_epochs", "2", "--average_from", "1"]
 
 
 def run(folder, flags=SHARPBALANCE):
@@ -54,6 +54,64 @@ def results(folder):
     return found | {"summary.json": summary}
 
 
+def test_averaged_weights(whole, tmp_path, monkeypatch):
+    """The plain mean of the weights after each step from epoch 1 on; BatchNorm's statistics those of an epoch."""
+    steps, statistics, step = [], [], utils.training.sharpbalance_step
+
+    def recorded(model, *rest):
+        result = step(model, *rest)
+        steps.append({name: p.detach().double() for name, p in model.named_parameters()})
+        return result
+
+    monkeypatch.setattr(utils.training, "sharpbalance_step", recorded)
+    folder = run(tmp_path / "run", [*SHARPBALANCE, "--seed", "13"])
+    saved = torch.load(folder / "seed_13" / "model_averaged.pth.tar", weights_only=True)
+    counted = steps[len(steps) // 4 :]
+    for name in counted[0]:
+        mean = torch.stack([weights[name] for weights in counted]).mean(dim=0)
+        torch.testing.assert_close(saved["state_dict"][name].double(), mean, rtol=1e-5, atol=1e-6)
+
+    model, _ = load_model(folder / "seed_13" / "model_averaged.pth.tar")
+    model.train()
+    model.bn1.register_forward_hook(lambda module, inputs, output: statistics.append(inputs[0].double()))
+    with torch.no_grad():
+        for _, images, _ in load_data("digits").train.epoch(13, 4, 128):
+            model(images)
+    mean = torch.stack([batch.mean(dim=(0, 2, 3)) for batch in statistics]).mean(dim=0)
+    variance = torch.stack([batch.var(dim=(0, 2, 3)) for batch in statistics]).mean(dim=0)
+    torch.testing.assert_close(saved["state_dict"]["bn1.running_mean"].double(), mean, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(saved["state_dict"]["bn1.running_var"].double(), variance, rtol=1e-4, atol=1e-6)
+    summary = json.loads((whole / "summary.json").read_text())
+    assert set(summary) == {"last", "best", "averaged"}
+    assert summary["averaged"]["members"][0]["checkpoint"].endswith("model_averaged.pth.tar")
+
+
+@pytest.mark.parametrize("select", ["random", "same"])
+@pytest.mark.parametrize(("partition", "rule"), [("released", "one"), ("paper", "normal")])
+def test_drawn_sets_of_the_size_of_sharpbalances(select, partition, rule, tmp_path):
+    """The warm-up is the same, so that the sizes are those of the SharpBalance run of the same seeds."""
+    flags = [*SHARPBALANCE, "--epochs", "3", "--partition", partition]
+    sizes = []
+    for name, more in (("balance", []), ("drawn", ["--select", select, "--match_size"])):
+        folder = run(tmp_path / name, [*flags, *more])
+        masks = [np.load(folder / f"seed_{seed}" / "sam_mask.npy") for seed in (13, 17)]
+        sizes.append([int(mask.sum()) for mask in masks])
+    assert sizes[0] == sizes[1]
+    assert (masks[0] <= masks[1]).all() or (masks[1] <= masks[0]).all() or select == "random"
+
+
+def test_label_noise_is_of_the_training_labels(tmp_path):
+    data, clean = load_data("digits", label_noise=0.2), load_data("digits")
+    wrong = data.train.labels != clean.train.labels
+    assert (wrong.numpy() == data.mislabelled).all()
+    assert int(wrong.sum()) == int(0.2 * len(clean.train)) == data.record["mislabelled"]
+    assert (data.val.labels == clean.val.labels).all()
+    assert (data.test.labels == clean.test.labels).all()
+    run(tmp_path / "run", [*TINY, "--epochs", "1", "--label_noise", "0.2"])
+    with pytest.raises(InputError, match=r"--label_noise 0.0 here, 0.2 there"):
+        run(tmp_path / "run", [*TINY, "--epochs", "1"])
+
+
 # Where a run is killed: before or after the n-th call of a function, each in a process of its own.
 KILLS = {
     "in warm-up, within an epoch": ("utils.training.sharpbalance_step", 10, "before"),
@@ -67,6 +125,8 @@ KILLS = {
     "between the masks of two members": ("utils.ensemble.digest", 4, "before"),
     "after the split": ("utils.ensemble.split", 1, "after"),
     "in the last epoch": ("utils.training.sharpbalance_step", 55, "before"),
+    "before the averages": ("utils.ensemble._save_average", 1, "before"),
+    "between the averages": ("utils.ensemble._save_average", 2, "before"),
     "before the summary": ("utils.ensemble.evaluate_members", 1, "before"),
 }
 KILLER = """
@@ -188,7 +248,7 @@ def test_what_is_written(whole):
         "seed_17",
     }
     names = {"checkpoint.pth.tar", "checkpoint_previous.pth.tar", "model_best.pth.tar"}
-    names |= {"log.jsonl", "fisher.npy", "sam_mask.npy"}
+    names |= {"model_averaged.pth.tar", "log.jsonl", "fisher.npy", "sam_mask.npy"}
     assert {path.name for path in (whole / "seed_13").iterdir()} == names
     settings = json.loads((whole / "args.json").read_text())
     assert settings["seed"] == [13, 17]
@@ -264,7 +324,7 @@ def test_random_and_same_need_no_scores(tmp_path):
 
 
 def test_sam_from_the_start_and_split_at_once(tmp_path):
-    folder = run(tmp_path / "run", [*SHARPBALANCE, "--initial_epochs", "0", "--epochs", "1"])
+    folder = run(tmp_path / "run", [*SHARPBALANCE, "--initial_epochs", "0", "--average_from", "0", "--epochs", "1"])
     log = json.loads((folder / "seed_13" / "log.jsonl").read_text())
     assert 0 < log["sam_share"] < 1
 

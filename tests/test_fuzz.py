@@ -166,9 +166,9 @@ class Started(Exception):  # noqa: N818
     """It got as far as the work itself."""
 
 
-def load(name, data_path, device="cpu", train_idx_path=None, val_idx_path=None, download=False):
+def load(name, data_path, device="cpu", train_idx_path=None, val_idx_path=None, download=False, *rest):
     """The real one, but for the network."""
-    return load_data(name, data_path, "cpu", train_idx_path, val_idx_path)
+    return load_data(name, data_path, "cpu", train_idx_path, val_idx_path, False, *rest)
 
 
 def open_only(args, data):

@@ -94,6 +94,19 @@ def test_random_and_same():
     assert (sharpness_aware_masks(scores[:2], 0.3, "random", seeds=[17, 13]) == random[[1, 0]]).all()
 
 
+def test_drawn_sets_of_given_sizes():
+    scores, seeds = np.zeros((3, 1000)), [13, 17, 27]
+    whole = sharpness_aware_masks(scores, 0.3, "random", seeds=seeds)
+    random = sharpness_aware_masks(scores, 0.9, "random", seeds=seeds, sizes=[100, 300, 0])
+    assert random.sum(axis=1).tolist() == [100, 300, 0]
+    assert (random[1] == whole[1]).all()
+    assert (random <= whole).all()
+    same = sharpness_aware_masks(scores, 0.3, "same", seeds=seeds, sizes=[100, 300, 200])
+    assert (same[0] <= same[2]).all()
+    assert (same[2] <= same[1]).all()
+    assert (same[0] == random[0]).all()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -105,6 +118,9 @@ def test_random_and_same():
         ({"unselected": "all"}, "unselected: 'all'"),
         ({"select": "random"}, "seeds: "),
         ({"select": "same", "seeds": [1]}, "seeds: "),
+        ({"select": "random", "seeds": [1, 2], "sizes": [1]}, "sizes: "),
+        ({"select": "random", "seeds": [1, 2], "sizes": [1, 6]}, "sizes: .*0 to 5"),
+        ({"sizes": [1, 1]}, "sizes: given for select='flattest'"),
     ],
 )
 def test_bad_arguments(change, message):

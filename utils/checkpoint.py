@@ -25,7 +25,7 @@ from models.resnet import BLOCKS
 from utils import InputError, RunError, first_line
 
 # The file of each choice of --checkpoint, in a member's folder.
-CHECKPOINTS = {"last": "checkpoint.pth.tar", "best": "model_best.pth.tar"}
+CHECKPOINTS = {"last": "checkpoint.pth.tar", "best": "model_best.pth.tar", "averaged": "model_averaged.pth.tar"}
 # The checkpoint of the epoch before the last, and the one of an epoch that is not finished.
 PREVIOUS, PARTIAL = "checkpoint_previous.pth.tar", "checkpoint_partial.pth.tar"
 # What a checkpoint of ours always holds; the authors' hold `state_dict` and little that we need besides.
@@ -264,7 +264,7 @@ def find_checkpoints(paths: list[Path], which: str) -> list[Path]:
 
     Args:
         paths: run folders, member folders or checkpoint files.
-        which: best | last, for folders.
+        which: best | last | averaged, for folders.
 
     Raises:
         InputError: naming the path that is none of these, or the member whose checkpoint is missing.
@@ -281,7 +281,10 @@ def find_checkpoints(paths: list[Path], which: str) -> list[Path]:
             folders = [path / f"seed_{seed}" for seed in read_settings(path)["seed"]]
         for folder in folders:
             if not (folder / name).is_file():
-                raise InputError(f"--resume {path}: {folder / name} is missing; give a run of main.py or a checkpoint")
+                raise InputError(
+                    f"--resume {path}: {folder / name} is missing; give a run of main.py or a checkpoint"
+                    + (", of a run with --average_from" if which == "averaged" else "")
+                )
             found.append(folder / name)
     return found
 

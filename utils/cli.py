@@ -213,7 +213,10 @@ def add_checkpoint_options(parser: Parser, measuring: bool = False) -> None:
         help="a run folder, member folders, or checkpoint files",
     )
     group.add_argument(
-        "--checkpoint", choices=("best", "last"), default="best", help="which checkpoint of a folder counts"
+        "--checkpoint",
+        choices=("best", "last", "averaged"),
+        default="best",
+        help="which checkpoint of a folder counts; averaged is there after --average_from",
     )
 
 

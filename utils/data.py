@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -119,10 +119,12 @@ CORRUPTIONS = (
 )
 SEVERITIES = (1, 2, 3, 4, 5)
 SPLITS = ("val", "test", "train", "corrupted")
+AUGMENTATIONS = ("standard", "flip", "none")
 
 VALIDATION_SHARE = 0.1
 # The splits are part of the experiment: they must not move with a library's version. RandomState's stream is frozen.
 SPLIT_SEED = 0
+NOISE_SEED = 1
 TAGS = {"order": 0, "augmentation": 1}
 
 # More than the published files need, and no more memory than a machine has: of a file of a data set (CIFAR-100's
@@ -246,6 +248,7 @@ class Data:
     train: ImageSet
     val: ImageSet
     test: ImageSet
+    mislabelled: np.ndarray  # bool [N], whose training label was replaced by a wrong one
     record: dict = field(default_factory=dict)
 
 
@@ -256,6 +259,8 @@ def load_data(
     train_idx_path: str | Path | None = None,
     val_idx_path: str | Path | None = None,
     download: bool = False,
+    label_noise: float = 0.0,
+    augmentation: str = "standard",
 ) -> Data:
     """Read a data set and cut its validation part from the training images.
 
@@ -269,6 +274,9 @@ def load_data(
         device: where the images are kept.
         train_idx_path, val_idx_path: .npy files of int64 indices into the official training images; both or none.
         download: fetch a missing data set through torchvision.
+        label_noise: share of the training labels that are replaced by wrong ones, as `mislabel` says.
+        augmentation: of training batches. standard: a crop of the padded image, and a flip where `DatasetInfo.flip`;
+            flip: no crop; none.
 
     Raises:
         InputError: naming the path or flag, for missing, damaged or contradicting files.
@@ -285,22 +293,45 @@ def load_data(
     digest = hashlib.sha256()
     for array in (images, labels, test_images, test_labels, train_index, val_index):
         digest.update(np.ascontiguousarray(array))
-    record = {
-        "dataset": name,
-        "train": len(train_index),
-        "val": len(val_index),
-        "test": len(test_images),
-        "sha256_of_arrays_and_split": digest.hexdigest(),
-        "files": files,
-    }
+    train_labels, mislabelled = mislabel(labels[train_index], info.num_classes, label_noise)
+    record = {"dataset": name, "train": len(train_index), "val": len(val_index), "test": len(test_images)}
+    if label_noise:
+        digest.update(train_labels)
+        record |= {"label_noise": label_noise, "mislabelled": int(mislabelled.sum())}
+    record |= {"sha256_of_arrays_and_split": digest.hexdigest(), "files": files}
+    if augmentation != "standard":
+        info = replace(info, padding=0, flip=info.flip and augmentation == "flip")
     return Data(
         name,
         info,
-        train=ImageSet(images[train_index], labels[train_index], info, device),
+        train=ImageSet(images[train_index], train_labels, info, device),
         val=ImageSet(images[val_index], labels[val_index], info, device),
         test=ImageSet(test_images, test_labels, info, device),
+        mislabelled=mislabelled,
         record=record,
     )
+
+
+def mislabel(labels: np.ndarray, classes: int, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Labels of which a share is wrong: int(share N) samples, drawn without regard to the classes, get another class.
+
+    Each of the other classes is equally likely. The draw depends on N, `classes` and `share` alone.
+
+    Args:
+        labels: int64 [N].
+        classes: how many there are.
+        share: 0 to 1.
+
+    Returns:
+        int64 [N], the labels, and bool [N], True = wrong.
+    """
+    random = np.random.RandomState(NOISE_SEED)
+    chosen = random.permutation(len(labels))[: int(share * len(labels))]
+    wrong = np.zeros(len(labels), dtype=bool)
+    wrong[chosen] = True
+    changed = labels.copy()
+    changed[chosen] = (labels[chosen] + random.randint(1, classes, size=len(chosen))) % classes
+    return changed, wrong
 
 
 def _split(samples: int, train_path: str | Path | None, val_path: str | Path | None) -> tuple[np.ndarray, np.ndarray]:

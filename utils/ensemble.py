@@ -2,7 +2,8 @@
 
 A run lies in one folder (--save_path): args.json, environment.json, command.txt, summary.json, and for each member
 seed_<seed>/ with checkpoint.pth.tar (the last epoch), checkpoint_previous.pth.tar (the one before), model_best.pth.tar,
-log.jsonl, fisher.npy and sam_mask.npy; while an epoch is not finished also checkpoint_partial.pth.tar.
+log.jsonl, fisher.npy and sam_mask.npy; with --average_from also model_averaged.pth.tar, and while an epoch is not
+finished checkpoint_partial.pth.tar.
 
 What a run goes on from is in its checkpoints alone, each of which has a checksum: log, scores and masks as well. The
 files of these are copies, which are written anew where they are damaged.
@@ -31,6 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, update_bn
 from tqdm import tqdm
 
 from models import create_model
@@ -100,6 +102,7 @@ class Member:
     mask_digest: str | None = None
     mask: Tensor | None = None  # bool [N] on the CPU, after the split
     log: list[dict] = field(default_factory=list)
+    average: AveragedModel | None = None  # with --average_from
 
 
 class Stopped(SystemExit):
@@ -177,7 +180,9 @@ def train_ensemble(args: Namespace, data: Data) -> dict | None:
             return None
         folders = [args.save_path / f"seed_{seed}" for seed in args.seed]
         summary = {
-            name: evaluate_members([folder / file for folder in folders], data) for name, file in CHECKPOINTS.items()
+            name: evaluate_members([folder / file for folder in folders], data)
+            for name, file in CHECKPOINTS.items()
+            if name != "averaged" or args.average_from is not None
         }
         write_json(args.save_path / "summary.json", summary)
         return summary
@@ -197,6 +202,9 @@ def _train(args: Namespace, data: Data, members: list[Member], signals: Signals)
         progress.close()
     for member in members:
         _check_best(args, data, member, finished=True)
+        if member.average is not None:
+            with signals.deferred():
+                _save_average(args, data, member)
 
 
 def _train_one_epoch(args: Namespace, data: Data, member: Member, progress: "_Progress", signals: Signals) -> None:
@@ -216,6 +224,8 @@ def _train_one_epoch(args: Namespace, data: Data, member: Member, progress: "_Pr
     def after_step(passes: int, position: Any) -> None:
         nonlocal here, saved
         here = position
+        if member.average is not None and epoch >= args.average_from:
+            member.average.update_parameters(member.model)
         progress.advance(passes)
         if time.monotonic() - saved >= args.save_every:
             save()
@@ -279,12 +289,16 @@ def split(args: Namespace, data: Data, members: list[Member]) -> None:
         RunError: if a score is not finite, or if another rank has ended.
     """
     samples = len(data.train)
-    if args.select in ("random", "same"):
+    drawn, sizes = args.select in ("random", "same"), None
+    if drawn and not args.match_size:
         scores = np.zeros((len(args.seed), samples), dtype=np.float32)
     else:
         own = [_scores(args, data, member) for member in members]
         scores = distributed.gather_scores(np.reshape(own, (-1, samples)).astype(np.float32), len(args.seed))
-    masks = sharpness_aware_masks(scores, args.flat_ratio, args.select, args.unselected, args.seed)
+    if drawn and args.match_size:
+        select = "flattest" if args.partition == "released" else "sharpest"
+        sizes = sharpness_aware_masks(scores, args.flat_ratio, select, args.unselected).sum(axis=1)
+    masks = sharpness_aware_masks(scores, args.flat_ratio, args.select, args.unselected, args.seed, sizes)
     for member in members:
         mask = masks[args.seed.index(member.seed)]
         if member.mask_digest not in (None, digest(mask)):
@@ -476,6 +490,8 @@ def _open_member(args: Namespace, data: Data, seed: int) -> Member:
         weight_decay=args.weight_decay,
     )
     member = Member(seed, args.save_path / f"seed_{seed}", model, optimizer)
+    if args.average_from is not None:
+        member.average = AveragedModel(model)
     try:
         member.folder.mkdir(exist_ok=True)
     except OSError as error:
@@ -490,12 +506,14 @@ def _open_member(args: Namespace, data: Data, seed: int) -> Member:
         # The param_groups are made from the settings, which are the same; only the state comes from the file.
         state = {"state": checkpoint["optimizer"]["state"], "param_groups": optimizer.state_dict()["param_groups"]}
         optimizer.load_state_dict(state)
+        if member.average is not None:
+            member.average.load_state_dict(checkpoint["average"])
         member.epoch, member.position = checkpoint["epoch"], checkpoint.get("position")
         member.best_acc, member.best_epoch = checkpoint["best_acc"], checkpoint["best_epoch"]
         member.scores = None if checkpoint["scores"] is None else checkpoint["scores"].numpy()
         member.mask_digest = checkpoint["mask_digest"]
         member.log = [dict(zip(LOG, row, strict=True)) for row in checkpoint["log"].tolist()]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
             f"{member.folder}: cannot be taken up again ({first_line(error)}); use --overwrite to start anew"
         ) from error
@@ -599,6 +617,7 @@ def _checkpoint(args: Namespace, data: Data, member: Member) -> dict:
     return {
         "state_dict": {name: tensor.cpu() for name, tensor in member.model.state_dict().items()},
         "optimizer": member.optimizer.state_dict(),
+        "average": None if member.average is None else member.average.state_dict(),
         "epoch": member.epoch,
         "best_acc": member.best_acc,
         "best_epoch": member.best_epoch,
@@ -622,6 +641,20 @@ def _save(args: Namespace, data: Data, member: Member) -> None:
     write_atomically(member.folder / "log.jsonl", _log_text(member).encode())
     write_atomically(member.folder / CHECKPOINTS["last"], content, member.folder / PREVIOUS)
     (member.folder / PARTIAL).unlink(missing_ok=True)
+
+
+def _save_average(args: Namespace, data: Data, member: Member) -> None:
+    """Write the mean of the weights as a checkpoint, with BatchNorm's statistics of one epoch of training batches."""
+    path = member.folder / CHECKPOINTS["averaged"]
+    try:
+        _load_own(args, data, member, path)
+        return
+    except InputError:
+        pass  # missing or damaged: made anew, with the same bytes
+    batches = data.train.epoch(member.seed, args.epochs, args.batch_size)
+    update_bn((images for _, images, _ in batches), member.average)
+    state = {name: tensor.cpu() for name, tensor in member.average.module.state_dict().items()}
+    save_checkpoint(path, {**_checkpoint(args, data, member), "state_dict": state, "optimizer": None, "average": None})
 
 
 def _save_partial(args: Namespace, data: Data, member: Member) -> None:

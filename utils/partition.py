@@ -15,6 +15,7 @@ def sharpness_aware_masks(
     select: str = "flattest",
     unselected: str = "one",
     seeds: Sequence[int] | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> np.ndarray:
     """Which samples each member trains with SAM; all others it trains with plain steps.
 
@@ -27,7 +28,8 @@ def sharpness_aware_masks(
         O_i + (R - R_i)     unselected="others"   (the authors' code on CIFAR-10)
 
     `random` draws T samples for each member from its own seed; `same` draws T samples from the first seed for all
-    members. Both ignore the values of the scores and `unselected`.
+    members. Both ignore the values of the scores and `unselected`. With `sizes` member i has sizes[i] samples instead
+    of T; those of `same` are then the first ones of one order.
 
     Equal scores are told apart by their index, as a stable sort does: a lower index counts as a lower score.
 
@@ -37,6 +39,7 @@ def sharpness_aware_masks(
         select: flattest | sharpest | random | same.
         unselected: normal | one | others.
         seeds: M whole numbers of 0 or more; needed by random and same.
+        sizes: M whole numbers from 0 to N; for random and same only.
 
     Returns:
         bool [M, N], True = trained with SAM. With one member, O is empty.
@@ -61,10 +64,15 @@ def sharpness_aware_masks(
     if select in ("random", "same"):
         if seeds is None or len(seeds) != members:
             raise ValueError(f"seeds: select='{select}' needs one seed for each of the {members} members")
+        sizes = [picked] * members if sizes is None else sizes
+        if len(sizes) != members or not all(0 <= size <= samples for size in sizes):
+            raise ValueError(f"sizes: {list(sizes)} given, {members} numbers from 0 to {samples} are needed")
         masks = np.zeros((members, samples), dtype=bool)
-        for mask, seed in zip(masks, seeds if select == "random" else [seeds[0]] * members, strict=True):
-            mask[np.random.default_rng(seed).permutation(samples)[:picked]] = True
+        for mask, seed, size in zip(masks, seeds if select == "random" else [seeds[0]] * members, sizes, strict=True):
+            mask[np.random.default_rng(seed).permutation(samples)[:size]] = True
         return masks
+    if sizes is not None:
+        raise ValueError(f"sizes: given for select='{select}', whose sets have the sizes that the scores give")
 
     if not np.isfinite(scores).all():
         member, sample = np.argwhere(~np.isfinite(scores))[0]

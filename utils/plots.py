@@ -36,6 +36,7 @@ COLOURS = {
     "random": "#CC79A7",
     "random_set": "#CC79A7",
     "same_set": "#E69F00",
+    "eoa": "#F0E442",
     "asam": "#7F7F7F",
     "other": "#000000",  # a checkpoint that does not say how it was trained
 }
@@ -48,6 +49,7 @@ NAMES = {
     "random": "SAM on random rows, as many",
     "random_set": "SAM on random samples",
     "same_set": "SAM on the same random samples",
+    "eoa": "averaged weights (EoA)",
     "asam": "ASAM",
     "other": "unknown method",
 }
@@ -342,7 +344,7 @@ def looks(groups: Iterable[list[Ensemble]]) -> list[Row]:
     """
     families: dict[str, list[list[Ensemble]]] = {}
     for group in groups:
-        families.setdefault(family_of(group[0].content.get("trained")), []).append(group)
+        families.setdefault(family_of(group[0]), []).append(group)
     rows: list[Row] = []
     for family in [name for name in COLOURS if name in families]:
         alike = families[family]

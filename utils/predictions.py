@@ -268,7 +268,12 @@ class Measurement:
         except (OSError, RunError) as error:
             raise InputError(f"--save {args.save}: cannot be written ({first_line(error)}); name another") from error
         device = start_device(args.device, args.threads)
-        self.data = load_data(args.data, args.data_path, device, args.train_idx_path, args.val_idx_path, args.download)
+        noise = settings.get("label_noise") or 0.0  # the labels that the members were trained on
+        if not isinstance(noise, int | float) or not 0 <= noise <= 1:
+            raise InputError(f"{run / 'args.json'}: its label_noise is no share")
+        self.data = load_data(
+            args.data, args.data_path, device, args.train_idx_path, args.val_idx_path, args.download, noise
+        )
         _check_fit(self.members[0], self.data)
         if getattr(args, "split", "") is None:
             found = find_corrupted(args.data, args.data_path) is not None

@@ -72,6 +72,8 @@ def read_ensemble(folder: Path) -> Ensemble:
         if corrupted is not None:
             intervals |= {f"corrupted_{n}": corrupted["mean"]["intervals_95"].get(key) for n, key in INTERVALS.items()}
         method = method_of(content["trained"]) if content.get("trained") else folder.name
+        if content["protocol"].get("checkpoint") == "averaged":
+            method += ", averaged (EoA)"
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{folder / 'diversity.json'}: not a result of the test set ({error}); measure it anew, --split test"
@@ -139,16 +141,21 @@ def method_of(settings: dict[str, Any]) -> str:
     kind = "ASAM" if settings["sam_adaptive"] else "SAM"
     if not settings["flat_ratio"]:
         return f"{kind}, rho {settings['rho']:g}"
-    return (
-        f"SharpBalance ({settings['select']}, {settings['unselected']}), rho {settings['rho']:g}, "
-        f"k {settings['flat_ratio']:g}, T_d {settings['initial_epochs']}"
-    )
+    if settings["select"] in ("random", "same"):
+        sized = f", sized as {settings['partition']}" if settings.get("match_size") else ""
+        name = f"{kind} on {settings['select']} samples{sized}"
+    else:
+        name = f"SharpBalance ({settings['select']}, {settings['unselected']})"
+    return f"{name}, rho {settings['rho']:g}, k {settings['flat_ratio']:g}, T_d {settings['initial_epochs']}"
 
 
-def family_of(settings: dict[str, Any] | None) -> str:
-    """The method as `utils.plots` knows it by name and colour, from the settings of a run; "other" without settings."""
+def family_of(ensemble: Ensemble) -> str:
+    """The method as `utils.plots` knows it by name and colour; "other" where the settings of the run are not known."""
+    settings = ensemble.content.get("trained")
     if not settings:
         return "other"
+    if ensemble.content.get("protocol", {}).get("checkpoint") == "averaged":
+        return "eoa"
     if not settings["sam"] or not settings["rho"]:
         return "deep_ensemble"
     if not settings["flat_ratio"]:
@@ -201,7 +208,10 @@ def estimate(values: list[float], interval: list[float] | None = None) -> tuple[
 
 
 def check_alike(ensembles: list[Ensemble]) -> None:
-    """Refuse to compare what was measured on different data or by different protocols."""
+    """Refuse to compare what was measured on different data or by different protocols.
+
+    Averaged weights are those of the end of training, as checkpoints 'last' are.
+    """
     first = ensembles[0]
     for other in ensembles[1:]:
         for name, a, b in [
@@ -210,7 +220,7 @@ def check_alike(ensembles: list[Ensemble]) -> None:
                 first.content["data"]["sha256_of_arrays_and_split"],
                 other.content["data"]["sha256_of_arrays_and_split"],
             ),
-            *((f"--{key}", first.content["protocol"].get(key), other.content["protocol"].get(key)) for key in SAME),
+            *((f"--{key}", *(_protocol(e, key) for e in (first, other))) for key in SAME),
             *(
                 (f"--{key} of the sharpness", *(e.content["sharpness"]["protocol"].get(key) for e in (first, other)))
                 for key in SAME_SHARPNESS
@@ -230,6 +240,11 @@ def check_alike(ensembles: list[Ensemble]) -> None:
         folders[key] = ensemble.folder
 
 
+def _protocol(ensemble: Ensemble, key: str) -> Any:
+    value = ensemble.content["protocol"].get(key)
+    return "last" if key == "checkpoint" and value == "averaged" else value
+
+
 def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 40 else text[:12] + "..."
@@ -243,7 +258,7 @@ def groups_of(ensembles: list[Ensemble]) -> dict[str, list[Ensemble]]:
         key = ensemble.method
         if settings:
             key = json.dumps({name: value for name, value in settings.items() if name != "seed"}, sort_keys=True)
-            key += str(len(ensemble.seeds))
+            key += ensemble.method + str(len(ensemble.seeds))
         by_settings.setdefault(key, []).append(ensemble)
     groups: dict[str, list[Ensemble]] = {}
     for rows in by_settings.values():

@@ -45,7 +45,7 @@ from utils.checkpoint import CHECKPOINTS, PREVIOUS, load_checkpoint, pack_checkp
 from utils.data import Data, ImageSet, load_data
 
 FLAGS = ["--width", "2", "--epochs", "4", "--batch_size", "16", "--seed", "13 17", "--sam", "--rho", "0.1"]
-FLAGS += ["--flat_ratio", "0.4", "--initial_epochs", "2", "--threads", "1"]
+FLAGS += ["--flat_ratio", "0.4", "--initial_epochs", "2", "--average_from", "1", "--threads", "1"]
 # Where a session can be killed or told to stop: before a call of one of these.
 POINTS = (
     "utils.training.sharpbalance_step",
@@ -105,7 +105,7 @@ class Harness:
             padding = images.info.padding
             crops = images._crops[:count, padding, padding].contiguous().numpy()
             parts[part] = ImageSet(crops, images.labels[:count].numpy().copy(), images.info)
-        self.data = Data("digits", whole.info, **parts, record=whole.record)
+        self.data = Data("digits", whole.info, **parts, mislabelled=whole.mislabelled[:40], record=whole.record)
         # The processes that are forked from this one inherit what it has compiled.
         calls = collections.Counter()
         originals = {point: count_calls(point, calls) for point in POINTS}
