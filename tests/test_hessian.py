@@ -142,6 +142,27 @@ def test_a_residual_network_in_float32():
     assert ours["trace"] == pytest.approx(theirs["trace"], rel=1e-3)
 
 
+def test_a_transformer():
+    """Attention's fused kernels have no second derivative: another one has to be taken."""
+    torch.manual_seed(0)
+    model = create_model("vit_t", 3, 1, 8, 1).double().eval()
+    data = [(torch.randn(4, 1, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 0]))]
+    operator = HessianOperator(model, data, "^blocks.0.attn")
+    vector, other = torch.randn(2, operator.size, dtype=torch.float64)
+    assert (operator @ vector).abs().max() > 0
+    torch.testing.assert_close((operator @ vector) @ other, (operator @ other) @ vector)
+    # Against the difference of gradients.
+    step, gradients = 1e-5, []
+    start = torch.nn.utils.parameters_to_vector(operator.parameters).detach()
+    for sign in (1, -1):
+        torch.nn.utils.vector_to_parameters(start + sign * step * vector, operator.parameters)
+        loss = F.cross_entropy(model(data[0][0]), data[0][1])
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, operator.parameters)]))
+    torch.nn.utils.vector_to_parameters(start, operator.parameters)
+    expected = (gradients[0] - gradients[1]) / (2 * step)
+    torch.testing.assert_close(operator @ vector, expected, rtol=1e-5, atol=1e-8)
+
+
 def test_memory_is_flat():
     """No graph outlives a product: the number of live tensors does not grow."""
     import gc
