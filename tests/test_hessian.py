@@ -59,6 +59,25 @@ def test_product_trace_and_eigenvalues_equal_the_full_matrix():
     assert expected[0] > 0
 
 
+def test_the_top_eigenvector_equals_that_of_the_full_matrix():
+    model, data = net(), batches()
+    images, labels = (torch.cat(x) for x in zip(*data, strict=True))
+    weights = dict(model.named_parameters())
+
+    def loss(flat):
+        pieces = flat.split([w.numel() for w in weights.values()])
+        moved = {name: piece.view(w.shape) for piece, (name, w) in zip(pieces, weights.items(), strict=True)}
+        return F.cross_entropy(functional_call(model, moved, (images,)), labels)
+
+    start = torch.nn.utils.parameters_to_vector(weights.values()).detach()
+    values, vectors = torch.linalg.eigh(torch.autograd.functional.hessian(loss, start))
+    assert values[-1] > 1.05 * values[-2]  # or the vector would not be determined
+    value, vector, _ = top_eigenpairs(model, data, tolerance=1e-12)
+    torch.testing.assert_close(value[0], values[-1], rtol=1e-10, atol=0)
+    sign = torch.sign(vector[:, 0] @ vectors[:, -1])
+    torch.testing.assert_close(sign * vector[:, 0], vectors[:, -1], rtol=0, atol=1e-8)
+
+
 @pytest.mark.parametrize("method", ["hutchinson", "hutch++"])
 def test_the_standard_error_of_the_trace_covers(method):
     model, data = net(), batches(1, 12)
