@@ -9,8 +9,9 @@ severity: accuracy and calibration error against the severity of corruption. ens
 of members.
 
 From run folders of main.py:
-curves: training curves. sets: what is trained with SAM, of one SharpBalance run. landscape: the loss around members and
-between them; its numbers are kept beside the figure as <name>.json, which the next call, or --from, takes up.
+curves: training curves. sets: what is trained with SAM, of one SharpBalance run. landscape: the loss around members,
+along random directions and along the top eigenvector of the Hessian, and between them; its numbers are kept beside the
+figure as <name>.json, which the next call, or --from, takes up.
 
 theory: the seven figures of theoretical_verifications.ipynb, simulated anew (about a minute), into the folder --to.
 """
@@ -29,13 +30,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torch import nn
 from tqdm import tqdm
 
 from utils import InputError, plots
 from utils.checkpoint import find_checkpoints, write_json
 from utils.cli import Parser, number, run, start_device
 from utils.data import Data, ImageSet, load_data
-from utils.landscape import losses_along, losses_between, random_direction
+from utils.landscape import Batches, losses_along, losses_between, random_direction, top_direction
 from utils.metrics import paired_bootstrap
 from utils.plots import Row, how_many, looks
 from utils.predictions import load_members
@@ -58,6 +60,8 @@ EXAMPLES = 10  # pictures in a line of `sets`
 IMAGES = 500  # of validation, for `landscape`; and as many of training for BatchNorm's statistics
 DIRECTIONS = 2  # random ones for each member
 ALONG = [round(-1 + i / 8, 3) for i in range(17)]
+# Along the top eigenvector, which is as long: further out, the loss grows by orders of magnitude.
+TOP = [round(-0.02 + i / 400, 4) for i in range(17)]
 BETWEEN = [round(i / 12, 4) for i in range(13)]
 
 
@@ -265,13 +269,19 @@ def landscape(args: argparse.Namespace) -> Figure:
     for row in rows:
         found = [one.content for one in row["ensembles"]]
         row["along"] = [np.mean(losses, axis=0) for one in found for losses in one["along"].values()]
+        row["top"] = [curve["losses"] for one in found for curve in one.get("top", {}).values()]
         row["between"] = [losses for one in found for losses in one["between"].values()]
         row["steps"] = content["about"]
     settings = content["about"]
+    top = (
+        "Top eigenvector: of the Hessian of a member's loss on these images, as long as a random direction (norm of "
+        "all filters), the higher side at the right; the loss may leave the panel. "
+    )
     note = (
-        f"{about(runs[0])}; {how_many(rows)}; {settings['images']} validation images. Faint: a member, mean of "
-        f"{settings['directions']} random filter-normalised directions (left), a pair (right); strong: their mean. "
-        f"Between members, BatchNorm's statistics are taken anew from {settings['training_images']} training images."
+        f"{about(runs[0])}; {how_many(rows)}; {settings['images']} validation images. Faint: a member (its mean over "
+        f"{settings['directions']} random filter-normalised directions) or a pair; strong: their mean. "
+        f"{top if any(row['top'] for row in rows) else ''}BatchNorm's statistics stay; between members, they are taken "
+        f"anew from {settings['training_images']} training images."
     )
     return plots.landscape(rows, note)
 
@@ -290,19 +300,21 @@ def compute_landscape(folders: list[Path], path: Path) -> dict[str, Any]:
         "directions": DIRECTIONS,
         "along": ALONG,
         "between": BETWEEN,
+        "top": TOP,
     }
-    before: dict[str, Any] = {"along": {}, "between": {}}
+    before: dict[str, Any] = {"along": {}, "between": {}, "top": {}}
     if path.is_file():
         content = read_landscape(path)
-        if content["about"] == settings:
+        earlier = {key: value for key, value in settings.items() if key != "top"}  # a file without eigenvectors
+        if content["about"] in (settings, earlier):
             for one, key in itertools.product(content["runs"], before):
-                before[key] |= one[key]
+                before[key] |= one.get(key, {})
     content = {"about": settings, "runs": []}
     members = {one.folder: load_members(find_checkpoints([one.folder], "best")) for one in runs}
     total = sum(len(m) * (len(m) + 1) // 2 for m in members.values())
     bar = tqdm(total=total, desc="landscape", unit="curve", delay=5, disable=None, dynamic_ncols=True)
     for one in runs:
-        row = {"folder": str(one.folder), "along": {}, "between": {}}
+        row = {"folder": str(one.folder), "along": {}, "between": {}, "top": {}}
         row |= {key: one.content[key] for key in ("trained", "network", "data")}
         content["runs"].append(row)
         for member in members[one.folder]:
@@ -312,6 +324,7 @@ def compute_landscape(folders: list[Path], path: Path) -> dict[str, Any]:
                 losses_along(member.model, random_direction(member.model, generator), ALONG, batches)
                 for _ in range(DIRECTIONS)
             ]
+            row["top"][member.digest] = before["top"].get(member.digest) or along_top(member.model, batches)
             bar.update()
         for a, b in itertools.combinations(members[one.folder], 2):
             pair = f"{a.digest} {b.digest}"
@@ -322,6 +335,15 @@ def compute_landscape(folders: list[Path], path: Path) -> dict[str, Any]:
         write_json(path, content)
     bar.close()
     return content
+
+
+def along_top(model: nn.Module, batches: Batches) -> dict[str, Any]:
+    """The losses along the top eigenvector of the Hessian, the higher side last, with what scales its curvature."""
+    direction, eigenvalue, length = top_direction(model, batches)
+    losses = losses_along(model, direction, TOP, batches)
+    # An eigenvector has no sign: without one, a mean over members would mix up its sides.
+    losses = losses if losses[-1] >= losses[0] else losses[::-1]
+    return {"eigenvalue": eigenvalue, "length": length, "losses": losses}
 
 
 def read_landscape(path: Path) -> dict[str, Any]:

@@ -59,6 +59,25 @@ def test_product_trace_and_eigenvalues_equal_the_full_matrix():
     assert expected[0] > 0
 
 
+def test_the_top_eigenvector_equals_that_of_the_full_matrix():
+    model, data = net(), batches()
+    images, labels = (torch.cat(x) for x in zip(*data, strict=True))
+    weights = dict(model.named_parameters())
+
+    def loss(flat):
+        pieces = flat.split([w.numel() for w in weights.values()])
+        moved = {name: piece.view(w.shape) for piece, (name, w) in zip(pieces, weights.items(), strict=True)}
+        return F.cross_entropy(functional_call(model, moved, (images,)), labels)
+
+    start = torch.nn.utils.parameters_to_vector(weights.values()).detach()
+    values, vectors = torch.linalg.eigh(torch.autograd.functional.hessian(loss, start))
+    assert values[-1] > 1.05 * values[-2]  # or the vector would not be determined
+    value, vector, _ = top_eigenpairs(model, data, tolerance=1e-12)
+    torch.testing.assert_close(value[0], values[-1], rtol=1e-10, atol=0)
+    sign = torch.sign(vector[:, 0] @ vectors[:, -1])
+    torch.testing.assert_close(sign * vector[:, 0], vectors[:, -1], rtol=0, atol=1e-8)
+
+
 @pytest.mark.parametrize("method", ["hutchinson", "hutch++"])
 def test_the_standard_error_of_the_trace_covers(method):
     model, data = net(), batches(1, 12)
@@ -140,6 +159,27 @@ def test_a_residual_network_in_float32():
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     ours, theirs = hessian_trace(model, data, 4), hessian_trace(exact, wide, 4)
     assert ours["trace"] == pytest.approx(theirs["trace"], rel=1e-3)
+
+
+def test_a_transformer():
+    """Attention's fused kernels have no second derivative: another one has to be taken."""
+    torch.manual_seed(0)
+    model = create_model("vit_t", 3, 1, 8, 1).double().eval()
+    data = [(torch.randn(4, 1, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 0]))]
+    operator = HessianOperator(model, data, "^blocks.0.attn")
+    vector, other = torch.randn(2, operator.size, dtype=torch.float64)
+    assert (operator @ vector).abs().max() > 0
+    torch.testing.assert_close((operator @ vector) @ other, (operator @ other) @ vector)
+    # Against the difference of gradients.
+    step, gradients = 1e-5, []
+    start = torch.nn.utils.parameters_to_vector(operator.parameters).detach()
+    for sign in (1, -1):
+        torch.nn.utils.vector_to_parameters(start + sign * step * vector, operator.parameters)
+        loss = F.cross_entropy(model(data[0][0]), data[0][1])
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, operator.parameters)]))
+    torch.nn.utils.vector_to_parameters(start, operator.parameters)
+    expected = (gradients[0] - gradients[1]) / (2 * step)
+    torch.testing.assert_close(operator @ vector, expected, rtol=1e-5, atol=1e-8)
 
 
 def test_memory_is_flat():

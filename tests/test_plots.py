@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from models import create_model
 from scripts import plot
@@ -13,6 +14,7 @@ from tests.test_measure import save_member
 from utils import cli, landscape, plots
 from utils.checkpoint import load_model, write_array, write_json
 from utils.data import load_data
+from utils.hessian import top_eigenvalues
 from utils.metrics import pack_counts, paired_bootstrap, t_interval
 from utils.partition import sharpness_aware_masks
 
@@ -134,6 +136,7 @@ def runs(tmp_path_factory):
 def few_steps(monkeypatch):
     monkeypatch.setattr(plot, "ALONG", [-0.5, 0.0, 0.5])
     monkeypatch.setattr(plot, "BETWEEN", [0.0, 0.5, 1.0])
+    monkeypatch.setattr(plot, "TOP", [-0.01, 0.0, 0.01])
 
 
 def call(kind, folders, to):
@@ -161,7 +164,8 @@ def drawn_well(one, panels):
     assert len(axes) == panels
     for axis in axes:
         assert axis.get_legend() is None
-        assert "[" in axis.get_ylabel()
+        shared = axis.get_shared_y_axes().joined(axis, axes[0])
+        assert "[" in (axes[0] if shared else axis).get_ylabel()
         assert "[" in axis.get_xlabel() or not axis.get_subplotspec().is_last_row() or axis.patches
     (legend,) = one.legends
     for artist in (legend, one._supxlabel):
@@ -303,9 +307,14 @@ def test_sets(runs, tmp_path):
 
 def test_landscape(runs, few_steps, tmp_path, monkeypatch):
     one = figure("landscape", runs, tmp_path / "a")
-    left, right = drawn_well(one, 2)
+    left, middle, right = drawn_well(one, 3)
     assert len(left.get_lines()) == 3 * (2 + 1)
+    assert len(middle.get_lines()) == 3 * (1 + 2 + 1)  # the mean over random directions, too
     assert len(right.get_lines()) == 3 * (1 + 1)
+    dotted, strong = middle.get_lines()[0], left.get_lines()[2]
+    assert dotted.get_xydata().tolist() == strong.get_xydata().tolist()
+    assert middle.get_xlim() == pytest.approx((-0.0105, 0.0105))
+    assert "Top eigenvector" in one._supxlabel.get_text()
     path = tmp_path / "a.json"
     content = json.loads(path.read_text())
     data = load_data("digits")
@@ -317,6 +326,13 @@ def test_landscape(runs, few_steps, tmp_path, monkeypatch):
     curves = next(iter(content["runs"][0]["along"].values()))
     assert [values[1] for values in curves] == pytest.approx([loss, loss], rel=1e-5)
     assert curves[0] != curves[1]
+    for key, top in content["runs"][0]["top"].items():
+        assert top["losses"][1] == content["runs"][0]["along"][key][0][1]
+        assert top["losses"][2] >= top["losses"][0]
+    top = next(iter(content["runs"][0]["top"].values()))
+    assert top["eigenvalue"] == pytest.approx(top_eigenvalues(model, batches).item(), rel=1e-3)
+    length = sum(w.square().sum().item() for w in model.parameters() if w.ndim > 1) ** 0.5
+    assert top["length"] == pytest.approx(length, rel=1e-5)
 
     # The numbers are taken up again, by the same command and from the file alone.
     def computed(*args):
@@ -324,10 +340,24 @@ def test_landscape(runs, few_steps, tmp_path, monkeypatch):
 
     monkeypatch.setattr(plot, "losses_along", computed)
     monkeypatch.setattr(plot, "losses_between", computed)
+    monkeypatch.setattr(plot, "top_direction", computed)
     call("landscape", runs, tmp_path / "a")
     call("landscape", [path], tmp_path / "b")
     assert (tmp_path / "a.pdf").read_bytes() == (tmp_path / "b.pdf").read_bytes()
     assert json.loads(path.read_text()) == content
+    # A file without eigenvectors is drawn without them, and serves for all else.
+    earlier = json.loads(path.read_text())
+    for part in (earlier["about"], *earlier["runs"]):
+        del part["top"]
+    write_json(tmp_path / "c.json", earlier)
+    one = figure("landscape", [tmp_path / "c.json"])
+    drawn_well(one, 2)
+    assert "Top eigenvector" not in one._supxlabel.get_text()
+    with monkeypatch.context() as patch:
+        tops = {key: top for one in content["runs"] for key, top in one["top"].items()}
+        patch.setattr(plot, "along_top", lambda model, batches: tops.popitem()[1])
+        figure("landscape", runs, tmp_path / "c")
+    assert not tops
     # Other images or steps are another matter.
     monkeypatch.setattr(plot, "IMAGES", 40)
     with pytest.raises(AssertionError, match="computed"):
@@ -353,6 +383,27 @@ def test_the_lines_of_a_landscape():
     for model, state in zip((a, b), before, strict=True):
         assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
         assert model.training
+
+
+def test_the_curvature_along_the_top_eigenvector():
+    """It is the eigenvalue times the squared length; and no direction of this length is more curved."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 6 * 6, 10)
+    model = nn.Sequential(*layers).double()
+    batches = [(torch.randn(n, 1, 8, 8, dtype=torch.float64), torch.arange(n)) for n in (9, 4)]
+    direction, eigenvalue, length = landscape.top_direction(model, batches)
+    random = landscape.random_direction(model, torch.Generator().manual_seed(1))
+    assert model.training
+    step = 1e-4
+
+    def curvature(direction):
+        below, here, above = landscape.losses_along(model, direction, [-step, 0.0, step], batches)
+        return (above - 2 * here + below) / step**2
+
+    norms = [torch.cat([way.flatten() for way in ways]).norm().item() for ways in (direction, random)]
+    assert norms == pytest.approx([length, length])
+    assert curvature(direction) == pytest.approx(eigenvalue * length**2, rel=1e-3)
+    assert curvature(random) < eigenvalue * length**2
 
 
 def test_a_method_has_one_name_and_colour(tmp_path):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -48,7 +49,8 @@ class HessianOperator:
         parts = [self._split(column) for column in columns.T]
         sums = [[torch.zeros_like(p) for p in self.parameters] for _ in parts]
         for images, labels in self.batches:
-            with torch.enable_grad():
+            # Of the kernels of attention, only the plain one has a second derivative.
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
                 loss = F.cross_entropy(self.model(images), labels, reduction="sum") / self.samples
                 gradients = torch.autograd.grad(loss, self.parameters, create_graph=True, materialize_grads=True)
                 # A gradient that does not depend on the weights (of a linear model's bias, say) has no graph.

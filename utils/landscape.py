@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
+from utils.hessian import top_eigenpairs
 from utils.training import evaluating
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -39,6 +40,32 @@ def random_direction(model: nn.Module, generator: torch.Generator) -> list[Tenso
         scale = norms[0] / norms[1].clamp(min=1e-12)
         direction.append(drawn * scale.view(-1, *[1] * (weight.ndim - 1)))
     return direction
+
+
+def top_direction(model: nn.Module, batches: Batches) -> tuple[list[Tensor], float, float]:
+    """The top eigenvector of the Hessian of `mean_loss` over `batches`, as long as a random direction.
+
+    H v = lambda v with the largest lambda and ||v||_2 = 1, in all parameters together. The direction is r v, where r is
+    the norm of all parameters of two dimensions or more: the length of each `random_direction`, so that a step means
+    the same for both. Along it, the second derivative of `mean_loss` by the step, at 0, is lambda r^2. The sign of v
+    means nothing.
+
+    Args:
+        model: all its parameters trainable; measured in eval mode, BatchNorm's statistics stay.
+        batches: (images, labels), those that the loss is drawn of.
+
+    Returns:
+        the direction, a tensor for each parameter; lambda [nats / weight^2]; r [weight].
+
+    Raises:
+        ValueError: if there are no images or fewer than two parameters.
+    """
+    with evaluating(model):
+        values, vectors, _ = top_eigenpairs(model, batches)
+    weights = list(model.parameters())
+    length = sum(w.detach().double().square().sum() for w in weights if w.ndim > 1).sqrt().item()
+    parts = (length * vectors[:, 0]).split([w.numel() for w in weights])
+    return [part.view(w.shape).to(w) for part, w in zip(parts, weights, strict=True)], values[0].item(), length
 
 
 def losses_along(model: nn.Module, direction: list[Tensor], steps: Sequence[float], batches: Batches) -> list[float]:

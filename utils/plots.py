@@ -599,27 +599,43 @@ def curves(rows: list[Row], note: str) -> Figure:
 
 @styled
 def landscape(rows: list[Row], note: str) -> Figure:
-    """The loss along random directions and on the lines between members: each member or pair faint, the mean strong.
+    """The loss along directions and on the lines between members: each member or pair faint, the mean strong.
+
+    The panels share the axis of the loss, which ends where random directions and lines between do: along an eigenvector
+    the loss may leave it. The panel of eigenvectors shows the mean over random directions too, for steps have the same
+    unit: dotted, and straight between the steps of its own panel, which are wider.
 
     Args:
-        rows: of `looks`, each with `along` and `between`: lists of curves, and `steps`: their abscissae by these names.
+        rows: of `looks`, each with `along` (random directions), `top` (eigenvectors; where no row has one, there is no
+            such panel) and `between`: lists of curves [nats]; and `steps`: their abscissae by these names.
         note: what stands below.
     """
+    keys = ["along", "top", "between"] if any(row["top"] for row in rows) else ["along", "between"]
     figure = Figure(figsize=(7, 3.7), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for axis, key, title, label in (
-        (axes[0], "along", "around a member", "step along a random direction  [filter norm]"),
-        (axes[1], "between", "between two members", "way from one to the other  [1]"),
-    ):
+    axes = dict(zip(keys, figure.subplots(1, len(keys), sharey=True), strict=True))
+    for key, title, label in (
+        ("along", "random directions", "step  [filter norm]"),
+        ("between", "between two members", "way to the other  [1]"),
+        ("top", "top eigenvector", "step  [filter norm]"),
+    )[: len(keys)]:
+        axis, steps = axes[key], rows[0]["steps"][key]
+        if key == "top":
+            axis.set(xlim=(1.05 * steps[0], 1.05 * steps[-1]), ylim=axis.get_ylim())
+            for row in rows:
+                axis.plot(row["steps"]["along"], np.mean(row["along"], axis=0), color=row["colour"], linestyle=":")
         for row in rows:
             for values in row[key]:
-                axis.plot(row["steps"][key], values, color=row["colour"], alpha=0.3, linewidth=0.7)
+                axis.plot(steps, values, color=row["colour"], alpha=0.3, linewidth=0.7)
             if row[key]:
-                mean = np.mean(row[key], axis=0)
-                axis.plot(row["steps"][key], mean, **_strong(row))
-        axis.set(title=title, xlabel=label, ylabel="validation loss  [nats]", yscale="log")
+                axis.plot(steps, np.mean(row[key], axis=0), **_strong(row))
+        axis.set(title=title, xlabel=label, yscale="log")
+        # More ticks would run into those of the next panel.
+        axis.set_xticks(ticks := [steps[0], steps[len(steps) // 2], steps[-1]], map("{:g}".format, ticks))
         _plain_ticks(axis.yaxis)
+    axes["along"].set_ylabel("validation loss  [nats]")
     handles = [Line2D([], [], label=row["label"], **_strong(row)) for row in rows]
+    if "top" in keys:
+        handles.append(Line2D([], [], color="grey", linestyle=":", label="random directions"))
     _legend(figure, handles)
     return _noted(figure, note)
 
