@@ -75,7 +75,7 @@ def main(args: argparse.Namespace) -> None:
 
 def baseline_of(groups: dict[str, list[Ensemble]]) -> str | None:
     """The SAM ensemble that the others are compared with: the first one."""
-    return next((name for name in groups if name.startswith("SAM")), None)
+    return next((name for name in groups if name.startswith("SAM,")), None)
 
 
 def difference(name: str, pairs: list[tuple[Ensemble, Ensemble]]) -> tuple[float, list[float] | None, str] | None:

@@ -1,0 +1,641 @@
+"""Test the paper's claims on Fashion-MNIST, with as many images and ensembles as the time allows.
+
+    bash scripts/reproduce_fashion_mnist.sh --minutes 600
+
+Chooses the largest of `PLANS` that fits into --minutes, by the speed that it measures first, and says what it will do.
+Then, in each setting (clean labels; a fifth of the training labels wrong): trains a deep ensemble and SAM ensembles
+over a grid of rho; takes rho, and where the plan has several k, k, by the ensemble accuracy on validation; trains
+SharpBalance by both readings and SAM on random sets of its size; measures all on test images, clean and corrupted;
+compares the ensembles of the same seeds; and gives a verdict on each of `CLAIMS`.
+
+Runs go to runs/fashion_mnist, measurements to measurements/fashion_mnist, and what a reader needs, without weights, to
+results/fashion_mnist. The same command goes on where it was. --redraw makes tables, figures and verdicts anew from the
+result files alone.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+
+from models import create_model
+from sam import SAM
+from utils import InputError, RunError
+from utils.checkpoint import load_json, write_array, write_atomically, write_json
+from utils.cli import Parser, add_flag, number, path, run
+from utils.data import load_data
+from utils.ensemble import environment
+from utils.metrics import t_interval
+from utils.results import Ensemble, read_ensemble
+from utils.training import sharpbalance_step
+
+ROOT = Path(__file__).resolve().parent.parent
+SEEDS = ("11 12 13", "21 22 23", "31 32 33", "41 42 43", "51 52 53")
+RHOS = (0.05, 0.1, 0.2)
+VALIDATION, TEST, CLASSES = 1000, 10_000, 10
+BATCH = 64
+# One forward pass costs a third of a forward and a backward pass, in which the costs are counted.
+FORWARD = 1 / 3
+SHARPNESS_PASSES = 20 * 20 * 5  # iterations, batches, images
+STARTUP = 6.0  # seconds of a command
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A data set and a network; `samples` training images, of which `label_noise` have wrong labels."""
+
+    name: str
+    width: int
+    label_noise: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is done. T_d is half of the epochs."""
+
+    ensembles: int
+    epochs: int
+    corrupted: int  # test images of which the corrupted copies are made
+    ks: tuple[float, ...]
+    settings: tuple[Setting, ...]
+
+
+def noisy(samples: int) -> Setting:
+    """A fifth of the labels are wrong."""
+    return Setting("noisy_labels", 8, 0.2, samples)
+
+
+def clean(samples: int) -> Setting:
+    """The labels as they are."""
+    return Setting("clean_labels", 16, 0.0, samples)
+
+
+# Largest first.
+PLANS = (
+    Plan(5, 40, 2000, (0.3, 0.5, 0.7), (noisy(6000), clean(6000))),
+    Plan(5, 40, 2000, (0.3, 0.5, 0.7), (noisy(3000), clean(3000))),
+    Plan(5, 40, 1000, (0.5,), (noisy(3000), clean(3000))),
+    Plan(3, 40, 1000, (0.5,), (noisy(3000), clean(3000))),
+    Plan(5, 40, 1000, (0.5,), (noisy(3000),)),
+    Plan(3, 40, 1000, (0.5,), (noisy(3000),)),
+    Plan(4, 30, 500, (0.5,), (noisy(2000),)),
+    Plan(3, 30, 500, (0.5,), (noisy(2000),)),
+    Plan(3, 30, 500, (0.5,), (noisy(1500),)),
+    Plan(3, 30, 200, (0.5,), (noisy(1000),)),
+    Plan(3, 20, 100, (0.5,), (noisy(500),)),
+)
+
+LABELS = {"sharpbalance": "released (flattest)", "sharpbalance_paper": "paper (sharpest)", "random": "random"}
+FIGURES = {
+    "tradeoff": "sharpness against diversity",
+    "benchmark": "accuracy of members and ensembles, and the gain",
+    "severity": "accuracy and calibration error against severity",
+    "ensemble_size": "accuracy, likelihood and calibration error against the number of members",
+}
+
+Measured = dict[str, dict[str, Ensemble]]  # by method, by seeds
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A difference, one number for each ensemble, that is above 0 if the claim is right."""
+
+    name: str
+    text: str
+    unit: str
+    factor: float
+    gap: Callable[[Measured, str], float]
+
+
+def difference(a: str, b: str, value: str) -> Callable[[Measured, str], float]:
+    """Method a minus method b."""
+    return lambda found, seeds: found[a][seeds].values[value] - found[b][seeds].values[value]
+
+
+def slope(found: Measured, seeds: str) -> float:
+    """Least-squares slope of disagreement over the logarithm of sharpness, along rho (0 is the deep ensemble)."""
+    methods = ["deep_ensemble", *(method for method in found if method.startswith("sam_"))]
+    values = [found[method][seeds].values for method in methods]
+    return float(np.polyfit([np.log(v["sharpness"]) for v in values], [v["disagreement"] for v in values], 1)[0])
+
+
+CLAIMS = (
+    Claim("i", "over rho, sharper members are more diverse: slope of disagreement over log sharpness", "%", 100, slope),
+    Claim(
+        "ii",
+        "SAM lowers the gain of ensembling: EIR, deep ensemble - SAM",
+        "",
+        1,
+        difference("deep_ensemble", "sam", "eir"),
+    ),
+    Claim(
+        "iii, released",
+        "corrupted images: ensemble accuracy, SharpBalance (released) - SAM",
+        "%",
+        100,
+        difference("sharpbalance", "sam", "corrupted_ensemble"),
+    ),
+    Claim(
+        "iii, paper",
+        "corrupted images: ensemble accuracy, SharpBalance (paper) - SAM",
+        "%",
+        100,
+        difference("sharpbalance_paper", "sam", "corrupted_ensemble"),
+    ),
+    Claim(
+        "iv, released",
+        "clean images: ensemble accuracy, SharpBalance (released) - SAM",
+        "%",
+        100,
+        difference("sharpbalance", "sam", "ensemble"),
+    ),
+    Claim(
+        "iv, paper",
+        "clean images: ensemble accuracy, SharpBalance (paper) - SAM",
+        "%",
+        100,
+        difference("sharpbalance_paper", "sam", "ensemble"),
+    ),
+    Claim(
+        "v, corrupted",
+        "corrupted images: ensemble accuracy, sharpest (paper) - flattest (released)",
+        "%",
+        100,
+        difference("sharpbalance_paper", "sharpbalance", "corrupted_ensemble"),
+    ),
+    Claim(
+        "v, clean",
+        "clean images: ensemble accuracy, sharpest (paper) - flattest (released)",
+        "%",
+        100,
+        difference("sharpbalance_paper", "sharpbalance", "ensemble"),
+    ),
+    Claim(
+        "vi, corrupted",
+        "corrupted images: ensemble accuracy, SharpBalance (released) - random sets of its size",
+        "%",
+        100,
+        difference("sharpbalance", "random", "corrupted_ensemble"),
+    ),
+    Claim(
+        "vi, clean",
+        "clean images: ensemble accuracy, SharpBalance (released) - random sets of its size",
+        "%",
+        100,
+        difference("sharpbalance", "random", "ensemble"),
+    ),
+    Claim(
+        "vi, diversity",
+        "clean images: disagreement, SharpBalance (released) - random sets of its size",
+        "%",
+        100,
+        difference("sharpbalance", "random", "disagreement"),
+    ),
+    Claim(
+        "vii, released",
+        "clean images: disagreement, SharpBalance (released) - SAM",
+        "%",
+        100,
+        difference("sharpbalance", "sam", "disagreement"),
+    ),
+    Claim(
+        "vii, paper",
+        "clean images: disagreement, SharpBalance (paper) - SAM",
+        "%",
+        100,
+        difference("sharpbalance_paper", "sam", "disagreement"),
+    ),
+)
+
+
+def verdict(gaps: list[float]) -> tuple[str, list[float]]:
+    """supported, contradicted or undecided, by Student's 95 % interval of the mean over ensembles; and that."""
+    interval = t_interval(gaps)
+    if interval[0] > 0:
+        return "supported", interval
+    return ("contradicted" if interval[1] < 0 else "undecided"), interval
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--minutes", type=number(float, 0), default=600.0, metavar="N", help="how long it may take (default: a night)"
+    )
+    parser.add_argument("--data_path", type=path, default=Path("data"), metavar="DIR", help="folder of the data set")
+    add_flag(parser, "download", "fetch a missing data set through torchvision")
+    parser.add_argument(
+        "--jobs",
+        type=number(int, 1, 1024),
+        default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        metavar="K",
+        help="commands side by side, each on one CPU thread (default: one for each core)",
+    )
+    for name in ("runs", "measurements", "results"):
+        parser.add_argument(f"--{name}", type=path, default=Path(name) / "fashion_mnist", metavar="DIR", help=name)
+    add_flag(parser, "redraw", "compute nothing: make tables, figures and verdicts from the result files")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Choose the plan, carry it out, and report."""
+    if not args.redraw:
+        plan, about = choose(args)
+        work = Work(args, plan)
+        sets = {setting.name: work.carry_out(setting) for setting in plan.settings}
+        args.results.mkdir(parents=True, exist_ok=True)
+        done = {"plan": asdict(plan), "settings": sets, "environment": environment(torch.device("cpu"))}
+        write_json(args.results / "plan.json", about | done)
+    report(args.results)
+
+
+def choose(args: argparse.Namespace) -> tuple[Plan, dict]:
+    """The plan of a run that was begun, or the largest one that fits; and what is worth knowing of it."""
+    data = load_data("fashion_mnist", args.data_path, download=args.download)
+    if len(data.test) != TEST:
+        print(f"note: {len(data.test)} test images instead of {TEST}", file=sys.stderr)
+    begun = args.runs / "plan.json"
+    if begun.is_file():
+        try:
+            about = load_json(begun)
+            plan = PLANS[about["index"]]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise InputError(f"{begun}: not the plan of this script; remove it, or give another --runs") from error
+        print(f"going on with the plan in {begun}: {describe(plan)}")
+        return plan, about
+    speed = {width: throughput(width, args.jobs) for width in sorted({s.width for p in PLANS for s in p.settings})}
+    costs = [estimate(plan, speed, args.jobs) for plan in PLANS]
+    index = next((i for i, cost in enumerate(costs) if cost <= 60 * args.minutes), None)
+    if index is None:
+        raise InputError(
+            f"--minutes {args.minutes:g}: the smallest plan takes about {costs[-1] / 60:.0f} minutes here; give more"
+        )
+    speeds = " and ".join(f"{images:.0f} images/s at width {width}" for width, images in speed.items())
+    print(
+        f"{args.jobs} jobs train {speeds}; the largest plan that fits into {args.minutes:g} "
+        f"minutes takes about {costs[index] / 60:.0f}: {describe(PLANS[index])}"
+    )
+    about = {"index": index, "speed": speed, "jobs": args.jobs, "estimated_seconds": round(costs[index])}
+    args.runs.mkdir(parents=True, exist_ok=True)
+    write_json(begun, about)
+    return PLANS[index], about
+
+
+def describe(plan: Plan) -> str:
+    """A plan in words."""
+    where = " and ".join(f"{s.samples} images, {s.name.replace('_', ' ')}, width {s.width}" for s in plan.settings)
+    return f"{plan.ensembles} ensembles of 3 by each method, {plan.epochs} epochs of {where}"
+
+
+def throughput(width: int, jobs: int) -> float:
+    """Images a second, forward and backward, of so many single-thread processes together."""
+    with get_context("spawn").Pool(jobs) as pool:
+        return sum(pool.map(_speed, [width] * jobs))
+
+
+def _speed(width: int) -> float:
+    torch.set_num_threads(1)
+    model = create_model("resnet18", CLASSES, width, 32, 1)
+    optimizer = SAM(model.parameters(), lr=0.01)
+    images, labels = torch.randn(BATCH, 1, 32, 32), torch.randint(CLASSES, (BATCH,))
+    steps, started = 0, None
+    while started is None or time.monotonic() - started < 4:
+        sharpbalance_step(model, optimizer, images, labels, torch.zeros(BATCH, dtype=torch.bool))
+        steps += 1
+        if steps == 5:  # the first ones are slower
+            steps, started = 0, time.monotonic()
+    return steps * BATCH / (time.monotonic() - started)
+
+
+def training_passes(setting: Setting, plan: Plan, kind: str) -> float:
+    """Forward and backward passes of one image, for an ensemble of 3."""
+    # Of a SharpBalance run the second half has SAM on about two thirds of the images.
+    passes = {"deep_ensemble": 1.0, "sam": 2.0, "sharpbalance": 0.5 * 2 + 0.5 * 1.67}[kind]
+    return 3 * plan.epochs * (passes * setting.samples + FORWARD * VALIDATION) + 3 * 3 * FORWARD * TEST
+
+
+def measuring_passes(plan: Plan) -> float:
+    """The same for measuring an ensemble of 3."""
+    return 3 * (FORWARD * (TEST + 75 * plan.corrupted) + SHARPNESS_PASSES)
+
+
+def estimate(plan: Plan, speed: dict[int, float], jobs: int) -> float:
+    """Seconds that a plan takes."""
+    seconds = 75 * plan.corrupted / 400 / jobs
+    for setting in plan.settings:
+        train = sum(
+            count * training_passes(setting, plan, kind)
+            for kind, count in (
+                ("deep_ensemble", plan.ensembles),
+                ("sam", plan.ensembles * len(RHOS)),
+                ("sharpbalance", plan.ensembles * 3 + len(plan.ks) - 1),
+            )
+        )
+        measured = plan.ensembles * (5 + len(RHOS))
+        seconds += (train + measured * measuring_passes(plan)) / speed[setting.width] + 3 * STARTUP * measured / jobs
+    return seconds
+
+
+class Work:
+    """Commands, several side by side; what is finished is not done again."""
+
+    def __init__(self, args: argparse.Namespace, plan: Plan):
+        self.args, self.plan = args, plan
+        self.started, self.finished, self.done = time.monotonic(), 0.0, 0.0
+        self.total = 0.0
+        images = load_data("fashion_mnist", args.data_path)
+        order = np.random.RandomState(0).permutation(len(images.train) + len(images.val))
+        self.split = order[:VALIDATION], order[VALIDATION:]
+        self.images_at = Path(images.record["files"][0]["path"]).parent
+
+    def carry_out(self, setting: Setting) -> dict:
+        """Everything in one setting; what was chosen, and which share of the sets has wrong labels."""
+        args, plan = self.args, self.plan
+        runs = args.runs / setting.name
+        seeds = SEEDS[: plan.ensembles]
+        self.total = estimate_parts(setting, plan)
+        self.done = 0.0
+        self.started = time.monotonic()
+        val, rest = self.split
+        if setting.samples > len(rest):
+            raise InputError(f"--data_path {args.data_path}: {len(rest)} training images, {setting.samples} are needed")
+        for name, index in (("train", rest[: setting.samples]), ("val", val)):
+            runs.mkdir(parents=True, exist_ok=True)
+            write_array(runs / f"{name}.npy", np.sort(index))
+        self.run_all([self.corrupted()])
+
+        sam = {f"sam_{rho:g}": ["--sam", "--rho", f"{rho:g}"] for rho in RHOS}
+        deep = {"deep_ensemble": ["--average_from", str(plan.epochs // 2)]}
+        self.run_all(self.training(setting, name, s, flags) for s in seeds for name, flags in (deep | sam).items())
+        scores = {rho: statistics.mean(validation(runs / f"sam_{rho:g}_{s[:2]}") for s in seeds) for rho in RHOS}
+        rho = max(RHOS, key=lambda one: scores[one])
+
+        def balance(k: float) -> list[str]:
+            return ["--sam", "--rho", f"{rho:g}", "--flat_ratio", f"{k:g}"]
+
+        grid = {f"sharpbalance_{k:g}": balance(k) for k in plan.ks}
+        self.run_all(self.training(setting, name, seeds[0], flags) for name, flags in grid.items())
+        by_k = {k: validation(runs / f"sharpbalance_{k:g}_{seeds[0][:2]}") for k in plan.ks}
+        k = max(plan.ks, key=lambda one: by_k[one])
+
+        methods = {
+            f"sharpbalance_{k:g}": balance(k),
+            f"sharpbalance_paper_{k:g}": [*balance(k), "--partition", "paper"],
+            f"random_{k:g}": [*balance(k), "--select", "random", "--match_size"],
+        }
+        self.run_all(self.training(setting, name, s, flags) for s in seeds for name, flags in methods.items())
+        # EoA is measured on the averages of the deep ensemble's runs, and needs none of its own.
+        names = {name: name for name in (*deep, *sam)} | {"eoa": "deep_ensemble"}
+        names |= {name.removesuffix(f"_{k:g}"): name for name in methods}
+        self.run_all(self.measuring(setting, method, name, s) for s in seeds for method, name in names.items())
+        return {
+            "chosen": {"rho": rho, "k": k, "T_d": plan.epochs // 2},
+            "validation": {
+                "rho": {f"{r:g}": v for r, v in scores.items()},
+                "k": {f"{r:g}": v for r, v in by_k.items()},
+            },
+            "mislabelled": self.wrong_labels(
+                setting, runs, {n: names[n] for n in ("sharpbalance", "sharpbalance_paper", "random")}, seeds
+            ),
+        }
+
+    def corrupted(self) -> tuple:
+        """The command that makes the corrupted images, beside a link to the plain ones."""
+        folder = self.args.runs / "corrupted"
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "fashion-mnist").exists():
+            (folder / "fashion-mnist").symlink_to(self.images_at.resolve(), target_is_directory=True)
+        done = folder / "Fashion-MNIST-C"
+        command = ["scripts/make_corrupted.py", "--data", "fashion_mnist", "--data_path", self.args.data_path]
+        command += ["--to", folder, "--images", self.plan.corrupted, "--workers", self.args.jobs]
+        return (lambda: len(list(done.glob("*.npy"))) == 16), [command], "corrupted images", 0.0, self.args.runs
+
+    def training(self, setting: Setting, name: str, seeds: str, flags: list[str]) -> tuple:
+        """A command of main.py."""
+        folder = self.args.runs / setting.name / f"{name}_{seeds[:2]}"
+        command = ["main.py", "--data", "fashion_mnist", "--data_path", self.args.data_path, "--width", setting.width]
+        command += ["--train_idx_path", folder.parent / "train.npy", "--val_idx_path", folder.parent / "val.npy"]
+        command += ["--epochs", self.plan.epochs, "--batch_size", BATCH, "--augmentation", "flip", "--threads", 1]
+        command += ["--label_noise", setting.label_noise, "--seed", seeds, "--save_path", folder, *flags]
+        kind = name.split("_")[0].replace("random", "sharpbalance").replace("deep", "deep_ensemble")
+        cost = training_passes(setting, self.plan, kind)
+        return (lambda: (folder / "summary.json").is_file()), [command], f"trained {folder}", cost, folder.parent
+
+    def measuring(self, setting: Setting, method: str, name: str, seeds: str) -> tuple:
+        """The commands of measure_diversity.py and measure_sharpness.py; smaller result files go to --results."""
+        source = self.args.runs / setting.name / f"{name}_{seeds[:2]}"
+        folder = self.args.measurements / setting.name / f"{method}_{seeds[:2]}"
+        kept = self.args.results / setting.name / folder.name
+        common = ["--resume", source, "--save", folder, "--threads", 1]
+        common += ["--checkpoint", "averaged" if method == "eoa" else "last"]
+        data = self.args.runs / "corrupted"
+        commands = [
+            ["measure_diversity.py", *common, "--data_path", data, "--split", "test,corrupted"],
+            ["measure_sharpness.py", *common, "--mode", "APGD_worst", "--norms", "l2", "--batch_num", 20],
+            [lambda: keep(folder, kept)],
+        ]
+        cost = measuring_passes(self.plan)
+        return (lambda: (kept / "sharpness.json").is_file()), commands, f"measured {folder}", cost, folder.parent
+
+    def run_all(self, jobs: Iterable[tuple]) -> None:
+        """Carry out commands side by side, and say how far it is."""
+        with ThreadPoolExecutor(self.args.jobs) as pool:
+            waiting = {}
+            for done, commands, text, cost, folder in jobs:
+                if done():
+                    self.done += cost
+                    continue
+                log = folder / "logs" / (text.split("/")[-1].replace(" ", "_") + ".log")
+                waiting[pool.submit(self.run_one, commands, log)] = text, cost
+            try:
+                for job in as_completed(waiting):
+                    job.result()
+                    self.tell(*waiting[job])
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def run_one(self, commands: list[list], log: Path) -> None:
+        """The commands of one job, one after another."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        for command in commands:
+            if callable(command[0]):
+                command[0]()
+                continue
+            words = [sys.executable, *map(str, command)]
+            with log.open("ab") as file:
+                done = subprocess.run(words, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+            if done.returncode:
+                raise RunError(f"{command[0]} ended with status {done.returncode}; see {log}")
+
+    def tell(self, text: str, cost: float) -> None:
+        """A line of progress."""
+        self.done += cost
+        self.finished += cost
+        elapsed = time.monotonic() - self.started
+        left = elapsed / self.finished * (self.total - self.done) if self.finished else 0.0
+        share = min(self.done / self.total, 1.0)
+        print(f"{time.strftime('%H:%M')}  {share:4.0%}  about {max(left, 0) / 60:.0f} min left  {text}", flush=True)
+
+    def wrong_labels(self, setting: Setting, runs: Path, names: dict[str, str], seeds: tuple[str, ...]) -> dict:
+        """Which share of a SAM set has wrong labels, mean over members; all: of the training images."""
+        if not setting.label_noise:
+            return {}
+        index = {f"{name}_idx_path": runs / f"{name}.npy" for name in ("train", "val")}
+        wrong = load_data("fashion_mnist", self.args.data_path, label_noise=setting.label_noise, **index).mislabelled
+        shares: dict[str, float] = {"all": float(wrong.mean())}
+        for method, name in names.items():
+            masks = [np.load(p) for s in seeds for p in sorted((runs / f"{name}_{s[:2]}").glob("seed_*/sam_mask.npy"))]
+            shares[method] = statistics.mean(float(wrong[mask].mean()) for mask in masks)
+            shares[f"{method}_size"] = statistics.mean(float(mask.mean()) for mask in masks)
+        return shares
+
+
+def estimate_parts(setting: Setting, plan: Plan) -> float:
+    """All passes of a setting."""
+    trained = {"deep_ensemble": 1, "sam": len(RHOS), "sharpbalance": 3}
+    passes = sum(plan.ensembles * count * training_passes(setting, plan, kind) for kind, count in trained.items())
+    passes += (len(plan.ks) - 1) * training_passes(setting, plan, "sharpbalance")
+    return passes + plan.ensembles * (5 + len(RHOS)) * measuring_passes(plan)
+
+
+def validation(folder: Path) -> float:
+    """Accuracy of a run's ensemble on validation."""
+    return load_json(folder / "summary.json")["last"]["ensemble"]["val_acc"]
+
+
+def keep(folder: Path, kept: Path) -> None:
+    """Copy the result files without the figures of each of the 75 parts, which are nine tenths of them."""
+    kept.mkdir(parents=True, exist_ok=True)
+    content = load_json(folder / "diversity.json")
+    content["result"]["corrupted"].pop("parts", None)
+    write_atomically(kept / "diversity.json", (json.dumps(content) + "\n").encode())
+    write_atomically(kept / "sharpness.json", (json.dumps(load_json(folder / "sharpness.json")) + "\n").encode())
+
+
+def report(results: Path) -> None:
+    """Tables, figures and README.md of the result files."""
+    try:
+        about = load_json(results / "plan.json")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{results / 'plan.json'}: missing or not readable; run the experiment first") from error
+    parts = []
+    for name, found in about["settings"].items():
+        sam = f"sam_{found['chosen']['rho']:g}"
+        folders = [path.parent for path in (results / name).glob("*/diversity.json")]
+        # The first SAM ensemble is what the table compares with.
+        folders.sort(key=lambda folder: (not folder.name.startswith(sam + "_"), folder.name))
+        measured: Measured = {}
+        for folder in folders:
+            method, _, first = folder.name.rpartition("_")
+            measured.setdefault(method, {})[first] = read_ensemble(folder)
+        measured["sam"] = measured[sam]
+        subprocess.run(
+            [sys.executable, "scripts/summarize.py", *folders, "--format", "markdown", "--to", results / f"{name}.md"],
+            cwd=ROOT,
+            check=True,
+        )
+        for kind in FIGURES:
+            words = [sys.executable, "scripts/plot.py", kind, "--from", *folders, "--to", results / f"{name}_{kind}"]
+            subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+            (results / f"{name}_{kind}.pdf").unlink(missing_ok=True)
+        parts.append(section(name, found, about["plan"], measured))
+    write_atomically(results / "README.md", "\n".join([*opening(about), *parts]).encode())
+    print(f"wrote {results / 'README.md'}")
+
+
+def opening(about: dict) -> list[str]:
+    """What the report begins with."""
+    plan, machine = about["plan"], about["environment"]
+    return [
+        "# The paper's claims on Fashion-MNIST",
+        "",
+        "`bash scripts/reproduce_fashion_mnist.sh --minutes N` trains and measures; with `--redraw` it makes this "
+        "page, the tables and the figures from the JSON files beside it. Nothing here was written by hand.",
+        "",
+        f"{plan['ensembles']} ensembles of 3 members by each method; ResNet-18, {plan['epochs']} epochs, batch "
+        f"{BATCH}, learning rate 0.1 in steps, flips only, T_d = {plan['epochs'] // 2}; {VALIDATION} validation and "
+        f"{TEST} test images, and Fashion-MNIST-C of the first {plan['corrupted']} (15 corruptions at 5 severities, by "
+        "scripts/make_corrupted.py). The checkpoints are those of the end of training. rho"
+        + (" and k were" if len(plan["ks"]) > 1 else " was")
+        + " chosen by the ensemble accuracy on validation, of SAM"
+        + (" and of SharpBalance on the first seeds" if len(plan["ks"]) > 1 else f"; k = {plan['ks'][0]:g}")
+        + ", and used for all methods; nothing was chosen on test images.",
+        "",
+        f"{about['jobs']} single-thread processes on {machine['cpus']} cores ({machine['platform']}), torch "
+        f"{machine['torch']}; about {about['estimated_seconds'] / 60:.0f} minutes by the estimate.",
+        "",
+        "A claim is *supported* where Student's 95 % interval of the mean over ensembles (of the difference between "
+        "ensembles of the same seeds) lies above 0, *contradicted* where it lies below, else *undecided*. "
+        f"{len(CLAIMS)} intervals are looked at in a setting, so that one in twenty may miss by chance.",
+        "",
+    ]
+
+
+def section(name: str, found: dict, plan: dict, measured: Measured) -> str:
+    """One setting of the report."""
+    setting = next(s for s in plan["settings"] if s["name"] == name)
+    chosen, lines = found["chosen"], []
+    lines += [f"## {name.replace('_', ' ').capitalize()}", ""]
+    lines += [
+        f"Width {setting['width']}, {setting['samples']} training images, "
+        f"{100 * setting['label_noise']:g} % of them with a wrong label (training only). Ensemble accuracy on "
+        "validation: "
+        + ", ".join(f"rho {rho}: {100 * value:.2f} %" for rho, value in found["validation"]["rho"].items())
+        + f"; chosen: rho {chosen['rho']:g}"
+        + (
+            "; "
+            + ", ".join(f"k {k}: {100 * value:.2f} %" for k, value in found["validation"]["k"].items())
+            + f"; chosen: k {chosen['k']:g}."
+            if len(plan["ks"]) > 1
+            else f" (k {chosen['k']:g})."
+        ),
+        "",
+        "| claim | | mean | 95 % interval | n | verdict |",
+        "|---|---|---|---|---|---|",
+    ]
+    for claim in CLAIMS:
+        gaps = [claim.factor * claim.gap(measured, seeds) for seeds in sorted(measured["sam"])]
+        word, (low, high) = verdict(gaps)
+        digits = 2 if claim.unit else 3
+        lines.append(
+            f"| {claim.name} | {claim.text} | {statistics.mean(gaps):+.{digits}f} {claim.unit} | [{low:.{digits}f}, "
+            f"{high:.{digits}f}] | {len(gaps)} | **{word}** |"
+        )
+    lines.append("")
+    if found["mislabelled"]:
+        shares = found["mislabelled"]
+        lines += [
+            f"Of the training images {100 * shares['all']:.1f} % have a wrong label. Of those that a member trains "
+            "with SAM after the split: "
+            + "; ".join(
+                f"{LABELS[method]} {100 * shares[method]:.1f} % (sets of {100 * shares[method + '_size']:.0f} % of the "
+                "images)"
+                for method in LABELS
+            )
+            + ".",
+            "",
+        ]
+    lines += [f"All methods: [{name}.md]({name}.md).", ""]
+    for kind, text in FIGURES.items():
+        lines += [f"![{text}]({name}_{kind}.png)", ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run(main, parse_args())
