@@ -287,7 +287,8 @@ def choose(args: argparse.Namespace) -> tuple[Plan, dict]:
     speeds = " and ".join(f"{images:.0f} images/s at width {width}" for width, images in speed.items())
     print(
         f"{args.jobs} jobs train {speeds}; the largest plan that fits into {args.minutes:g} "
-        f"minutes takes about {costs[index] / 60:.0f}: {describe(PLANS[index])}"
+        f"minutes takes about {costs[index] / 60:.0f}: {describe(PLANS[index])}",
+        flush=True,
     )
     about = {"index": index, "speed": speed, "jobs": args.jobs, "estimated_seconds": round(costs[index])}
     args.runs.mkdir(parents=True, exist_ok=True)
@@ -316,7 +317,7 @@ def _speed(width: int) -> float:
     while started is None or time.monotonic() - started < 4:
         sharpbalance_step(model, optimizer, images, labels, torch.zeros(BATCH, dtype=torch.bool))
         steps += 1
-        if steps == 5:  # the first ones are slower
+        if started is None and steps == 5:  # the first ones are slower
             steps, started = 0, time.monotonic()
     return steps * BATCH / (time.monotonic() - started)
 
