@@ -35,7 +35,7 @@ from models import create_model
 from sam import SAM
 from utils import InputError, RunError
 from utils.checkpoint import load_json, write_array, write_atomically, write_json
-from utils.cli import Parser, add_flag, number, path, run
+from utils.cli import Parser, add_flag, number, path, run, start_device
 from utils.data import load_data
 from utils.ensemble import environment
 from utils.metrics import t_interval
@@ -45,12 +45,12 @@ from utils.training import sharpbalance_step
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = ("11 12 13", "21 22 23", "31 32 33", "41 42 43", "51 52 53")
 RHOS = (0.05, 0.1, 0.2)
-VALIDATION, TEST, CLASSES = 1000, 10_000, 10
+VALIDATION, TEST, CLASSES = 500, 10_000, 10
 BATCH = 64
 # One forward pass costs a third of a forward and a backward pass, in which the costs are counted.
 FORWARD = 1 / 3
 SHARPNESS_PASSES = 20 * 20 * 5  # iterations, batches, images
-STARTUP = 6.0  # seconds of a command
+STARTUP = 5.0  # seconds of a command
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ PLANS = (
     Plan(4, 30, 500, (0.5,), (noisy(2000),)),
     Plan(3, 30, 500, (0.5,), (noisy(2000),)),
     Plan(3, 30, 500, (0.5,), (noisy(1500),)),
+    Plan(4, 30, 200, (0.5,), (noisy(1000),)),
     Plan(3, 30, 200, (0.5,), (noisy(1000),)),
     Plan(3, 20, 100, (0.5,), (noisy(500),)),
 )
@@ -309,8 +310,8 @@ def throughput(width: int, jobs: int) -> float:
 
 
 def _speed(width: int) -> float:
-    torch.set_num_threads(1)
-    model = create_model("resnet18", CLASSES, width, 32, 1)
+    device = start_device("cpu", 1)
+    model = create_model("resnet18", CLASSES, width, 32, 1).to(device, memory_format=torch.channels_last)
     optimizer = SAM(model.parameters(), lr=0.01)
     images, labels = torch.randn(BATCH, 1, 32, 32), torch.randint(CLASSES, (BATCH,))
     steps, started = 0, None
