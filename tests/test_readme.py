@@ -41,7 +41,11 @@ TINY = {
     "scripts/summarize.py": [],
 }
 # Shell scripts that only call python: it is seen how they call it.
-RECORDED = ["scripts/quickstart.sh", *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("scripts/[mt]*/*.sh")))]
+RECORDED = [
+    "scripts/quickstart.sh",
+    *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("scripts/[emt]*/*.sh"))),
+]
+RECORDED.remove("scripts/experiments/paper.sh")  # which is sourced
 QUICKSTART = "runs/quickstart/sharpbalance"
 COMMAND = re.compile(r"(?<!\S)(?:[A-Z_]+=\S+ )*(?:python \w\S*\.py\b|bash scripts/|torchrun )")
 
@@ -118,7 +122,7 @@ def call(script, argv):
 def calls_of(script, folder, argv=()):
     """The arguments of each call of python in a shell script, by a python that only writes them down."""
     (folder / "bin").mkdir(parents=True, exist_ok=True)
-    for name in ("python", "ruff"):
+    for name in ("python", "ruff", "torchrun"):
         (folder / "bin" / name).write_text('#!/bin/sh\n{ printf "%s\\0" "$@"; printf "\\0"; } >>"$CALLS"\n')
         (folder / "bin" / name).chmod(0o755)
     calls = folder / "calls"
@@ -128,10 +132,21 @@ def calls_of(script, folder, argv=()):
         "VENV": os.path.relpath(folder, ROOT),
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
     }
+    if script.startswith("scripts/experiments/"):  # which write some files themselves
+        shutil.rmtree(folder / "places", ignore_errors=True)
+        places = ("RUNS", "MEASUREMENTS", "RESULTS", "DATA_PATH")
+        environment |= {name: str(folder / "places" / name) for name in places}
     done = subprocess.run(["bash", script, *argv], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = [record.split("\0") for record in calls.read_text().split("\0\0") if record]
     return [words for words in found if not words[0].startswith("-")]  # not `python -m pip`
+
+
+def with_sourced(path):
+    """The text of a shell script and of those that it sources."""
+    text = path.read_text()
+    sourced = re.findall(r'^source "\$\(dirname .*?\)/([\w./]+)"', text, re.MULTILINE)
+    return text + "".join(with_sourced(path.parent / name) for name in sourced)
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +195,7 @@ def test_commands(command, inside, stub):
     path = ROOT / script
     assert path.is_file()
     if path.suffix == ".sh":
-        text = path.read_text() + (ROOT / "scripts" / "setup.sh").read_text()
+        text = with_sourced(path)
         assert all(f"${{{name}:-" in text for name in variables)
         subprocess.run(["bash", "-n", path], check=True)
         for words in calls_of(script, stub, argv) if script in RECORDED else []:

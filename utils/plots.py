@@ -483,6 +483,7 @@ def benchmark(rows: list[Row], note: str) -> Figure:
                     )
             low, high = min(edges), max(edges)
             if axis is left:  # from 0 on, all bars would look alike
+                low, high = _around(low, high)
                 axis.set_ylim(max(0, low - 0.35 * (high - low)), high + 0.25 * (high - low))
             else:
                 axis.set_ylim(min(0, 1.15 * low), 1.25 * max(high, 0) or 1)
