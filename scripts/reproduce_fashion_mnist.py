@@ -14,6 +14,7 @@ result files alone.
 """
 
 import argparse
+import io
 import json
 import os
 import statistics
@@ -22,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,6 +35,7 @@ import torch
 
 from models import create_model
 from sam import SAM
+from scripts import plot, summarize
 from utils import InputError, RunError
 from utils.checkpoint import load_json, write_array, write_atomically, write_json
 from utils.cli import Parser, add_flag, number, path, run, start_device
@@ -292,6 +295,7 @@ def choose(args: argparse.Namespace) -> tuple[Plan, dict]:
         flush=True,
     )
     about = {"index": index, "speed": speed, "jobs": args.jobs, "estimated_seconds": round(costs[index])}
+    about |= {"validation_images": VALIDATION, "test_images": len(data.test)}
     args.runs.mkdir(parents=True, exist_ok=True)
     write_json(begun, about)
     return PLANS[index], about
@@ -442,11 +446,11 @@ class Work:
         source = self.args.runs / setting.name / f"{name}_{seeds[:2]}"
         folder = self.args.measurements / setting.name / f"{method}_{seeds[:2]}"
         kept = self.args.results / setting.name / folder.name
-        common = ["--resume", source, "--save", folder, "--threads", 1]
-        common += ["--checkpoint", "averaged" if method == "eoa" else "last"]
         data = self.args.runs / "corrupted"
+        common = ["--resume", source, "--save", folder, "--data_path", data, "--threads", 1]
+        common += ["--checkpoint", "averaged" if method == "eoa" else "last"]
         commands = [
-            ["measure_diversity.py", *common, "--data_path", data, "--split", "test,corrupted"],
+            ["measure_diversity.py", *common, "--split", "test,corrupted"],
             ["measure_sharpness.py", *common, "--mode", "APGD_worst", "--norms", "l2", "--batch_num", 20],
             [lambda: keep(folder, kept)],
         ]
@@ -479,9 +483,10 @@ class Work:
             if callable(command[0]):
                 command[0]()
                 continue
-            words = [sys.executable, *map(str, command)]
+            # The name goes into the result files: as one would type it.
+            words = [sys.executable, os.path.relpath(ROOT / command[0]), *map(str, command[1:])]
             with log.open("ab") as file:
-                done = subprocess.run(words, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+                done = subprocess.run(words, env=environment, stdout=file, stderr=subprocess.STDOUT)
             if done.returncode:
                 raise RunError(f"{command[0]} ended with status {done.returncode}; see {log}")
 
@@ -547,14 +552,12 @@ def report(results: Path) -> None:
             method, _, first = folder.name.rpartition("_")
             measured.setdefault(method, {})[first] = read_ensemble(folder)
         measured["sam"] = measured[sam]
-        subprocess.run(
-            [sys.executable, "scripts/summarize.py", *folders, "--format", "markdown", "--to", results / f"{name}.md"],
-            cwd=ROOT,
-            check=True,
-        )
+        table = [*map(str, folders), "--format", "markdown", "--to", str(results / f"{name}.md")]
+        summarize.main(summarize.parse_args(table))
         for kind in FIGURES:
-            words = [sys.executable, "scripts/plot.py", kind, "--from", *folders, "--to", results / f"{name}_{kind}"]
-            subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+            words = [kind, "--from", *map(str, folders), "--to", str(results / f"{name}_{kind}")]
+            with redirect_stdout(io.StringIO()):
+                plot.main(plot.parse_args(words))
             (results / f"{name}_{kind}.pdf").unlink(missing_ok=True)
         parts.append(section(name, found, about["plan"], measured))
     write_atomically(results / "README.md", "\n".join([*opening(about), *parts]).encode())
@@ -571,8 +574,8 @@ def opening(about: dict) -> list[str]:
         "page, the tables and the figures from the JSON files beside it. Nothing here was written by hand.",
         "",
         f"{plan['ensembles']} ensembles of 3 members by each method; ResNet-18, {plan['epochs']} epochs, batch "
-        f"{BATCH}, learning rate 0.1 in steps, flips only, T_d = {plan['epochs'] // 2}; {VALIDATION} validation and "
-        f"{TEST} test images, and Fashion-MNIST-C of the first {plan['corrupted']} (15 corruptions at 5 severities, by "
+        f"{BATCH}, learning rate 0.1 in steps, flips only, T_d = {plan['epochs'] // 2}; {about['validation_images']} validation and "
+        f"{about['test_images']} test images, and Fashion-MNIST-C of the first {plan['corrupted']} (15 corruptions at 5 severities, by "
         "scripts/make_corrupted.py). The checkpoints are those of the end of training. rho"
         + (" and k were" if len(plan["ks"]) > 1 else " was")
         + " chosen by the ensemble accuracy on validation, of SAM"
