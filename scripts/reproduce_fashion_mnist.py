@@ -574,9 +574,9 @@ def opening(about: dict) -> list[str]:
         "page, the tables and the figures from the JSON files beside it. Nothing here was written by hand.",
         "",
         f"{plan['ensembles']} ensembles of 3 members by each method; ResNet-18, {plan['epochs']} epochs, batch "
-        f"{BATCH}, learning rate 0.1 in steps, flips only, T_d = {plan['epochs'] // 2}; {about['validation_images']} validation and "
-        f"{about['test_images']} test images, and Fashion-MNIST-C of the first {plan['corrupted']} (15 corruptions at 5 severities, by "
-        "scripts/make_corrupted.py). The checkpoints are those of the end of training. rho"
+        f"{BATCH}, learning rate 0.1 in steps, flips only, T_d = {plan['epochs'] // 2}; {about['validation_images']} "
+        f"validation and {about['test_images']} test images, and Fashion-MNIST-C of the first {plan['corrupted']} (15 "
+        "corruptions at 5 severities, by scripts/make_corrupted.py). Checkpoints: those of the end of training. rho"
         + (" and k were" if len(plan["ks"]) > 1 else " was")
         + " chosen by the ensemble accuracy on validation, of SAM"
         + (" and of SharpBalance on the first seeds" if len(plan["ks"]) > 1 else f"; k = {plan['ks'][0]:g}")

@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 
+import main
 from tests.test_ensemble import ROOT, TINY, results, run
 from utils import distributed
 
@@ -55,6 +56,25 @@ def test_any_number_of_processes_gives_the_same_bytes(count, whole, tmp_path):
     assert status == 0, output
     assert output.count("epoch   seed") == 1
     assert results(tmp_path / "run") == results(whole)
+
+
+def test_jobs_give_the_same_bytes(whole, tmp_path):
+    """More than there are members are not started; one is enough to go on."""
+    command = [sys.executable, "main.py", *FLAGS, "--save_path", str(tmp_path / "run"), "--jobs", "8"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch   seed") == 1
+    assert "rank 2 (seed 27" in done.stdout
+    assert "rank 3" not in done.stdout
+    assert results(tmp_path / "run") == results(whole)
+    assert results(run(tmp_path / "run", [*FLAGS, "--jobs", "1"])) == results(whole)
+
+
+@pytest.mark.parametrize(
+    ("members", "cores", "count"), [(1, 8, 1), (3, 1, 1), (3, 2, 1), (4, 2, 2), (3, 4, 3), (3, 64, 3), (9, 4, 3)]
+)
+def test_automatic_jobs(members, cores, count):
+    assert main.best_jobs(members, cores) == count
 
 
 FATAL = {

@@ -130,6 +130,8 @@ def test_default_folders():
         (["--model", "wrn-40-2", "--width", "6"], ["--width", "6", "multiple of 4"]),
         (["--width", "0"], ["--width", "'0'"]),
         (["--threads", "0"], ["--threads", "'0'"]),
+        (["--jobs", "0"], ["--jobs", "'0'"]),
+        (["--jobs", "all"], ["--jobs", "'all'"]),
         (["--label_noise", "1.5"], ["--label_noise", "'1.5'"]),
         (["--match_size"], ["--match_size", "--select random"]),
         (["--sam", "--flat_ratio", "0.5", "--select", "sharpest", "--match_size"], ["--match_size", "random"]),

@@ -74,6 +74,7 @@ FREE_SETTINGS = (
     "download",
     "device",
     "threads",
+    "jobs",
     "save_path",
     "save_every",
     "resume",

@@ -1,0 +1,122 @@
+"""The verdicts, the plans, and the report of the reproduction; the programs that it calls have tests of their own."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from scripts import reproduce_fashion_mnist as reproduce
+from tests.test_summarize import SAM, write
+from utils import InputError, RunError
+
+SPEED = {8: 1000.0, 16: 400.0}
+
+
+def test_verdict():
+    """By scipy's interval; of values without spread too."""
+    assert reproduce.verdict([1.0, 1.1, 1.2])[0] == "supported"
+    assert reproduce.verdict([-1.0, -1.1, -1.2])[0] == "contradicted"
+    assert reproduce.verdict([1.0, -1.1, 0.2])[0] == "undecided"
+    gaps = [0.3, 0.1, 0.7, 0.2]
+    low, high = stats.t.interval(0.95, 3, np.mean(gaps), stats.sem(gaps))
+    assert reproduce.verdict(gaps)[1] == pytest.approx([low, high])
+
+
+def test_plans_are_the_largest_first():
+    costs = [reproduce.estimate(plan, SPEED, jobs=2) for plan in reproduce.PLANS]
+    assert costs == sorted(costs, reverse=True)
+    assert all(plan.ensembles >= 3 for plan in reproduce.PLANS)
+    assert costs[0] == pytest.approx(
+        2 * reproduce.estimate(reproduce.PLANS[0], {w: 2 * s for w, s in SPEED.items()}, 4)
+    )
+
+
+def test_the_plan_that_fits_is_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "throughput", lambda width, jobs: SPEED[width])
+    monkeypatch.setattr(reproduce, "load_data", lambda *args, **more: type("Data", (), {"test": range(10_000)}))
+    flags = ["--runs", str(tmp_path), "--jobs", "2", "--minutes"]
+    with pytest.raises(InputError, match=r"--minutes 1: the smallest plan takes about \d+ minutes here"):
+        reproduce.choose(reproduce.parse_args([*flags, "1"]))
+    plan, _ = reproduce.choose(reproduce.parse_args([*flags, "200"]))
+    assert reproduce.estimate(plan, SPEED, 2) <= 200 * 60
+    assert re.search(r"into 200 minutes takes about \d+: \d ensembles of 3", capsys.readouterr().out)
+    assert reproduce.choose(reproduce.parse_args([*flags, "10000"]))[0] == plan
+    assert "going on with" in capsys.readouterr().out
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(InputError, match=r"plan\.json: not the plan"):
+        reproduce.choose(reproduce.parse_args([*flags, "200"]))
+
+
+def test_a_command_that_fails(tmp_path):
+    work = object.__new__(reproduce.Work)
+    with pytest.raises(RunError, match=r"main\.py ended with status 2; see .*a\.log"):
+        work.run_one([["main.py", "--seed", "x"], ["main.py", "--help"]], tmp_path / "logs" / "a.log")
+    assert (tmp_path / "logs" / "a.log").read_text().count("error:") == 1
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Result files in which SharpBalance is better than SAM by one point, and SAM than a deep ensemble by 0.4 to 3."""
+    methods = {"deep_ensemble": 0.0, "sam_0.1": 0.02, "sam_0.2": 0.01, "eoa": 0.0}
+    methods |= {"sharpbalance": 0.03, "sharpbalance_paper": 0.02, "random": 0.02}
+    about = {
+        "plan": {
+            "ensembles": 3,
+            "epochs": 10,
+            "corrupted": 5,
+            "ks": [0.5],
+            "settings": [{"name": "noisy_labels", "width": 8, "label_noise": 0.2, "samples": 100}],
+        },
+        "settings": {
+            "noisy_labels": {
+                "chosen": {"rho": 0.1, "k": 0.5, "T_d": 5},
+                "validation": {"rho": {"0.1": 0.5, "0.2": 0.4}, "k": {"0.5": 0.5}},
+                "mislabelled": {
+                    "all": 0.2,
+                    **{m + s: 0.25 for m in reproduce.LABELS for s in ("", "_size")},
+                },
+            }
+        },
+        "environment": {"cpus": 2, "platform": "here", "torch": "2"},
+        "jobs": 2,
+        "estimated_seconds": 60,
+        "validation_images": 10,
+        "test_images": 10,
+    }
+    (tmp_path / "plan.json").write_text(json.dumps(about))
+    for i, seed in enumerate(("11", "21", "31")):
+        for method, gain in methods.items():
+            trained = SAM | {
+                "seed": [int(seed)],
+                "rho": float(method[4:]) if method[:4] == "sam_" else 0.1,
+                "at": method,
+            }
+            write(
+                tmp_path / "noisy_labels" / f"{method}_{seed}",
+                trained,
+                (int(seed), 99),
+                0.8 + gain + (0.01 * i if method == "sam_0.1" else 0),
+                1.0 + gain,
+            )
+    return tmp_path
+
+
+def test_report(results, monkeypatch):
+    monkeypatch.setattr(reproduce, "FIGURES", {})
+    monkeypatch.setattr(
+        reproduce, "CLAIMS", [claim for claim in reproduce.CLAIMS if claim.name in ("i", "iv, released", "vi, clean")]
+    )
+    reproduce.report(results)
+    text = (results / "README.md").read_text()
+    table = (results / "noisy_labels.md").read_text()
+    assert "difference to SAM, rho 0.1" in table
+    interval = stats.t.interval(0.95, 2, 0.0, 1 / 3**0.5)  # differences of 1, 0 and -1 points
+    assert f"| +0.00 % | [{interval[0]:.2f}, {interval[1]:.2f}] | 3 | **undecided** |" in text
+    assert "random sets of its size | +1.00 % | [1.00, 1.00] | 3 | **supported** |" in text
+    assert "rho 0.1: 50.00 %, rho 0.2: 40.00 %; chosen: rho 0.1 (k 0.5)" in text
+    assert "Of the training images 20.0 % have a wrong label" in text
+    (results / "plan.json").unlink()
+    with pytest.raises(InputError, match=r"plan\.json: missing"):
+        reproduce.report(results)
