@@ -10,7 +10,6 @@ what is missing. The sets of CIFAR and TinyImageNet are published and are not ma
 
 import argparse
 import io
-import json
 import os
 import signal
 import sys
@@ -32,7 +31,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import InputError, RunError, first_line
-from utils.checkpoint import write_array, write_atomically, write_json
+from utils.checkpoint import load_json, write_array, write_atomically, write_json
 from utils.cli import Choices, Parser, add_flag, fail, number, run
 from utils.corruptions import corrupt
 from utils.data import CORRUPTED, CORRUPTIONS, DATASETS, SEVERITIES, ImageSet, load_data
@@ -153,7 +152,7 @@ def _check_origin(folder: Path, test: ImageSet, count: int) -> None:
     images = test.digest()
     if about.is_file() or any(folder.glob("*.npy")):
         try:
-            found = json.loads(about.read_text())
+            found = load_json(about)
         except (OSError, ValueError) as error:
             raise InputError(f"{about}: cannot be read ({first_line(error)}); give another --to") from error
         before = (found.get("sha256_of_test_images"), found.get("images")) if isinstance(found, dict) else None

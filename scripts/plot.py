@@ -36,7 +36,7 @@ from tqdm import tqdm
 from utils import InputError, plots
 from utils.checkpoint import find_checkpoints, write_json
 from utils.cli import Parser, number, run, start_device
-from utils.data import Data, ImageSet, load_data
+from utils.data import Data, ImageSet, load_data, load_npy
 from utils.landscape import Batches, losses_along, losses_between, random_direction, top_direction
 from utils.metrics import paired_bootstrap
 from utils.plots import Row, how_many, looks
@@ -395,7 +395,7 @@ def read_log(folder: Path) -> list[dict[str, float]]:
         whole = all(
             row[f"{part}_{key}"] is not None for row in rows for part in ("train", "val") for key in ("loss", "acc")
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: missing or not the log of a run; give main.py's command again") from error
     if not rows or not whole:
         raise InputError(f"{path}: holds no epoch; let main.py train first")
@@ -405,8 +405,8 @@ def read_log(folder: Path) -> list[dict[str, float]]:
 def read_array(path: Path, length: int) -> np.ndarray:
     """One of the arrays that a SharpBalance run leaves."""
     try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        array = np.array(load_npy(path))
+    except InputError as error:
         raise InputError(f"{path}: missing or not readable; the run has not made its sets yet, let it go on") from error
     if array.shape != (length,):
         raise InputError(
