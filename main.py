@@ -7,7 +7,8 @@
 Writes under --save_path (default runs/<data>_<method>): args.json, environment.json, command.txt, summary.json, and for
 each member seed_<seed>/ with checkpoint.pth.tar, model_best.pth.tar, log.jsonl, fisher.npy and sam_mask.npy.
 The same command again goes on with a run that was cut off. `--jobs K` deals the members out to K processes of this
-machine; `torchrun --nproc-per-node K main.py ...` does so on several machines. The result is the same.
+machine; `torchrun --nproc-per-node K main.py ...` does so on several machines. The result is the same where --threads
+is.
 """
 
 import argparse
@@ -121,7 +122,12 @@ def check_method(parser: Parser, args: argparse.Namespace) -> None:
         )
     if args.rho and not args.sam:
         print(f"note: --rho {args.rho} has no effect without --sam", file=sys.stderr)
-    if args.flat_ratio and len(args.seed) == 1 and (args.select or "") not in ("random", "same"):
+    drawn = args.select in ("random", "same") and not args.match_size
+    if args.unselected and drawn:
+        print(f"note: --unselected {args.unselected} has no effect with --select {args.select}", file=sys.stderr)
+    if args.augmentation == "flip" and not DATASETS[args.data].flip:
+        print(f"note: images of {args.data} are never mirrored: --augmentation flip is none", file=sys.stderr)
+    if args.flat_ratio and len(args.seed) == 1 and not drawn:
         print("note: one member alone: there are no others whose samples it could take over", file=sys.stderr)
 
 
@@ -292,6 +298,9 @@ def deal_out(args: argparse.Namespace) -> None:
     count = min(count, len(args.seed))
     if count == 1 or args.evaluate or dist.is_torchelastic_launched():
         return
+    threads = args.threads or _threads_of(args)
+    if threads and threads * count > cores:
+        print(f"note: {count} processes of {threads} threads share {cores} cores", file=sys.stderr)
     # A number of threads that the user or the run has already chosen stands.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]

@@ -155,7 +155,9 @@ def _check_origin(folder: Path, test: ImageSet, count: int) -> None:
             found = load_json(about)
         except (OSError, ValueError) as error:
             raise InputError(f"{about}: cannot be read ({first_line(error)}); give another --to") from error
-        before = (found.get("sha256_of_test_images"), found.get("images")) if isinstance(found, dict) else None
+        before = (
+            (found.get("sha256_of_test_images"), found.get("images", len(test))) if isinstance(found, dict) else None
+        )
         if before != (images, count):
             raise InputError(f"{folder}: holds a set made of other images; remove it, or give another --to")
     else:

@@ -160,6 +160,9 @@ def severity(args: argparse.Namespace) -> Figure:
             }
     corruptions = len(ensembles[0].content["protocol"]["corruptions"])
     note = f"{about(ensembles[0])}; {how_many(rows)}. Means over {corruptions} corruptions. {intervals(rows)}"
+    plain, corrupted = (needed(ensembles[0], *path).get("samples") for path in (("test",), ("corrupted", "mean")))
+    if plain and corrupted and plain != corrupted:
+        note += f" Severity 0: all {plain} test images; the others: {corrupted:g} of them."
     return plots.severity(rows, note)
 
 

@@ -262,8 +262,7 @@ def main(args: argparse.Namespace) -> None:
         work = Work(args, plan)
         sets = {setting.name: work.carry_out(setting) for setting in plan.settings}
         args.results.mkdir(parents=True, exist_ok=True)
-        done = {"plan": asdict(plan), "settings": sets, "environment": environment(torch.device("cpu"))}
-        write_json(args.results / "plan.json", about | done)
+        write_json(args.results / "plan.json", about | {"settings": sets})
     report(args.results)
 
 
@@ -276,11 +275,13 @@ def choose(args: argparse.Namespace) -> tuple[Plan, dict]:
     if begun.is_file():
         try:
             about = load_json(begun)
-            plan = PLANS[about["index"]]
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise InputError(f"{begun}: not the plan of this script; remove it, or give another --runs") from error
+            plan = next(plan for plan in PLANS if json.loads(json.dumps(asdict(plan))) == about["plan"])
+        except (OSError, ValueError, LookupError, TypeError, StopIteration) as error:
+            raise InputError(f"{begun}: no plan of this script; remove {args.runs}, or give another --runs") from error
         print(f"going on with the plan in {begun}: {describe(plan)}")
         return plan, about
+    if args.runs.is_dir() and any(args.runs.iterdir()):
+        raise InputError(f"--runs {args.runs}: not empty, and without a plan; remove it, or give another folder")
     speed = {width: throughput(width, args.jobs) for width in sorted({s.width for p in PLANS for s in p.settings})}
     costs = [estimate(plan, speed, args.jobs) for plan in PLANS]
     index = next((i for i, cost in enumerate(costs) if cost <= 60 * args.minutes), None)
@@ -294,7 +295,8 @@ def choose(args: argparse.Namespace) -> tuple[Plan, dict]:
         f"minutes takes about {costs[index] / 60:.0f}: {describe(PLANS[index])}",
         flush=True,
     )
-    about = {"index": index, "speed": speed, "jobs": args.jobs, "estimated_seconds": round(costs[index])}
+    about = {"plan": asdict(PLANS[index]), "speed": speed, "jobs": args.jobs}
+    about |= {"estimated_seconds": round(costs[index]), "environment": environment(torch.device("cpu"))}
     about |= {"validation_images": VALIDATION, "test_images": len(data.test)}
     args.runs.mkdir(parents=True, exist_ok=True)
     write_json(begun, about)
@@ -428,7 +430,7 @@ class Work:
         done = folder / "Fashion-MNIST-C"
         command = ["scripts/make_corrupted.py", "--data", "fashion_mnist", "--data_path", self.args.data_path]
         command += ["--to", folder, "--images", self.plan.corrupted, "--workers", self.args.jobs]
-        return (lambda: len(list(done.glob("*.npy"))) == 16), [command], "corrupted images", 0.0, self.args.runs
+        return (lambda: _has_images(done, self.plan.corrupted)), [command], "corrupted images", 0.0, self.args.runs
 
     def training(self, setting: Setting, name: str, seeds: str, flags: list[str]) -> tuple:
         """A command of main.py."""
@@ -455,7 +457,9 @@ class Work:
             [lambda: keep(folder, kept)],
         ]
         cost = measuring_passes(self.plan)
-        return (lambda: (kept / "sharpness.json").is_file()), commands, f"measured {folder}", cost, folder.parent
+        # Result files may lie there that are not of this run: those of a clone, or of another plan.
+        trained = source / "summary.json"
+        return (lambda: _newer(kept / "sharpness.json", trained)), commands, f"measured {folder}", cost, folder.parent
 
     def run_all(self, jobs: Iterable[tuple]) -> None:
         """Carry out commands side by side, and say how far it is."""
@@ -513,6 +517,18 @@ class Work:
         return shares
 
 
+def _has_images(folder: Path, count: int) -> bool:
+    """Whether the corrupted set is whole and of so many images."""
+    try:
+        return load_json(folder / "about.json")["images"] == count and len(list(folder.glob("*.npy"))) == 16
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def _newer(path: Path, source: Path) -> bool:
+    return path.is_file() and path.stat().st_mtime >= source.stat().st_mtime
+
+
 def estimate_parts(setting: Setting, plan: Plan) -> float:
     """All passes of a setting."""
     trained = {"deep_ensemble": 1, "sam": len(RHOS), "sharpbalance": 3}
@@ -544,13 +560,13 @@ def report(results: Path) -> None:
     parts = []
     for name, found in about["settings"].items():
         sam = f"sam_{found['chosen']['rho']:g}"
-        folders = [path.parent for path in (results / name).glob("*/diversity.json")]
         # The first SAM ensemble is what the table compares with.
-        folders.sort(key=lambda folder: (not folder.name.startswith(sam + "_"), folder.name))
-        measured: Measured = {}
-        for folder in folders:
-            method, _, first = folder.name.rpartition("_")
-            measured.setdefault(method, {})[first] = read_ensemble(folder)
+        methods = [sam, *(f"sam_{rho}" for rho in found["validation"]["rho"] if f"sam_{rho}" != sam)]
+        methods += ["deep_ensemble", "eoa", "sharpbalance", "sharpbalance_paper", "random"]
+        firsts = [seeds[:2] for seeds in SEEDS[: about["plan"]["ensembles"]]]
+        folders = [results / name / f"{method}_{first}" for method in methods for first in firsts]
+        ensembles = iter([read_ensemble(folder) for folder in folders])
+        measured: Measured = {method: {first: next(ensembles) for first in firsts} for method in methods}
         measured["sam"] = measured[sam]
         table = [*map(str, folders), "--format", "markdown", "--to", str(results / f"{name}.md")]
         summarize.main(summarize.parse_args(table))

@@ -21,7 +21,7 @@ from utils import InputError, first_line
 from utils.checkpoint import write_atomically
 from utils.cli import Parser, run
 from utils.metrics import paired_bootstrap, t_interval
-from utils.results import Ensemble, check_alike, groups_of, read_ensemble
+from utils.results import Ensemble, check_alike, groups_of, protocol_of, read_ensemble
 
 # Title, factor, digits, and whether the value is one of test samples (for the paired bootstrap).
 COLUMNS = {
@@ -75,7 +75,8 @@ def main(args: argparse.Namespace) -> None:
 
 def baseline_of(groups: dict[str, list[Ensemble]]) -> str | None:
     """The SAM ensemble that the others are compared with: the first one."""
-    return next((name for name in groups if name.startswith("SAM,")), None)
+    plain = (name for name in groups if name.startswith("SAM,") and "averaged (EoA)" not in name)
+    return next(plain, None)
 
 
 def difference(name: str, pairs: list[tuple[Ensemble, Ensemble]]) -> tuple[float, list[float] | None, str] | None:
@@ -119,7 +120,7 @@ def tables(ensembles: list[Ensemble], form: str) -> str:
         pairs_body.append([name, str(len(pairs)), over, *(_difference_cell(c, found[c]) for c in shown)])
     notes = [
         f"{first['data']['dataset']}, {first['network']['model']} of width {first['network']['width']}, checkpoints "
-        f"'{first['protocol']['checkpoint']}', test set of {first['data']['test']} images. "
+        f"'{protocol_of(ensembles[0], 'checkpoint')}', test set of {first['data']['test']} images. "
         "±: standard deviation over ensembles, or over the members of a single one; [ ]: 95 % interval."
     ]
     if form == "csv":

@@ -86,6 +86,19 @@ def test_averaged_weights(whole, tmp_path, monkeypatch):
     assert summary["averaged"]["members"][0]["checkpoint"].endswith("model_averaged.pth.tar")
 
 
+def test_a_run_of_a_version_without_these_options_goes_on(tmp_path):
+    folder = run(tmp_path / "run", [*TINY, "--epochs", "2"])
+    before = results(folder)
+    settings = json.loads((folder / "args.json").read_text())
+    for name in utils.ensemble.NEUTRAL:
+        del settings[name]
+    (folder / "args.json").write_text(json.dumps(settings))
+    (folder / "summary.json").unlink()
+    assert results(run(folder, [*TINY, "--epochs", "2"])) == before
+    with pytest.raises(InputError, match="--average_from 0 here, None there"):
+        run(folder, [*TINY, "--epochs", "2", "--average_from", "0"])
+
+
 @pytest.mark.parametrize("select", ["random", "same"])
 @pytest.mark.parametrize(("partition", "rule"), [("released", "one"), ("paper", "normal")])
 def test_drawn_sets_of_the_size_of_sharpbalances(select, partition, rule, tmp_path):

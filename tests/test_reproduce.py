@@ -2,12 +2,15 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from scripts import reproduce_fashion_mnist as reproduce
+from tests.test_ensemble import ROOT
 from tests.test_summarize import SAM, write
 from utils import InputError, RunError
 
@@ -45,7 +48,10 @@ def test_the_plan_that_fits_is_kept(tmp_path, monkeypatch, capsys):
     assert reproduce.choose(reproduce.parse_args([*flags, "10000"]))[0] == plan
     assert "going on with" in capsys.readouterr().out
     (tmp_path / "plan.json").write_text("{}")
-    with pytest.raises(InputError, match=r"plan\.json: not the plan"):
+    with pytest.raises(InputError, match=r"plan\.json: no plan of this script; remove "):
+        reproduce.choose(reproduce.parse_args([*flags, "200"]))
+    (tmp_path / "plan.json").rename(tmp_path / "x")
+    with pytest.raises(InputError, match=r"--runs .*: not empty, and without a plan"):
         reproduce.choose(reproduce.parse_args([*flags, "200"]))
 
 
@@ -120,3 +126,12 @@ def test_report(results, monkeypatch):
     (results / "plan.json").unlink()
     with pytest.raises(InputError, match=r"plan\.json: missing"):
         reproduce.report(results)
+
+
+def test_the_report_in_the_repository_is_that_of_its_result_files(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "results" / "fashion_mnist", tmp_path / "results" / "fashion_mnist")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce.plot, "main", lambda args: None)  # pictures depend on matplotlib's version
+    reproduce.report(Path("results/fashion_mnist"))
+    for path in sorted((ROOT / "results" / "fashion_mnist").glob("*.md")):
+        assert (tmp_path / path.relative_to(ROOT)).read_text() == path.read_text(), path.name

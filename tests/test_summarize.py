@@ -152,3 +152,18 @@ def test_intervals_cover_at_their_level():
     low, high = t_interval([1.0, 2.0, 4.0])
     half = stats.t.ppf(0.975, 2) * np.std([1, 2, 4], ddof=1) / math.sqrt(3)
     assert (low, high) == (pytest.approx(7 / 3 - half), pytest.approx(7 / 3 + half))
+
+
+def test_averaged_weights_are_a_method_of_their_own(tmp_path, capsys):
+    """By the file that was measured, and compared with what was measured at the end of training."""
+    last = {"protocol": {"checkpoint": "last", "bins": 15}}
+    a = write(tmp_path / "a", SAM, (1, 2), 0.8, **last)
+    files = [
+        {"seed": s, "sha256_of_weights": f"{s:064x}", "path": f"run/seed_{s}/model_averaged.pth.tar"} for s in (1, 2)
+    ]
+    b = write(tmp_path / "b", SAM, (1, 2), 0.9, members=files)
+    call(b, a)
+    text = capsys.readouterr().out
+    assert "checkpoints 'last'" in text
+    assert "difference to SAM, rho 0.1  SAM, rho 0.1, averaged (EoA)" in text
+    assert "+10.00" in text

@@ -240,7 +240,8 @@ def _clean_archive(path: str | Path, content: bytes) -> io.BytesIO:
     except Exception as error:  # a damaged archive raises nearly anything
         raise DamagedError(
             f"{path}: it is damaged or not a torch file, as torch writes since 1.6 ({first_line(error)}); only "
-            "tensors, numbers, strings, lists and dicts are read, and nothing was executed"
+            "tensors, numbers, strings, lists and dicts are read, and nothing was executed; a file of an older torch, "
+            "if you trust it, can be loaded and saved again"
         ) from error
     clean.seek(0)
     return clean

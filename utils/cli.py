@@ -197,7 +197,7 @@ def add_data_options(parser: Parser, measuring: bool = False) -> None:
     add_flag(group, "download", "fetch a missing data set through torchvision (not tiny_imgnet)")
     group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
     group.add_argument(
-        "--threads", type=number(int, 1, 1024), metavar="N", help="CPU threads (default: one for each core)"
+        "--threads", type=number(int, 1, 1024), metavar="N", help="CPU threads of a process (default: its cores)"
     )
 
 

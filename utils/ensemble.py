@@ -82,6 +82,8 @@ FREE_SETTINGS = (
     "overwrite",
     "evaluate",
 )
+# Settings that runs of older versions lack, by the value that they had; they count where they differ from it.
+NEUTRAL = {"match_size": False, "augmentation": "standard", "label_noise": 0.0, "average_from": None}
 SCORE_BATCH = 128
 # What a line of log.jsonl holds besides its wall time.
 LOG = ("epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "sam_share")
@@ -434,7 +436,7 @@ def _check_same(folder: Path, settings: dict, record: dict) -> None:
     differ = [
         f"--{name} {_plain(value)} here, {_plain(before.get(name))} there"
         for name, value in settings.items()
-        if before.get(name) != value
+        if before.get(name, NEUTRAL.get(name)) != value
     ]
     if differ:
         raise InputError(f"--save_path {folder}: a run of other settings ({'; '.join(differ)}); {way_out}")
@@ -609,6 +611,7 @@ def _warn(text: str) -> None:
 def _run_digest(args: Namespace, data: Data) -> str:
     """What a member's training depends on besides its seed; the other members' seeds are seen in its mask."""
     settings = {name: value for name, value in vars(args).items() if name not in (*FREE_SETTINGS, "seed")}
+    settings = {name: value for name, value in settings.items() if NEUTRAL.get(name, ...) != value}
     settings["data"] = data.record["sha256_of_arrays_and_split"]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from utils import InputError
-from utils.checkpoint import load_json, read_settings
-from utils.ensemble import FREE_SETTINGS
+from utils.checkpoint import CHECKPOINTS, load_json, read_settings
+from utils.ensemble import FREE_SETTINGS, NEUTRAL
 from utils.metrics import t_interval, unpack_counts
 
 INTERVALS = {
@@ -52,6 +52,8 @@ def read_ensemble(folder: Path) -> Ensemble:
     """
     content = read_result(folder / "diversity.json", "python measure_diversity.py")
     try:
+        if content.get("trained"):
+            content["trained"] = NEUTRAL | content["trained"]
         row = content["result"]["test"]
         values = _values(row)
         corrupted = content["result"].get("corrupted")
@@ -72,7 +74,8 @@ def read_ensemble(folder: Path) -> Ensemble:
         if corrupted is not None:
             intervals |= {f"corrupted_{n}": corrupted["mean"]["intervals_95"].get(key) for n, key in INTERVALS.items()}
         method = method_of(content["trained"]) if content.get("trained") else folder.name
-        if content["protocol"].get("checkpoint") == "averaged":
+        if all(str(member.get("path")).endswith(CHECKPOINTS["averaged"]) for member in content["members"]):
+            content["protocol"]["checkpoint"] = "averaged"  # also where the files were named one by one
             method += ", averaged (EoA)"
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
@@ -142,7 +145,10 @@ def method_of(settings: dict[str, Any]) -> str:
     if not settings["flat_ratio"]:
         return f"{kind}, rho {settings['rho']:g}"
     if settings["select"] in ("random", "same"):
-        sized = f", sized as {settings['partition']}" if settings.get("match_size") else ""
+        sized = ""
+        if settings.get("match_size"):
+            picked = "flattest" if settings["partition"] == "released" else "sharpest"
+            sized = f", sized as ({picked}, {settings['unselected']})"
         name = f"{kind} on {settings['select']} samples{sized}"
     else:
         name = f"SharpBalance ({settings['select']}, {settings['unselected']})"
@@ -173,7 +179,7 @@ def read_run(folder: Path) -> Ensemble:
     settings = read_settings(folder)
     path = folder / "environment.json"
     content = read_json(path, "it is part of a run of main.py")
-    trained = {name: value for name, value in settings.items() if name not in FREE_SETTINGS}
+    trained = NEUTRAL | {name: value for name, value in settings.items() if name not in FREE_SETTINGS}
     try:
         about = {"data": content["data"], "protocol": {}, "trained": trained, "settings": settings}
         about["data"]["sha256_of_arrays_and_split"]
@@ -220,7 +226,7 @@ def check_alike(ensembles: list[Ensemble]) -> None:
                 first.content["data"]["sha256_of_arrays_and_split"],
                 other.content["data"]["sha256_of_arrays_and_split"],
             ),
-            *((f"--{key}", *(_protocol(e, key) for e in (first, other))) for key in SAME),
+            *((f"--{key}", *(protocol_of(e, key) for e in (first, other))) for key in SAME),
             *(
                 (f"--{key} of the sharpness", *(e.content["sharpness"]["protocol"].get(key) for e in (first, other)))
                 for key in SAME_SHARPNESS
@@ -240,7 +246,8 @@ def check_alike(ensembles: list[Ensemble]) -> None:
         folders[key] = ensemble.folder
 
 
-def _protocol(ensemble: Ensemble, key: str) -> Any:
+def protocol_of(ensemble: Ensemble, key: str) -> Any:
+    """What an ensemble was measured by; averaged weights are those of the end of training."""
     value = ensemble.content["protocol"].get(key)
     return "last" if key == "checkpoint" and value == "averaged" else value
 
