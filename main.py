@@ -23,10 +23,21 @@ import torch.distributed as dist
 from models import MODELS, create_model
 from utils import InputError, distributed
 from utils.checkpoint import find_checkpoints, read_settings
-from utils.cli import Parser, Seeds, add_checkpoint_options, add_data_options, add_flag, number, path, run, start_device
+from utils.cli import (
+    Parser,
+    Seeds,
+    add_checkpoint_options,
+    add_data_options,
+    add_flag,
+    cores,
+    number,
+    path,
+    run,
+    start_device,
+)
 from utils.data import AUGMENTATIONS, DATASETS, load_data
 from utils.ensemble import evaluate_members, train_ensemble
-from utils.partition import SELECT, UNSELECTED
+from utils.partition import DRAWN, PICKED, SELECT, UNSELECTED
 
 # The paper's recipe for the colour sets, small ones for the others: (width, epochs, batch_size, lr).
 RECIPES = {
@@ -36,9 +47,7 @@ RECIPES = {
     "fashion_mnist": (16, 30, 128, 0.1),
     "digits": (8, 30, 64, 0.1),
 }
-
-
-KINDS = {"last": "end of training", "best": "best validation accuracy", "averaged": "mean of the weights"}
+CHECKPOINT_TITLES = {"last": "end of training", "best": "best validation accuracy", "averaged": "mean of the weights"}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -72,9 +81,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.initial_epochs = args.epochs // 2
     if args.flat_ratio:
         released = "others" if args.data == "cifar10" else "one"
-        select, unselected = ("flattest", released) if args.partition == "released" else ("sharpest", "normal")
-        args.select = args.select or select
-        args.unselected = args.unselected or unselected
+        args.select = args.select or PICKED[args.partition]
+        args.unselected = args.unselected or (released if args.partition == "released" else "normal")
     if args.save_path is None:
         args.save_path = Path("runs") / f"{args.data}_{method(args)}"
 
@@ -109,7 +117,7 @@ def check_method(parser: Parser, args: argparse.Namespace) -> None:
     for name in ("select", "unselected"):
         if getattr(args, name) and not args.flat_ratio:
             parser.error(f"argument --{name}: {getattr(args, name)} given without a --flat_ratio above 0; add one")
-    if args.match_size and args.select not in ("random", "same"):
+    if args.match_size and args.select not in DRAWN:
         parser.error("argument --match_size: given without --select random or same, whose sets it sizes")
     if args.average_from is not None and args.average_from >= args.epochs:
         parser.error(
@@ -122,7 +130,7 @@ def check_method(parser: Parser, args: argparse.Namespace) -> None:
         )
     if args.rho and not args.sam:
         print(f"note: --rho {args.rho} has no effect without --sam", file=sys.stderr)
-    drawn = args.select in ("random", "same") and not args.match_size
+    drawn = args.select in DRAWN and not args.match_size
     if args.unselected and drawn:
         print(f"note: --unselected {args.unselected} has no effect with --select {args.select}", file=sys.stderr)
     if args.augmentation == "flip" and not DATASETS[args.data].flip:
@@ -290,19 +298,18 @@ def best_jobs(members: int, cores: int) -> int:
 
 def deal_out(args: argparse.Namespace) -> None:
     """Become torchrun, which starts this command as `--jobs` processes; return where one process is enough."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = args.jobs
     if count == "auto":
         on_cpu = args.device == "cpu" or (args.device == "auto" and not torch.accelerator.is_available())
-        count = best_jobs(len(args.seed), cores) if on_cpu else 1
+        count = best_jobs(len(args.seed), cores()) if on_cpu else 1
     count = min(count, len(args.seed))
     if count == 1 or args.evaluate or dist.is_torchelastic_launched():
         return
     threads = args.threads or _threads_of(args)
-    if threads and threads * count > cores:
-        print(f"note: {count} processes of {threads} threads share {cores} cores", file=sys.stderr)
+    if threads and threads * count > cores():
+        print(f"note: {count} processes of {threads} threads share {cores()} cores", file=sys.stderr)
     # A number of threads that the user or the run has already chosen stands.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
 
@@ -351,7 +358,7 @@ def main(args: argparse.Namespace) -> None:
     if summary is None:
         return
     for name, rows in summary.items():
-        print(f"\ncheckpoints '{name}' ({KINDS[name]})")
+        print(f"\ncheckpoints '{name}' ({CHECKPOINT_TITLES[name]})")
         print_summary(rows)
     print(f"\nwrote {args.save_path}")
 

@@ -20,6 +20,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -31,7 +33,7 @@ import torch.nn.functional as F
 import measure_diversity
 from models import create_model
 from sam import SAM
-from utils.checkpoint import write_json
+from utils.checkpoint import pack_checkpoint, write_atomically, write_json
 from utils.cli import Parser, add_flag, number, run, start_device
 from utils.data import DATASETS, ImageSet
 from utils.ensemble import environment
@@ -347,6 +349,54 @@ def theory() -> Timed:
     return {"simulate_sam": lambda: simulate_sam(**setting), "plain": lambda: plain_sam_point(**setting)}
 
 
+def checkpoint() -> Timed:
+    """What an epoch saves at width 64: packed with its checksum, written as last and as best; against writing alone."""
+    model = network(64)
+    sam = SAM(model.parameters(), lr=0.0, momentum=0.9)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    sam.base_optimizer.step()
+    state = {"state_dict": model.state_dict(), "optimizer": sam.state_dict()}
+    content, folder = pack_checkpoint(state), tempfile.TemporaryDirectory()
+
+    def write(content: bytes) -> None:
+        for name in ("last", "best"):
+            write_atomically(Path(folder.name, name), content)
+
+    return {"pack_checkpoint, write": lambda: write(pack_checkpoint(state)), "writing": lambda: write(content)}
+
+
+_member: list[Callable[[], None]] = []  # of this process
+
+
+def ten_steps(threads: int) -> None:
+    """Ten steps of a member of width 8 with so many threads."""
+    if not _member:
+        start_device("cpu", threads)
+        model, (images, labels) = network(8), batch(128)
+        optimizer = SAM(model.parameters(), lr=1e-3, momentum=0.9)
+        mask = torch.zeros(len(images), dtype=torch.bool)
+        _member.append(lambda: sharpbalance_step(model, optimizer, images, labels, mask))
+    for _ in range(10):
+        _member[0]()
+
+
+def jobs() -> Timed:
+    """Members of one thread side by side, one for each core, against as many in turn with all threads."""
+    count = torch.get_num_threads()
+    pools = [ProcessPoolExecutor(1, get_context("spawn")) for _ in range(count)]
+
+    def side_by_side() -> None:
+        for member in [pool.submit(ten_steps, 1) for pool in pools]:
+            member.result()
+
+    def in_turn() -> None:
+        for _ in range(count):
+            ten_steps(count)
+
+    return {"side by side": side_by_side, "in turn": in_turn}
+
+
 # name: (case, {what it is compared with: target}). A target below 1 means: so many times faster.
 CASES: dict[str, tuple[Callable[[], Timed], dict[str, float | None]]] = {
     "fisher64": (lambda: fisher(64), {"forward-backward": 1.05, "vmap": 1 / 5}),
@@ -357,7 +407,9 @@ CASES: dict[str, tuple[Callable[[], Timed], dict[str, float | None]]] = {
     "step100": (lambda: step(1.0), {"passes": 1.05}),
     "epoch8": (lambda: epoch(8), {"steps": 1.05}),
     "epoch16": (lambda: epoch(16), {"steps": 1.05}),
+    "jobs": (jobs, {"in turn": 1}),
     "optimizer": (optimizer, {"copy": 1.5}),
+    "checkpoint": (checkpoint, {"writing": None}),
     "loading": (loading, {"DataLoader": 1 / 15, "copy": 4}),
     "apgd-l2": (lambda: worst_case("apgd", "l2"), {"passes": 1.2}),
     "apgd-linf": (lambda: worst_case("apgd", "linf"), {"passes": 1.15}),

@@ -21,7 +21,7 @@ from utils import InputError, first_line
 from utils.checkpoint import write_atomically
 from utils.cli import Parser, run
 from utils.metrics import paired_bootstrap, t_interval
-from utils.results import Ensemble, check_alike, groups_of, protocol_of, read_ensemble
+from utils.results import Ensemble, check_alike, family_of, groups_of, protocol_of, read_ensemble
 
 # Title, factor, digits, and whether the value is one of test samples (for the paired bootstrap).
 COLUMNS = {
@@ -75,8 +75,7 @@ def main(args: argparse.Namespace) -> None:
 
 def baseline_of(groups: dict[str, list[Ensemble]]) -> str | None:
     """The SAM ensemble that the others are compared with: the first one."""
-    plain = (name for name in groups if name.startswith("SAM,") and "averaged (EoA)" not in name)
-    return next(plain, None)
+    return next((name for name, rows in groups.items() if family_of(rows[0]) == "sam"), None)
 
 
 def difference(name: str, pairs: list[tuple[Ensemble, Ensemble]]) -> tuple[float, list[float] | None, str] | None:

@@ -9,7 +9,7 @@ from scipy import stats
 
 from tests import files, reference
 from utils import InputError
-from utils.data import DATASETS, DatasetInfo, ImageSet, batch_slices, load_data, mislabel
+from utils.data import DATASETS, DatasetInfo, ImageSet, batch_slices, load_data, load_npy, mislabel
 
 INFO = DatasetInfo(10, 32, (0.5, 0.4, 0.3), (0.2, 0.3, 0.25), 4, True, (), "")
 
@@ -364,3 +364,13 @@ def test_less_augmentation(augmentation, tmp_path):
     mirrored = (images == plain.flip(3)).flatten(1).all(dim=1)
     assert (kept | mirrored).all()
     assert bool((~kept).any()) == (augmentation == "flip")
+
+
+def test_an_array_with_more_bytes_than_its_header_says(tmp_path):
+    path = tmp_path / "x.npy"
+    np.save(path, np.arange(5))
+    assert load_npy(path).tolist() == [0, 1, 2, 3, 4]
+    with path.open("ab") as file:
+        file.write(bytes(8))
+    with pytest.raises(InputError, match=r"x\.npy: .*longer than its header says"):
+        load_npy(path)

@@ -1,5 +1,6 @@
 """Whole runs: resuming, what is written, and what is refused. Tiny networks on digits."""
 
+import hashlib
 import json
 import re
 import signal
@@ -90,9 +91,15 @@ def test_a_run_of_a_version_without_these_options_goes_on(tmp_path):
     folder = run(tmp_path / "run", [*TINY, "--epochs", "2"])
     before = results(folder)
     settings = json.loads((folder / "args.json").read_text())
-    for name in utils.ensemble.NEUTRAL:
+    for name in ("match_size", "augmentation", "label_noise", "average_from"):
         del settings[name]
     (folder / "args.json").write_text(json.dumps(settings))
+    # What that version hashed: all settings that it had and that count, and the data.
+    for name in [*utils.ensemble.FREE_SETTINGS, "seed"]:
+        settings.pop(name, None)
+    settings["data"] = load_data("digits").record["sha256_of_arrays_and_split"]
+    saved = torch.load(folder / "seed_13" / "checkpoint.pth.tar", weights_only=True)["run"]
+    assert saved == hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     (folder / "summary.json").unlink()
     assert results(run(folder, [*TINY, "--epochs", "2"])) == before
     with pytest.raises(InputError, match="--average_from 0 here, None there"):

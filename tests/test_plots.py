@@ -250,6 +250,15 @@ def test_severity(three):
     assert len(right.collections) == 18  # the file holds none for the ECE of members
 
 
+def test_severity_tells_of_fewer_corrupted_images(three):
+    for folder in three:
+        content = json.loads((folder / "diversity.json").read_text())
+        content["result"]["test"]["samples"], content["result"]["corrupted"]["mean"]["samples"] = 900, 20.0
+        write_json(folder / "diversity.json", content)
+    note = " ".join(text.get_text() for text in figure("severity", three).texts)
+    assert "Severity 0: all 900 test images; the others: 20 of them." in " ".join(note.split())
+
+
 def test_ensemble_size(three):
     axes = drawn_well(figure("ensemble_size", three), 6)
     for axis, values in zip(axes[:3], ([60, 70], [0.4, 0.3], [6, 7]), strict=True):

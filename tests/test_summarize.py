@@ -1,5 +1,6 @@
 """scripts/summarize.py and the intervals it uses."""
 
+import base64
 import json
 import math
 
@@ -167,3 +168,12 @@ def test_averaged_weights_are_a_method_of_their_own(tmp_path, capsys):
     assert "checkpoints 'last'" in text
     assert "difference to SAM, rho 0.1  SAM, rho 0.1, averaged (EoA)" in text
     assert "+10.00" in text
+
+
+def test_packed_counts_that_are_cut_off():
+    """A stream without its end would give fewer counts without a word."""
+    counts = np.random.default_rng(0).integers(0, 200, 1000)
+    packed = base64.b64decode(pack_counts(counts))
+    assert (unpack_counts(base64.b64encode(packed).decode()) == counts).all()
+    with pytest.raises(ValueError, match="no packed counts"):
+        unpack_counts(base64.b64encode(packed[:-300]).decode())

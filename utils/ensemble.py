@@ -60,7 +60,7 @@ from utils.data import Data
 from utils.diversity import disagreement
 from utils.fisher import per_sample_fisher
 from utils.metrics import accuracy, ensemble_log_probs, negative_log_likelihood
-from utils.partition import sharpness_aware_masks
+from utils.partition import DRAWN, PICKED, sharpness_aware_masks
 from utils.training import evaluating, learning_rate, predict, train_epoch
 
 RUN_FILES = ("args.json", "environment.json", "command.txt", "summary.json")
@@ -292,15 +292,15 @@ def split(args: Namespace, data: Data, members: list[Member]) -> None:
         RunError: if a score is not finite, or if another rank has ended.
     """
     samples = len(data.train)
-    drawn, sizes = args.select in ("random", "same"), None
+    drawn, sizes = args.select in DRAWN, None
     if drawn and not args.match_size:
         scores = np.zeros((len(args.seed), samples), dtype=np.float32)
     else:
         own = [_scores(args, data, member) for member in members]
         scores = distributed.gather_scores(np.reshape(own, (-1, samples)).astype(np.float32), len(args.seed))
     if drawn and args.match_size:
-        select = "flattest" if args.partition == "released" else "sharpest"
-        sizes = sharpness_aware_masks(scores, args.flat_ratio, select, args.unselected).sum(axis=1)
+        likewise = sharpness_aware_masks(scores, args.flat_ratio, PICKED[args.partition], args.unselected)
+        sizes = likewise.sum(axis=1)
     masks = sharpness_aware_masks(scores, args.flat_ratio, args.select, args.unselected, args.seed, sizes)
     for member in members:
         mask = masks[args.seed.index(member.seed)]

@@ -7,6 +7,8 @@ import numpy as np
 
 SELECT = ("flattest", "sharpest", "random", "same")
 UNSELECTED = ("normal", "one", "others")
+DRAWN = ("random", "same")  # of SELECT, those that no score decides
+PICKED = {"released": "flattest", "paper": "sharpest"}  # by --partition
 
 
 def sharpness_aware_masks(
@@ -61,7 +63,7 @@ def sharpness_aware_masks(
     members, samples = scores.shape
     picked = math.floor(flat_ratio * samples)
 
-    if select in ("random", "same"):
+    if select in DRAWN:
         if seeds is None or len(seeds) != members:
             raise ValueError(f"seeds: select='{select}' needs one seed for each of the {members} members")
         sizes = [picked] * members if sizes is None else sizes

@@ -12,6 +12,7 @@ from utils import InputError
 from utils.checkpoint import CHECKPOINTS, load_json, read_settings
 from utils.ensemble import FREE_SETTINGS, NEUTRAL
 from utils.metrics import t_interval, unpack_counts
+from utils.partition import DRAWN, PICKED
 
 INTERVALS = {
     "member": "member_accuracy",
@@ -144,12 +145,10 @@ def method_of(settings: dict[str, Any]) -> str:
     kind = "ASAM" if settings["sam_adaptive"] else "SAM"
     if not settings["flat_ratio"]:
         return f"{kind}, rho {settings['rho']:g}"
-    if settings["select"] in ("random", "same"):
-        sized = ""
+    if settings["select"] in DRAWN:
+        name = f"{kind} on {settings['select']} samples"
         if settings.get("match_size"):
-            picked = "flattest" if settings["partition"] == "released" else "sharpest"
-            sized = f", sized as ({picked}, {settings['unselected']})"
-        name = f"{kind} on {settings['select']} samples{sized}"
+            name += f", sized as ({PICKED[settings['partition']]}, {settings['unselected']})"
     else:
         name = f"SharpBalance ({settings['select']}, {settings['unselected']})"
     return f"{name}, rho {settings['rho']:g}, k {settings['flat_ratio']:g}, T_d {settings['initial_epochs']}"
