@@ -4,9 +4,9 @@
 
 Chooses the largest of `PLANS` that fits into --minutes, by the speed that it measures first, and says what it will do.
 Then, in each setting (clean labels; a fifth of the training labels wrong): trains a deep ensemble and SAM ensembles
-over a grid of rho; takes rho, and where the plan has several k, k, by the ensemble accuracy on validation; trains
-SharpBalance by both readings and SAM on random sets of its size; measures all on test images, clean and corrupted;
-compares the ensembles of the same seeds; and gives a verdict on each of `CLAIMS`.
+over `RHOS`; takes rho by SAM's ensemble accuracy on validation, then k of `KS` and T_d of `SPLITS` by that of
+SharpBalance on the first seeds; trains SharpBalance by both readings and SAM on random sets of its size; measures all
+on test images, clean and corrupted; compares the ensembles of the same seeds; and gives a verdict on each of `CLAIMS`.
 
 Runs go to runs/fashion_mnist, measurements to measurements/fashion_mnist, and what a reader needs, without weights, to
 results/fashion_mnist. The same command goes on where it was. --redraw makes tables, figures and verdicts anew from the
@@ -38,7 +38,7 @@ from sam import SAM
 from scripts import plot, summarize
 from utils import InputError, RunError
 from utils.checkpoint import load_json, write_array, write_atomically, write_json
-from utils.cli import Parser, add_flag, number, path, run, start_device
+from utils.cli import Parser, add_flag, cores, number, path, run, start_device
 from utils.data import load_data
 from utils.ensemble import environment
 from utils.metrics import t_interval
@@ -47,7 +47,11 @@ from utils.training import sharpbalance_step
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = ("11 12 13", "21 22 23", "31 32 33", "41 42 43", "51 52 53")
+# The grid: the middle of KS and of SPLITS, T_d as a share of the epochs, are the values of the paper for CIFAR-100.
 RHOS = (0.05, 0.1, 0.2)
+KS = (0.3, 0.5, 0.7)
+SPLITS = (0.25, 0.5, 0.75)
+METHODS = len(RHOS) + 5  # that are measured: deep ensemble, EoA, SharpBalance twice, random sets
 VALIDATION, TEST, CLASSES = 500, 10_000, 10
 BATCH = 64
 # One forward pass costs a third of a forward and a backward pass, in which the costs are counted.
@@ -68,12 +72,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is done. T_d is half of the epochs."""
+    """How much is done."""
 
     ensembles: int
     epochs: int
     corrupted: int  # test images of which the corrupted copies are made
-    ks: tuple[float, ...]
     settings: tuple[Setting, ...]
 
 
@@ -89,18 +92,19 @@ def clean(samples: int) -> Setting:
 
 # Largest first.
 PLANS = (
-    Plan(5, 40, 2000, (0.3, 0.5, 0.7), (noisy(6000), clean(6000))),
-    Plan(5, 40, 2000, (0.3, 0.5, 0.7), (noisy(3000), clean(3000))),
-    Plan(5, 40, 1000, (0.5,), (noisy(3000), clean(3000))),
-    Plan(3, 40, 1000, (0.5,), (noisy(3000), clean(3000))),
-    Plan(5, 40, 1000, (0.5,), (noisy(3000),)),
-    Plan(3, 40, 1000, (0.5,), (noisy(3000),)),
-    Plan(4, 30, 500, (0.5,), (noisy(2000),)),
-    Plan(3, 30, 500, (0.5,), (noisy(2000),)),
-    Plan(3, 30, 500, (0.5,), (noisy(1500),)),
-    Plan(4, 30, 200, (0.5,), (noisy(1000),)),
-    Plan(3, 30, 200, (0.5,), (noisy(1000),)),
-    Plan(3, 20, 100, (0.5,), (noisy(500),)),
+    Plan(5, 40, 2000, (noisy(6000), clean(6000))),
+    Plan(5, 40, 2000, (noisy(3000), clean(3000))),
+    Plan(5, 40, 1000, (noisy(3000), clean(3000))),
+    Plan(3, 40, 1000, (noisy(3000), clean(3000))),
+    Plan(5, 40, 1000, (noisy(3000),)),
+    Plan(3, 40, 1000, (noisy(3000),)),
+    Plan(3, 30, 200, (noisy(1000), clean(750))),
+    Plan(4, 30, 500, (noisy(2000),)),
+    Plan(3, 30, 500, (noisy(2000),)),
+    Plan(3, 30, 500, (noisy(1500),)),
+    Plan(4, 30, 200, (noisy(1000),)),
+    Plan(3, 30, 200, (noisy(1000),)),
+    Plan(3, 20, 100, (noisy(500),)),
 )
 
 LABELS = {"sharpbalance": "released (flattest)", "sharpbalance_paper": "paper (sharpest)", "random": "random"}
@@ -116,13 +120,12 @@ Measured = dict[str, dict[str, Ensemble]]  # by method, by seeds
 
 @dataclass(frozen=True)
 class Claim:
-    """A difference, one number for each ensemble, that is above 0 if the claim is right."""
+    """A difference, one number for each ensemble, that is above 0 if the claim is right; in percent if `percent`."""
 
     name: str
     text: str
-    unit: str
-    factor: float
     gap: Callable[[Measured, str], float]
+    percent: bool = True
 
 
 def difference(a: str, b: str, value: str) -> Callable[[Measured, str], float]:
@@ -137,92 +140,42 @@ def slope(found: Measured, seeds: str) -> float:
     return float(np.polyfit([np.log(v["sharpness"]) for v in values], [v["disagreement"] for v in values], 1)[0])
 
 
+def comparisons(number: str, text: str, a: str, b: str, **values: str) -> list[Claim]:
+    """Method a against b by several values, each by the name that the claim is to have."""
+    long = {"ensemble": "clean images: ensemble accuracy", "corrupted_ensemble": "corrupted images: ensemble accuracy"}
+    long["disagreement"] = "clean images: disagreement"
+    return [
+        Claim(f"{number}, {name}", f"{long[value]}, {text}", difference(a, b, value)) for name, value in values.items()
+    ]
+
+
+RELEASED, PAPER, RANDOM = "sharpbalance", "sharpbalance_paper", "random"
 CLAIMS = (
-    Claim("i", "over rho, sharper members are more diverse: slope of disagreement over log sharpness", "%", 100, slope),
+    Claim("i", "over rho, sharper members are more diverse: slope of disagreement over log sharpness", slope),
     Claim(
         "ii",
         "SAM lowers the gain of ensembling: EIR, deep ensemble - SAM",
-        "",
-        1,
         difference("deep_ensemble", "sam", "eir"),
+        percent=False,
     ),
-    Claim(
-        "iii, released",
-        "corrupted images: ensemble accuracy, SharpBalance (released) - SAM",
-        "%",
-        100,
-        difference("sharpbalance", "sam", "corrupted_ensemble"),
+    *comparisons("iii", "SharpBalance (released) - SAM", RELEASED, "sam", released="corrupted_ensemble"),
+    *comparisons("iii", "SharpBalance (paper) - SAM", PAPER, "sam", paper="corrupted_ensemble"),
+    *comparisons("iv", "SharpBalance (released) - SAM", RELEASED, "sam", released="ensemble"),
+    *comparisons("iv", "SharpBalance (paper) - SAM", PAPER, "sam", paper="ensemble"),
+    *comparisons(
+        "v", "sharpest (paper) - flattest (released)", PAPER, RELEASED, corrupted="corrupted_ensemble", clean="ensemble"
     ),
-    Claim(
-        "iii, paper",
-        "corrupted images: ensemble accuracy, SharpBalance (paper) - SAM",
-        "%",
-        100,
-        difference("sharpbalance_paper", "sam", "corrupted_ensemble"),
+    *comparisons(
+        "vi",
+        "SharpBalance (released) - random sets of its size",
+        RELEASED,
+        RANDOM,
+        corrupted="corrupted_ensemble",
+        clean="ensemble",
+        diversity="disagreement",
     ),
-    Claim(
-        "iv, released",
-        "clean images: ensemble accuracy, SharpBalance (released) - SAM",
-        "%",
-        100,
-        difference("sharpbalance", "sam", "ensemble"),
-    ),
-    Claim(
-        "iv, paper",
-        "clean images: ensemble accuracy, SharpBalance (paper) - SAM",
-        "%",
-        100,
-        difference("sharpbalance_paper", "sam", "ensemble"),
-    ),
-    Claim(
-        "v, corrupted",
-        "corrupted images: ensemble accuracy, sharpest (paper) - flattest (released)",
-        "%",
-        100,
-        difference("sharpbalance_paper", "sharpbalance", "corrupted_ensemble"),
-    ),
-    Claim(
-        "v, clean",
-        "clean images: ensemble accuracy, sharpest (paper) - flattest (released)",
-        "%",
-        100,
-        difference("sharpbalance_paper", "sharpbalance", "ensemble"),
-    ),
-    Claim(
-        "vi, corrupted",
-        "corrupted images: ensemble accuracy, SharpBalance (released) - random sets of its size",
-        "%",
-        100,
-        difference("sharpbalance", "random", "corrupted_ensemble"),
-    ),
-    Claim(
-        "vi, clean",
-        "clean images: ensemble accuracy, SharpBalance (released) - random sets of its size",
-        "%",
-        100,
-        difference("sharpbalance", "random", "ensemble"),
-    ),
-    Claim(
-        "vi, diversity",
-        "clean images: disagreement, SharpBalance (released) - random sets of its size",
-        "%",
-        100,
-        difference("sharpbalance", "random", "disagreement"),
-    ),
-    Claim(
-        "vii, released",
-        "clean images: disagreement, SharpBalance (released) - SAM",
-        "%",
-        100,
-        difference("sharpbalance", "sam", "disagreement"),
-    ),
-    Claim(
-        "vii, paper",
-        "clean images: disagreement, SharpBalance (paper) - SAM",
-        "%",
-        100,
-        difference("sharpbalance_paper", "sam", "disagreement"),
-    ),
+    *comparisons("vii", "SharpBalance (released) - SAM", RELEASED, "sam", released="disagreement"),
+    *comparisons("vii", "SharpBalance (paper) - SAM", PAPER, "sam", paper="disagreement"),
 )
 
 
@@ -245,7 +198,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--jobs",
         type=number(int, 1, 1024),
-        default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        default=cores(),
         metavar="K",
         help="commands side by side, each on one CPU thread (default: one for each core)",
     )
@@ -331,7 +284,7 @@ def _speed(width: int) -> float:
 
 def training_passes(setting: Setting, plan: Plan, kind: str) -> float:
     """Forward and backward passes of one image, for an ensemble of 3."""
-    # Of a SharpBalance run the second half has SAM on about two thirds of the images.
+    # Of a SharpBalance run the half after T_d (the others of SPLITS differ little) has SAM on two thirds of the images.
     passes = {"deep_ensemble": 1.0, "sam": 2.0, "sharpbalance": 0.5 * 2 + 0.5 * 1.67}[kind]
     return 3 * plan.epochs * (passes * setting.samples + FORWARD * VALIDATION) + 3 * 3 * FORWARD * TEST
 
@@ -341,20 +294,19 @@ def measuring_passes(plan: Plan) -> float:
     return 3 * (FORWARD * (TEST + 75 * plan.corrupted) + SHARPNESS_PASSES)
 
 
+def passes(setting: Setting, plan: Plan) -> float:
+    """All of a setting."""
+    runs = {"deep_ensemble": plan.ensembles, "sam": plan.ensembles * len(RHOS)}
+    runs["sharpbalance"] = 3 * plan.ensembles + len(KS) + len(SPLITS) - 2
+    trained = sum(count * training_passes(setting, plan, kind) for kind, count in runs.items())
+    return trained + plan.ensembles * METHODS * measuring_passes(plan)
+
+
 def estimate(plan: Plan, speed: dict[int, float], jobs: int) -> float:
     """Seconds that a plan takes."""
     seconds = 75 * plan.corrupted / 400 / jobs
     for setting in plan.settings:
-        train = sum(
-            count * training_passes(setting, plan, kind)
-            for kind, count in (
-                ("deep_ensemble", plan.ensembles),
-                ("sam", plan.ensembles * len(RHOS)),
-                ("sharpbalance", plan.ensembles * 3 + len(plan.ks) - 1),
-            )
-        )
-        measured = plan.ensembles * (5 + len(RHOS))
-        seconds += (train + measured * measuring_passes(plan)) / speed[setting.width] + 3 * STARTUP * measured / jobs
+        seconds += passes(setting, plan) / speed[setting.width] + 3 * STARTUP * plan.ensembles * METHODS / jobs
     return seconds
 
 
@@ -363,8 +315,6 @@ class Work:
 
     def __init__(self, args: argparse.Namespace, plan: Plan):
         self.args, self.plan = args, plan
-        self.started, self.finished, self.done = time.monotonic(), 0.0, 0.0
-        self.total = 0.0
         images = load_data("fashion_mnist", args.data_path)
         order = np.random.RandomState(0).permutation(len(images.train) + len(images.val))
         self.split = order[:VALIDATION], order[VALIDATION:]
@@ -375,9 +325,9 @@ class Work:
         args, plan = self.args, self.plan
         runs = args.runs / setting.name
         seeds = SEEDS[: plan.ensembles]
-        self.total = estimate_parts(setting, plan)
-        self.done = 0.0
-        self.started = time.monotonic()
+        # In passes: of the whole setting, of what is there, and of what was done since it was started.
+        self.total, self.done, self.finished, self.started = passes(setting, plan), 0.0, 0.0, time.monotonic()
+        self.counted: set[str] = set()  # a point of the grid may be asked for twice
         val, rest = self.split
         if setting.samples > len(rest):
             raise InputError(f"--data_path {args.data_path}: {len(rest)} training images, {setting.samples} are needed")
@@ -392,33 +342,41 @@ class Work:
         scores = {rho: statistics.mean(validation(runs / f"sam_{rho:g}_{s[:2]}") for s in seeds) for rho in RHOS}
         rho = max(RHOS, key=lambda one: scores[one])
 
-        def balance(k: float) -> list[str]:
-            return ["--sam", "--rho", f"{rho:g}", "--flat_ratio", f"{k:g}"]
+        def balance(k: float, t_d: int) -> list[str]:
+            return ["--sam", "--rho", f"{rho:g}", "--flat_ratio", f"{k:g}", "--initial_epochs", str(t_d)]
 
-        grid = {f"sharpbalance_{k:g}": balance(k) for k in plan.ks}
-        self.run_all(self.training(setting, name, seeds[0], flags) for name, flags in grid.items())
-        by_k = {k: validation(runs / f"sharpbalance_{k:g}_{seeds[0][:2]}") for k in plan.ks}
-        k = max(plan.ks, key=lambda one: by_k[one])
+        def search(grid: list[tuple[float, int]]) -> dict[tuple[float, int], float]:
+            names = {point: f"sharpbalance_{point[0]:g}_{point[1]}" for point in grid}
+            self.run_all(self.training(setting, names[point], seeds[0], balance(*point)) for point in grid)
+            return {point: validation(runs / f"{names[point]}_{seeds[0][:2]}") for point in grid}
 
+        by_k = search([(k, plan.epochs // 2) for k in KS])
+        k = max(by_k, key=by_k.__getitem__)[0]
+        by_split = search([(k, int(share * plan.epochs)) for share in SPLITS])
+        t_d = max(by_split, key=by_split.__getitem__)[1]
+
+        flags = balance(k, t_d)
         methods = {
-            f"sharpbalance_{k:g}": balance(k),
-            f"sharpbalance_paper_{k:g}": [*balance(k), "--partition", "paper"],
-            f"random_{k:g}": [*balance(k), "--select", "random", "--match_size"],
+            "sharpbalance": flags,
+            "sharpbalance_paper": [*flags, "--partition", "paper"],
+            "random": [*flags, "--select", "random", "--match_size"],
         }
-        self.run_all(self.training(setting, name, s, flags) for s in seeds for name, flags in methods.items())
+        found = {method: f"{method}_{k:g}_{t_d}" for method in methods}
+        self.run_all(
+            self.training(setting, found[method], s, flags) for s in seeds for method, flags in methods.items()
+        )
         # EoA is measured on the averages of the deep ensemble's runs, and needs none of its own.
-        names = {name: name for name in (*deep, *sam)} | {"eoa": "deep_ensemble"}
-        names |= {name.removesuffix(f"_{k:g}"): name for name in methods}
+        names = {name: name for name in (*deep, *sam)} | {"eoa": "deep_ensemble"} | found
         self.run_all(self.measuring(setting, method, name, s) for s in seeds for method, name in names.items())
         return {
-            "chosen": {"rho": rho, "k": k, "T_d": plan.epochs // 2},
+            "chosen": {"rho": rho, "k": k, "T_d": t_d},
             "validation": {
+                "deep ensemble": statistics.mean(validation(runs / f"deep_ensemble_{s[:2]}") for s in seeds),
                 "rho": {f"{r:g}": v for r, v in scores.items()},
-                "k": {f"{r:g}": v for r, v in by_k.items()},
+                "k": {f"{r:g}": v for (r, _), v in by_k.items()},
+                "T_d": {str(t): v for (_, t), v in by_split.items()},
             },
-            "mislabelled": self.wrong_labels(
-                setting, runs, {n: names[n] for n in ("sharpbalance", "sharpbalance_paper", "random")}, seeds
-            ),
+            "mislabelled": self.wrong_labels(setting, runs, found, seeds),
         }
 
     def corrupted(self) -> tuple:
@@ -466,6 +424,9 @@ class Work:
         with ThreadPoolExecutor(self.args.jobs) as pool:
             waiting = {}
             for done, commands, text, cost, folder in jobs:
+                if text in self.counted:
+                    continue
+                self.counted.add(text)
                 if done():
                     self.done += cost
                     continue
@@ -529,14 +490,6 @@ def _newer(path: Path, source: Path) -> bool:
     return path.is_file() and path.stat().st_mtime >= source.stat().st_mtime
 
 
-def estimate_parts(setting: Setting, plan: Plan) -> float:
-    """All passes of a setting."""
-    trained = {"deep_ensemble": 1, "sam": len(RHOS), "sharpbalance": 3}
-    passes = sum(plan.ensembles * count * training_passes(setting, plan, kind) for kind, count in trained.items())
-    passes += (len(plan.ks) - 1) * training_passes(setting, plan, "sharpbalance")
-    return passes + plan.ensembles * (5 + len(RHOS)) * measuring_passes(plan)
-
-
 def validation(folder: Path) -> float:
     """Accuracy of a run's ensemble on validation."""
     return load_json(folder / "summary.json")["last"]["ensemble"]["val_acc"]
@@ -590,13 +543,12 @@ def opening(about: dict) -> list[str]:
         "page, the tables and the figures from the JSON files beside it. Nothing here was written by hand.",
         "",
         f"{plan['ensembles']} ensembles of 3 members by each method; ResNet-18, {plan['epochs']} epochs, batch "
-        f"{BATCH}, learning rate 0.1 in steps, flips only, T_d = {plan['epochs'] // 2}; {about['validation_images']} "
-        f"validation and {about['test_images']} test images, and Fashion-MNIST-C of the first {plan['corrupted']} (15 "
-        "corruptions at 5 severities, by scripts/make_corrupted.py). Checkpoints: those of the end of training. rho"
-        + (" and k were" if len(plan["ks"]) > 1 else " was")
-        + " chosen by the ensemble accuracy on validation, of SAM"
-        + (" and of SharpBalance on the first seeds" if len(plan["ks"]) > 1 else f"; k = {plan['ks'][0]:g}")
-        + ", and used for all methods; nothing was chosen on test images.",
+        f"{BATCH}, learning rate 0.1 in steps, flips only; {about['validation_images']} validation and "
+        f"{about['test_images']} test images, and Fashion-MNIST-C of the first {plan['corrupted']} (15 corruptions at "
+        "5 severities, by scripts/make_corrupted.py). Checkpoints: those of the end of training. rho was chosen by the "
+        "ensemble accuracy of SAM on validation, k (the share of most extreme images that each member picks) and the "
+        "epoch T_d of the split by that of SharpBalance on the first seeds, and used for all methods; nothing was "
+        "chosen on test images.",
         "",
         f"{about['jobs']} single-thread processes on {machine['cpus']} cores ({machine['platform']}), torch "
         f"{machine['torch']}; about {about['estimated_seconds'] / 60:.0f} minutes by the estimate.",
@@ -611,31 +563,27 @@ def opening(about: dict) -> list[str]:
 def section(name: str, found: dict, plan: dict, measured: Measured) -> str:
     """One setting of the report."""
     setting = next(s for s in plan["settings"] if s["name"] == name)
-    chosen, lines = found["chosen"], []
+    chosen, tried, lines = found["chosen"], found["validation"], []
     lines += [f"## {name.replace('_', ' ').capitalize()}", ""]
     lines += [
         f"Width {setting['width']}, {setting['samples']} training images, "
         f"{100 * setting['label_noise']:g} % of them with a wrong label (training only). Ensemble accuracy on "
-        "validation: "
-        + ", ".join(f"rho {rho}: {100 * value:.2f} %" for rho, value in found["validation"]["rho"].items())
-        + f"; chosen: rho {chosen['rho']:g}"
-        + (
-            "; "
-            + ", ".join(f"k {k}: {100 * value:.2f} %" for k, value in found["validation"]["k"].items())
-            + f"; chosen: k {chosen['k']:g}."
-            if len(plan["ks"]) > 1
-            else f" (k {chosen['k']:g})."
-        ),
+        f"validation: deep ensemble {100 * tried['deep ensemble']:.2f} %; "
+        + "; ".join(
+            ", ".join(f"{name} {at}: {100 * value:.2f} %" for at, value in tried[name].items())
+            for name in ("rho", "k", "T_d")
+        )
+        + f"; chosen: rho {chosen['rho']:g}, k {chosen['k']:g}, T_d {chosen['T_d']}.",
         "",
         "| claim | | mean | 95 % interval | n | verdict |",
         "|---|---|---|---|---|---|",
     ]
     for claim in CLAIMS:
-        gaps = [claim.factor * claim.gap(measured, seeds) for seeds in sorted(measured["sam"])]
+        factor, digits, unit = (100, 2, "%") if claim.percent else (1, 3, "")
+        gaps = [factor * claim.gap(measured, seeds) for seeds in sorted(measured["sam"])]
         word, (low, high) = verdict(gaps)
-        digits = 2 if claim.unit else 3
         lines.append(
-            f"| {claim.name} | {claim.text} | {statistics.mean(gaps):+.{digits}f} {claim.unit} | [{low:.{digits}f}, "
+            f"| {claim.name} | {claim.text} | {statistics.mean(gaps):+.{digits}f} {unit} | [{low:.{digits}f}, "
             f"{high:.{digits}f}] | {len(gaps)} | **{word}** |"
         )
     lines.append("")

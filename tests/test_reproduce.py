@@ -72,13 +72,17 @@ def results(tmp_path):
             "ensembles": 3,
             "epochs": 10,
             "corrupted": 5,
-            "ks": [0.5],
             "settings": [{"name": "noisy_labels", "width": 8, "label_noise": 0.2, "samples": 100}],
         },
         "settings": {
             "noisy_labels": {
                 "chosen": {"rho": 0.1, "k": 0.5, "T_d": 5},
-                "validation": {"rho": {"0.1": 0.5, "0.2": 0.4}, "k": {"0.5": 0.5}},
+                "validation": {
+                    "deep ensemble": 0.45,
+                    "rho": {"0.1": 0.5, "0.2": 0.4},
+                    "k": {"0.3": 0.52, "0.5": 0.53},
+                    "T_d": {"2": 0.51, "5": 0.53},
+                },
                 "mislabelled": {
                     "all": 0.2,
                     **{m + s: 0.25 for m in reproduce.LABELS for s in ("", "_size")},
@@ -121,7 +125,8 @@ def test_report(results, monkeypatch):
     interval = stats.t.interval(0.95, 2, 0.0, 1 / 3**0.5)  # differences of 1, 0 and -1 points
     assert f"| +0.00 % | [{interval[0]:.2f}, {interval[1]:.2f}] | 3 | **undecided** |" in text
     assert "random sets of its size | +1.00 % | [1.00, 1.00] | 3 | **supported** |" in text
-    assert "rho 0.1: 50.00 %, rho 0.2: 40.00 %; chosen: rho 0.1 (k 0.5)" in text
+    assert "deep ensemble 45.00 %; rho 0.1: 50.00 %, rho 0.2: 40.00 %; k 0.3: 52.00 %, k 0.5: 53.00 %; " in text
+    assert "T_d 2: 51.00 %, T_d 5: 53.00 %; chosen: rho 0.1, k 0.5, T_d 5." in text
     assert "Of the training images 20.0 % have a wrong label" in text
     (results / "plan.json").unlink()
     with pytest.raises(InputError, match=r"plan\.json: missing"):
