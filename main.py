@@ -12,6 +12,7 @@ is.
 """
 
 import argparse
+import logging
 import math
 import os
 import sys
@@ -19,6 +20,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from models import MODELS, create_model
 from utils import InputError, distributed
@@ -297,7 +301,7 @@ def best_jobs(members: int, cores: int) -> int:
 
 
 def deal_out(args: argparse.Namespace) -> None:
-    """Become torchrun, which starts this command as `--jobs` processes; return where one process is enough."""
+    """Start this command as `--jobs` processes, as torchrun does, and end as they do; return where one is enough."""
     count = args.jobs
     if count == "auto":
         on_cpu = args.device == "cpu" or (args.device == "auto" and not torch.accelerator.is_available())
@@ -310,8 +314,17 @@ def deal_out(args: argparse.Namespace) -> None:
         print(f"note: {count} processes of {threads} threads share {cores()} cores", file=sys.stderr)
     # A number of threads that the user or the run has already chosen stands.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
+    # The reports of torchrun and of gloo on a failure, which the process that failed has told in a line.
+    logging.disable(logging.ERROR)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    try:
+        torchrun.run(torchrun.parse_args(["--standalone", "--nproc-per-node", str(count), *sys.argv]))
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        sys.exit(code if code > 0 else 128 - code)
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
+    sys.exit(0)
 
 
 def print_summary(rows: dict) -> None:

@@ -24,11 +24,9 @@ from utils.diversity import (
     mean_over_pairs,
     pairwise_js,
     pairwise_kl,
-    variance_by_sample,
 )
 from utils.metrics import (
     bootstrap_weights,
-    brier_by_sample,
     calibration_bins,
     ensemble_log_probs,
     fit_temperature,
@@ -139,17 +137,18 @@ def figures(
         "member_accuracy": correct.double().mean(dim=0),
         "ensemble_accuracy": (ensemble.argmax(dim=1) == labels).double(),
     }
-    draws: dict[str, Tensor] = {}
+    gaps = torch.zeros(len(labels), 0, dtype=torch.float64)
     by_size: dict[int, list[tuple[tuple[int, ...], dict[str, float]]]] = {}
     if {"predict", "disagreement"} & set(args.mode):
         probs = log_probs.exp()
+        label_logs = log_probs.gather(2, labels[:, None].expand(members, -1, 1))[:, :, 0]
         by_size = {
-            size: [(subset, subset_scores(log_probs, probs, labels, subset, args)) for subset in chosen]
+            size: [(subset, subset_scores(log_probs, probs, label_logs, labels, subset, args)) for subset in chosen]
             for size, chosen in subsets_by_size(members).items()
         }
 
     if "predict" in args.mode:
-        rows = [scores(member, labels, args.bins) for member in log_probs]
+        rows = [scores_of(*member, labels, args.bins) for member in zip(probs, -label_logs, strict=True)]
         for row, member, temperature in zip(rows, log_probs, temperatures["members"], strict=True):
             row["calibrated"] = scores(with_temperature(member, temperature), labels, args.bins)
         result["members"] = rows
@@ -157,22 +156,20 @@ def figures(
             "calibrated": scores(with_temperature(ensemble, temperatures["ensemble"]), labels, args.bins)
         }
         result["ensemble_by_size"] = {size: mean_of([row for _, row in rows]) for size, rows in by_size.items()}
-        label_column = labels[:, None]
-        columns["member_nll"] = -log_probs.gather(2, label_column.expand(members, -1, 1))[:, :, 0].mean(dim=0)
-        columns["ensemble_nll"] = -ensemble.gather(1, label_column)[:, 0]
+        columns["member_nll"] = -label_logs.mean(dim=0)
+        columns["ensemble_nll"] = -ensemble.gather(1, labels[:, None])[:, 0]
         confidence = ensemble.exp().max(dim=1).values
         gaps = torch.zeros(len(labels), args.bins, dtype=torch.float64)
         gaps[torch.arange(len(labels)), calibration_bins(confidence, args.bins)] = (
             columns["ensemble_accuracy"] - confidence
         )
-        draws["ensemble_ece"] = (weights @ gaps).abs().sum(dim=1)
 
     if "disagreement" in args.mode:
         predictions = log_probs.argmax(dim=2)
         matrix = disagreement(predictions)
         result["disagreement"] = {"matrix": matrix.tolist(), "mean": mean_over_pairs(matrix)}
-        result["variance_of_probabilities"] = variance_by_sample(probs).mean().item()
         distances = squared_distances(probs)
+        result["variance_of_probabilities"] = mean_over_pairs(distances) / 2
         errors = 1 - correct.double().mean(dim=1)
         # All pairs at once: of n_c members that predict class c, n_c (n_c - 1) ordered pairs agree.
         votes = torch.zeros(len(labels), log_probs.shape[2], dtype=torch.float64)
@@ -200,29 +197,29 @@ def figures(
     # For comparisons of two ensembles sample by sample: how many members are right, and whether the ensemble is.
     counts = {"members": correct.sum(dim=0), "ensemble": columns["ensemble_accuracy"].long()}
     result["right_of_samples"] = {name: pack_counts(count.numpy()) for name, count in counts.items()}
-    draws |= {name: weights @ column for name, column in columns.items()}
+    # One product: the resamples are larger than all that is resampled, and are read once.
+    drawn = weights @ torch.cat([torch.stack(list(columns.values()), dim=1), gaps], dim=1)
+    draws = dict(zip(columns, drawn.T, strict=False))
+    if "predict" in args.mode:
+        draws["ensemble_ece"] = drawn[:, len(columns) :].abs().sum(dim=1)
     result["rates"] = {name: column.mean().item() for name, column in columns.items()}
     return result, draws
 
 
 def scores(log_probs: Tensor, labels: Tensor, bins: int) -> dict[str, float]:
     """Accuracy, NLL, Brier score and ECE of log-probabilities [N, C]."""
-    confidence, prediction = log_probs.exp().max(dim=1)
-    return scores_of_samples(
-        prediction == labels,
-        -log_probs.gather(1, labels[:, None])[:, 0],
-        brier_by_sample(log_probs, labels),
-        confidence,
-        bins,
-    )
+    return scores_of(log_probs.exp(), -log_probs.gather(1, labels[:, None])[:, 0], labels, bins)
 
 
-def scores_of_samples(correct: Tensor, nll: Tensor, brier: Tensor, confidence: Tensor, bins: int) -> dict[str, float]:
-    """The same from what each sample contributes, all [N]."""
-    gap = correct.double() - confidence
-    sums = torch.zeros(bins, dtype=torch.float64).index_add_(0, calibration_bins(confidence, bins), gap)
+def scores_of(probs: Tensor, nll: Tensor, labels: Tensor, bins: int) -> dict[str, float]:
+    """The same from probabilities [N, C] and each sample's NLL [N], for which a probability may be too small."""
+    confidence, prediction = probs.max(dim=1)
+    correct = (prediction == labels).double()
+    brier = torch.linalg.vecdot(probs, probs) - 2 * torch.exp(-nll) + 1
+    sums = torch.zeros(bins, dtype=torch.float64)
+    sums.index_add_(0, calibration_bins(confidence, bins), correct - confidence)
     return {
-        "accuracy": correct.double().mean().item(),
+        "accuracy": correct.mean().item(),
         "nll": nll.mean().item(),
         "brier": brier.mean().item(),
         "ece": sums.abs().sum().item() / len(correct),
@@ -245,20 +242,19 @@ def subsets_by_size(members: int) -> dict[int, list[tuple[int, ...]]]:
 
 
 def subset_scores(
-    log_probs: Tensor, probs: Tensor, labels: Tensor, subset: tuple[int, ...], args: argparse.Namespace
+    log_probs: Tensor,
+    probs: Tensor,
+    label_logs: Tensor,
+    labels: Tensor,
+    subset: tuple[int, ...],
+    args: argparse.Namespace,
 ) -> dict[str, float]:
-    """Scores of the ensemble of some members, as `scores` of its log-probabilities, in one pass over its output."""
-    if args.average == "probs":
-        output = sum(probs[i] for i in subset) / len(subset)
-        # A probability may be too small for a float64: the label's comes from the logarithms.
-        at_label = log_probs.gather(2, labels[:, None].expand(len(probs), -1, 1))[list(subset), :, 0]
-        nll = math.log(len(subset)) - torch.logsumexp(at_label, dim=0)
-    else:
-        logs = ensemble_log_probs(log_probs[list(subset)], args.average)
-        output, nll = logs.exp(), -logs.gather(1, labels[:, None])[:, 0]
-    confidence, prediction = output.max(dim=1)
-    brier = torch.einsum("nc,nc->n", output, output) - 2 * torch.exp(-nll) + 1
-    return scores_of_samples(prediction == labels, nll, brier, confidence, args.bins)
+    """Scores of the ensemble of some members; label_logs are the members' log-probabilities of the labels [M, N]."""
+    if args.average == "logits":
+        return scores(ensemble_log_probs(log_probs[list(subset)], args.average), labels, args.bins)
+    output = sum(probs[i] for i in subset) / len(subset)
+    nll = math.log(len(subset)) - torch.logsumexp(label_logs[list(subset)], dim=0)
+    return scores_of(output, nll, labels, args.bins)
 
 
 def squared_distances(probs: Tensor) -> Tensor:
@@ -268,8 +264,8 @@ def squared_distances(probs: Tensor) -> Tensor:
     """
     matrix = torch.zeros(len(probs), len(probs), dtype=torch.float64)
     for i, j in itertools.combinations(range(len(probs)), 2):
-        gap = probs[i] - probs[j]
-        matrix[i, j] = matrix[j, i] = torch.einsum("nc,nc->", gap, gap) / len(gap)
+        gap = (probs[i] - probs[j]).flatten()
+        matrix[i, j] = matrix[j, i] = torch.dot(gap, gap) / probs.shape[1]
     return matrix
 
 

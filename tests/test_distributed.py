@@ -68,6 +68,12 @@ def test_jobs_give_the_same_bytes(whole, tmp_path):
     assert "rank 3" not in done.stdout
     assert results(tmp_path / "run") == results(whole)
     assert results(run(tmp_path / "run", [*FLAGS, "--jobs", "1"])) == results(whole)
+    done = subprocess.run([*command, "--rho", "0.2"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "main.py: error: --save_path " in done.stderr
+    assert done.stderr.count("main.py: error") == 1
+    assert "Traceback" not in done.stderr
+    assert results(tmp_path / "run") == results(whole)
 
 
 @pytest.mark.parametrize(

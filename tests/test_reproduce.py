@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from scripts import reproduce_fashion_mnist as reproduce
+from tests import files
 from tests.test_ensemble import ROOT
 from tests.test_summarize import SAM, write
 from utils import InputError, RunError
@@ -140,3 +141,35 @@ def test_the_report_in_the_repository_is_that_of_its_result_files(tmp_path, monk
     reproduce.report(Path("results/fashion_mnist"))
     for path in sorted((ROOT / "results" / "fashion_mnist").glob("*.md")):
         assert (tmp_path / path.relative_to(ROOT)).read_text() == path.read_text(), path.name
+
+
+@pytest.mark.slow
+def test_whole(tmp_path, monkeypatch, capsys):
+    """Everything, with two ensembles of tiny runs; given again it finds all done, and writes the same report."""
+    monkeypatch.chdir(tmp_path)
+    files.write_fashion_mnist(Path("data/fashion-mnist"), train=130)
+    monkeypatch.setattr(reproduce, "VALIDATION", 10)
+    monkeypatch.setattr(reproduce, "RHOS", (0.1,))
+    monkeypatch.setattr(reproduce, "KS", (0.5, 0.7))
+    monkeypatch.setattr(reproduce, "SPLITS", (0.25, 0.5))
+    monkeypatch.setattr(reproduce, "throughput", lambda width, jobs: SPEED[width])
+    setting = reproduce.Setting("noisy_labels", 2, 0.2, 100)
+    monkeypatch.setattr(reproduce, "PLANS", (reproduce.Plan(2, 4, 2, (setting,)),))
+    monkeypatch.setitem(SPEED, 2, 100.0)
+    reproduce.main(reproduce.parse_args(["--jobs", "2"]))
+    assert " 100%  about 0 min left" in capsys.readouterr().out
+    report = Path("results/fashion_mnist/README.md").read_text()
+    found = json.loads(Path("results/fashion_mnist/plan.json").read_text())["settings"]["noisy_labels"]
+    k, t_d = found["chosen"]["k"], found["chosen"]["T_d"]
+    assert found["validation"]["k"][str(k)] == max(found["validation"]["k"].values())
+    assert found["validation"]["T_d"][str(t_d)] == max(found["validation"]["T_d"].values())
+    for method, partition in (("sharpbalance", "released"), ("sharpbalance_paper", "paper")):
+        run = Path(f"runs/fashion_mnist/noisy_labels/{method}_{k}_{t_d}_21")
+        trained = json.loads((run / "args.json").read_text())
+        assert trained["partition"] == partition
+        assert trained["initial_epochs"] == t_d
+        assert trained["flat_ratio"] == k
+    assert report.count("| 2 | **") == len(reproduce.CLAIMS)
+    reproduce.main(reproduce.parse_args(["--jobs", "2"]))
+    assert "min left" not in capsys.readouterr().out
+    assert Path("results/fashion_mnist/README.md").read_text() == report

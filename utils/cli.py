@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -61,6 +62,8 @@ def _underscored(word: str) -> str:
 def fail(message: str, status: int) -> NoReturn:
     """Print `<script>: error: <message>` as one line on stderr and exit."""
     script = Path(sys.argv[0]).name or "python"
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(1)  # torchrun ends the other ranks once one has failed: what all would say is said once
     # The message may hold what stands in a file: that must not steer the terminal.
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
     print(f"{script}: error: {line}", file=sys.stderr)

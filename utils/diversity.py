@@ -89,10 +89,11 @@ def pairwise_kl(log_probs: Tensor) -> Tensor:
     Returns:
         float64 [M, M].
     """
-    logs = log_probs.double()
-    flat, probs = logs.flatten(1), logs.exp().flatten(1)
+    logs = log_probs.double().flatten(1)
+    probs = logs.exp()
     # A probability of exactly 0 contributes 0, also against one of 0.
-    flat = flat.clamp(min=torch.finfo(torch.float64).min / 4)
+    lowest = torch.finfo(torch.float64).min / 4
+    flat = logs if logs.amin() > lowest else logs.clamp(min=lowest)
     cross = probs @ flat.T  # sum_x sum_c p_i log p_j
     divergence = (cross.diagonal()[:, None] - cross) / log_probs.shape[1]
     return divergence.fill_diagonal_(0)
@@ -109,14 +110,17 @@ def pairwise_js(log_probs: Tensor) -> Tensor:
     Returns:
         float64 [M, M], symmetric, with diagonal 0.
     """
-    logs = log_probs.double()
-    members, samples = logs.shape[:2]
+    logs = log_probs.double().flatten(1)
+    members, samples = log_probs.shape[:2]
+    probs = logs.exp()
+    smallest = torch.finfo(torch.float64).tiny  # below it a probability counts as 0
+    if probs.amin() < smallest:
+        logs = torch.where(probs < smallest, 0.0, logs)
     result = torch.zeros(members, members, dtype=torch.float64)
-    half = torch.log(torch.tensor(2.0, dtype=torch.float64))
     for i in range(members):
         for j in range(i):
-            mixture = torch.logaddexp(logs[i], logs[j]) - half
-            halves = sum(torch.where(p == -torch.inf, 0.0, p.exp() * (p - mixture)).sum() for p in (logs[i], logs[j]))
+            mixture = torch.add(probs[i], probs[j]).div_(2).clamp_(min=smallest).log_()
+            halves = sum(torch.dot(probs[one], logs[one] - mixture) for one in (i, j))
             result[i, j] = result[j, i] = halves / 2 / samples
     return result
 
@@ -136,13 +140,9 @@ def ensemble_variance(outputs: Tensor) -> float:
     """
     if len(outputs) < 2:
         raise ValueError(f"{len(outputs)} member given, a variance needs two or more")
-    return variance_by_sample(outputs).mean().item()
-
-
-def variance_by_sample(outputs: Tensor) -> Tensor:
-    """The variance of each sample, float64 [N]."""
     values = outputs.double()
-    return (values - values.mean(dim=0)).square().sum(dim=(0, 2)) / (len(values) - 1)
+    by_sample = (values - values.mean(dim=0)).square().sum(dim=(0, 2)) / (len(values) - 1)
+    return by_sample.mean().item()
 
 
 def bias_and_variance(probs: Tensor, labels: Tensor) -> dict[str, float]:

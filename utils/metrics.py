@@ -42,14 +42,9 @@ def negative_log_likelihood(log_probs: Tensor, labels: Tensor) -> float:
 
 
 def brier_score(log_probs: Tensor, labels: Tensor) -> float:
-    """Mean over samples of sum_c (p_c - 1[c = label])^2, 0 to 2 (Brier, 1950)."""
-    return brier_by_sample(log_probs, labels).mean().item()
-
-
-def brier_by_sample(log_probs: Tensor, labels: Tensor) -> Tensor:
-    """sum_c (p_c - 1[c = label])^2 = sum_c p_c^2 - 2 p_label + 1 for each sample, float64 [N]."""
+    """Mean over samples of sum_c (p_c - 1[c = label])^2 = sum_c p_c^2 - 2 p_label + 1, 0 to 2 (Brier, 1950)."""
     probs = log_probs.double().exp()
-    return probs.square().sum(1) - 2 * probs.gather(1, labels[:, None])[:, 0] + 1
+    return (probs.square().sum(1) - 2 * probs.gather(1, labels[:, None])[:, 0] + 1).mean().item()
 
 
 def expected_calibration_error(probs: Tensor, labels: Tensor, n_bins: int = 15) -> float:
@@ -144,7 +139,7 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> list[float] | No
 
 def pack_counts(counts: np.ndarray) -> str:
     """Counts of samples, [N] and below 65,536, as text for a JSON file: base64 of the deflated uint16."""
-    return base64.b64encode(zlib.compress(np.asarray(counts, dtype="<u2").tobytes(), 9)).decode()
+    return base64.b64encode(zlib.compress(np.asarray(counts, dtype="<u2").tobytes())).decode()
 
 
 def unpack_counts(text: str) -> np.ndarray:
