@@ -84,9 +84,13 @@ def test_every_figure_has_names_and_units(figures):
         assert figure.legends, name
 
 
-def test_a_legend_is_inside_the_picture_and_off_the_axes(figures):
+def test_legends_and_labels_are_inside_the_picture_and_off_the_axes(figures):
     for name, figure in figures.items():
         figure.draw_without_rendering()
+        for axis in figure.axes:
+            label, panel = axis.yaxis.label.get_window_extent(), axis.get_window_extent()
+            assert label.x0 >= 0, name
+            assert label.height < 1.1 * panel.height, name
         for legend in figure.legends:
             box = legend.get_window_extent()
             assert box.x0 >= 0, name

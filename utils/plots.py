@@ -181,8 +181,8 @@ def theorem(rows: list[Row], along: str) -> Figure:
             axis.set_yscale("log")
     if number == 1:
         _plain_ticks(axes[0, 1].yaxis, (1, 3))
-    axes[1, 0].set(xlabel=label, ylabel="deviation from formula  [%]")
-    axes[1, 1].set(xlabel=label, ylabel="deviation from bound  [%]")
+    axes[1, 0].set(xlabel=label, ylabel="deviation from\nformula  [%]")
+    axes[1, 1].set(xlabel=label, ylabel="deviation from\nbound  [%]")
     for axis in axes[1]:
         axis.axhline(0, color="black", linewidth=0.9)
         axis.xaxis.set_major_locator(MaxNLocator(8, integer=along == "k", steps=[1, 2, 5, 10]))

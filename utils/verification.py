@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from utils.theory import (
     largest_stable_rho,
@@ -105,6 +106,9 @@ TRAINED: dict[str, dict[str, Any]] = {
 }
 
 
+# The matrices are small: more threads gain nothing on an idle machine, take ten times as long on a busy one, and change
+# the order of sums.
+@threadpool_limits.wrap(limits=1, user_api="blas")
 def simulate_all(data_sets: int = 20, progress: Callable[[list], Iterable] = iter) -> dict[str, list[Row]]:
     """Simulate every setting of `GRIDS` and `TRAINED`; the same call gives the same rows.
 
