@@ -20,9 +20,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed import run as torchrun
-from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from models import MODELS, create_model
 from utils import InputError, distributed
@@ -34,6 +31,7 @@ from utils.cli import (
     add_data_options,
     add_flag,
     cores,
+    fail,
     number,
     path,
     run,
@@ -287,17 +285,17 @@ def jobs(text: str) -> str | int:
     return text if text == "auto" else number(int, 1, 1024)(text)
 
 
-def best_jobs(members: int, cores: int) -> int:
-    """How many processes of cores // K threads train an ensemble soonest on a CPU; of equal ones the fewest.
+def best_jobs(members: int, available: int) -> int:
+    """How many processes of available // K threads train an ensemble soonest on a CPU; of equal ones the fewest.
 
     A member of small width takes t(n) ~ n^-0.6 with n threads: two threads are 1.5 times as fast as one. K processes
     train the members in ceil(members / K) rounds.
     """
 
     def duration(count: int) -> float:
-        return math.ceil(members / count) * (cores // count) ** -0.6
+        return math.ceil(members / count) * (available // count) ** -0.6
 
-    return min(range(1, min(members, cores) + 1), key=lambda count: (round(duration(count), 9), count))
+    return min(range(1, min(members, available) + 1), key=lambda count: (round(duration(count), 9), count))
 
 
 def deal_out(args: argparse.Namespace) -> None:
@@ -314,14 +312,21 @@ def deal_out(args: argparse.Namespace) -> None:
         print(f"note: {count} processes of {threads} threads share {cores()} cores", file=sys.stderr)
     # A number of threads that the user or the run has already chosen stands.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
+    # Imported here because on macOS it prints a note.
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     # The reports of torchrun and of gloo on a failure, which the process that failed has told in a line.
     logging.disable(logging.ERROR)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     try:
         torchrun.run(torchrun.parse_args(["--standalone", "--nproc-per-node", str(count), *sys.argv]))
     except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        sys.exit(code if code > 0 else 128 - code)
+        number, failure = error.get_first_failure()
+        if failure.exitcode < 0:  # killed, for instance for its memory: it could not tell
+            fail(f"rank {number} was ended by signal {-failure.exitcode}; the same command goes on", 1)
+        sys.exit(failure.exitcode)
     except SignalException as error:
         sys.exit(128 + error.sigval)
     sys.exit(0)
@@ -386,5 +391,5 @@ def _threads_of(args: argparse.Namespace) -> int | None:
 
 if __name__ == "__main__":
     arguments = parse_args()
-    deal_out(arguments)
+    run(deal_out, arguments)
     run(main, arguments)

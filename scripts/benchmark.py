@@ -407,7 +407,7 @@ CASES: dict[str, tuple[Callable[[], Timed], dict[str, float | None]]] = {
     "step100": (lambda: step(1.0), {"passes": 1.05}),
     "epoch8": (lambda: epoch(8), {"steps": 1.05}),
     "epoch16": (lambda: epoch(16), {"steps": 1.05}),
-    "jobs": (jobs, {"in turn": 1}),
+    "jobs": (jobs, {"in turn": None}),
     "optimizer": (optimizer, {"copy": 1.5}),
     "checkpoint": (checkpoint, {"writing": None}),
     "loading": (loading, {"DataLoader": 1 / 15, "copy": 4}),
@@ -431,7 +431,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--only", choices=CASES, nargs="+", help="cases to run (default: all)")
     parser.add_argument("--repeats", type=number(int, 3), default=9, metavar="N", help="timed repeats of each function")
-    add_flag(parser, "quick", "3 repeats, without the cases of width 64: two minutes")
+    add_flag(parser, "quick", "3 repeats, without the slow cases of width 64: two minutes")
     parser.add_argument("--threads", type=number(int, 1), metavar="N", help="CPU threads (default: one for each core)")
     parser.add_argument("--save", type=Path, default=Path("runs/benchmark"), metavar="DIR", help="folder of the JSON")
     add_flag(parser, "check", "exit with status 1 if a ratio misses its target")

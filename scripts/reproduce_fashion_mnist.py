@@ -5,8 +5,9 @@
 Chooses the largest of `PLANS` that fits into --minutes, by the speed that it measures first, and says what it will do.
 Then, in each setting (clean labels; a fifth of the training labels wrong): trains a deep ensemble and SAM ensembles
 over `RHOS`; takes rho by SAM's ensemble accuracy on validation, then k of `KS` and T_d of `SPLITS` by that of
-SharpBalance on the first seeds; trains SharpBalance by both readings and SAM on random sets of its size; measures all
-on test images, clean and corrupted; compares the ensembles of the same seeds; and gives a verdict on each of `CLAIMS`.
+SharpBalance (released) on the first seeds; trains SharpBalance by both readings and SAM on random sets of its size;
+measures all on test images, clean and corrupted; compares the ensembles of the same seeds; and gives a verdict on each
+of `CLAIMS`.
 
 Runs go to runs/fashion_mnist, measurements to measurements/fashion_mnist, and what a reader needs, without weights, to
 results/fashion_mnist. The same command goes on where it was. --redraw makes tables, figures and verdicts anew from the
@@ -16,6 +17,7 @@ result files alone.
 import argparse
 import io
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -51,13 +53,12 @@ SEEDS = ("11 12 13", "21 22 23", "31 32 33", "41 42 43", "51 52 53")
 RHOS = (0.05, 0.1, 0.2)
 KS = (0.3, 0.5, 0.7)
 SPLITS = (0.25, 0.5, 0.75)
-METHODS = len(RHOS) + 5  # that are measured: deep ensemble, EoA, SharpBalance twice, random sets
 VALIDATION, TEST, CLASSES = 500, 10_000, 10
 BATCH = 64
 # One forward pass costs a third of a forward and a backward pass, in which the costs are counted.
 FORWARD = 1 / 3
 SHARPNESS_PASSES = 20 * 20 * 5  # iterations, batches, images
-STARTUP = 5.0  # seconds of a command
+STARTUP = 7.0  # seconds of a command besides
 
 
 @dataclass(frozen=True)
@@ -212,11 +213,14 @@ def main(args: argparse.Namespace) -> None:
     """Choose the plan, carry it out, and report."""
     if not args.redraw:
         plan, about = choose(args)
-        work = Work(args, plan)
-        sets = {setting.name: work.carry_out(setting) for setting in plan.settings}
+        work, sets = Work(args, plan, {int(width): images for width, images in about["speed"].items()}), {}
         args.results.mkdir(parents=True, exist_ok=True)
-        write_json(args.results / "plan.json", about | {"settings": sets})
-    report(args.results)
+        for setting in plan.settings:
+            sets[setting.name] = work.carry_out(setting)
+            write_json(args.results / "plan.json", about | {"settings": sets})
+            report(args.results)
+    else:
+        report(args.results)
 
 
 def choose(args: argparse.Namespace) -> tuple[Plan, dict]:
@@ -224,11 +228,11 @@ def choose(args: argparse.Namespace) -> tuple[Plan, dict]:
     data = load_data("fashion_mnist", args.data_path, download=args.download)
     if len(data.test) != TEST:
         print(f"note: {len(data.test)} test images instead of {TEST}", file=sys.stderr)
-    begun = args.runs / "plan.json"
+    begun, grid = args.runs / "plan.json", {"rho": [*RHOS], "k": [*KS], "T_d": [*SPLITS]}
     if begun.is_file():
         try:
             about = load_json(begun)
-            plan = next(plan for plan in PLANS if json.loads(json.dumps(asdict(plan))) == about["plan"])
+            plan = next(p for p in PLANS if [json.loads(json.dumps(asdict(p))), grid] == [about["plan"], about["grid"]])
         except (OSError, ValueError, LookupError, TypeError, StopIteration) as error:
             raise InputError(f"{begun}: no plan of this script; remove {args.runs}, or give another --runs") from error
         print(f"going on with the plan in {begun}: {describe(plan)}")
@@ -248,7 +252,7 @@ def choose(args: argparse.Namespace) -> tuple[Plan, dict]:
         f"minutes takes about {costs[index] / 60:.0f}: {describe(PLANS[index])}",
         flush=True,
     )
-    about = {"plan": asdict(PLANS[index]), "speed": speed, "jobs": args.jobs}
+    about = {"plan": asdict(PLANS[index]), "grid": grid, "speed": speed, "jobs": args.jobs}
     about |= {"estimated_seconds": round(costs[index]), "environment": environment(torch.device("cpu"))}
     about |= {"validation_images": VALIDATION, "test_images": len(data.test)}
     args.runs.mkdir(parents=True, exist_ok=True)
@@ -294,27 +298,36 @@ def measuring_passes(plan: Plan) -> float:
     return 3 * (FORWARD * (TEST + 75 * plan.corrupted) + SHARPNESS_PASSES)
 
 
-def passes(setting: Setting, plan: Plan) -> float:
-    """All of a setting."""
-    runs = {"deep_ensemble": plan.ensembles, "sam": plan.ensembles * len(RHOS)}
-    runs["sharpbalance"] = 3 * plan.ensembles + len(KS) + len(SPLITS) - 2
-    trained = sum(count * training_passes(setting, plan, kind) for kind, count in runs.items())
-    return trained + plan.ensembles * METHODS * measuring_passes(plan)
+def stages(setting: Setting, plan: Plan) -> list[tuple[int, float]]:
+    """What is done in a setting, one after another: how many commands side by side, and the passes of all of them."""
+    deep, sam, balance = (training_passes(setting, plan, kind) for kind in ("deep_ensemble", "sam", "sharpbalance"))
+    measured = plan.ensembles * (len(RHOS) + 5)  # SAM; deep ensemble, EoA, SharpBalance twice, random sets
+    return [
+        (plan.ensembles * (1 + len(RHOS)), plan.ensembles * (deep + len(RHOS) * sam)),
+        *((count, count * balance) for count in (len(KS), len(SPLITS) - 1, 3 * plan.ensembles - 1)),
+        (measured, measured * measuring_passes(plan)),
+    ]
 
 
 def estimate(plan: Plan, speed: dict[int, float], jobs: int) -> float:
-    """Seconds that a plan takes."""
+    """Seconds that a plan takes; at the end of a stage there may be less to do than there are jobs."""
     seconds = 75 * plan.corrupted / 400 / jobs
     for setting in plan.settings:
-        seconds += passes(setting, plan) / speed[setting.width] + 3 * STARTUP * plan.ensembles * METHODS / jobs
+        for count, passes in stages(setting, plan):
+            rounds = math.ceil(count / jobs)
+            seconds += rounds * (STARTUP + jobs * passes / max(count, 1) / speed[setting.width])
     return seconds
 
 
 class Work:
     """Commands, several side by side; what is finished is not done again."""
 
-    def __init__(self, args: argparse.Namespace, plan: Plan):
-        self.args, self.plan = args, plan
+    def __init__(self, args: argparse.Namespace, plan: Plan, speed: dict[int, float]):
+        self.args, self.plan, self.speed = args, plan, speed
+        # In seconds of one job after another: of all, of what is there, and of what was done since the start.
+        self.total = sum(p / speed[s.width] for s in plan.settings for _, p in stages(s, plan))
+        self.done, self.finished, self.started = 0.0, 0.0, time.monotonic()
+        self.counted: set[str] = set()  # a point of the grid may be asked for twice
         images = load_data("fashion_mnist", args.data_path)
         order = np.random.RandomState(0).permutation(len(images.train) + len(images.val))
         self.split = order[:VALIDATION], order[VALIDATION:]
@@ -325,9 +338,6 @@ class Work:
         args, plan = self.args, self.plan
         runs = args.runs / setting.name
         seeds = SEEDS[: plan.ensembles]
-        # In passes: of the whole setting, of what is there, and of what was done since it was started.
-        self.total, self.done, self.finished, self.started = passes(setting, plan), 0.0, 0.0, time.monotonic()
-        self.counted: set[str] = set()  # a point of the grid may be asked for twice
         val, rest = self.split
         if setting.samples > len(rest):
             raise InputError(f"--data_path {args.data_path}: {len(rest)} training images, {setting.samples} are needed")
@@ -346,7 +356,7 @@ class Work:
             return ["--sam", "--rho", f"{rho:g}", "--flat_ratio", f"{k:g}", "--initial_epochs", str(t_d)]
 
         def search(grid: list[tuple[float, int]]) -> dict[tuple[float, int], float]:
-            names = {point: f"sharpbalance_{point[0]:g}_{point[1]}" for point in grid}
+            names = {point: f"sharpbalance_{rho:g}_{point[0]:g}_{point[1]}" for point in grid}
             self.run_all(self.training(setting, names[point], seeds[0], balance(*point)) for point in grid)
             return {point: validation(runs / f"{names[point]}_{seeds[0][:2]}") for point in grid}
 
@@ -361,7 +371,7 @@ class Work:
             "sharpbalance_paper": [*flags, "--partition", "paper"],
             "random": [*flags, "--select", "random", "--match_size"],
         }
-        found = {method: f"{method}_{k:g}_{t_d}" for method in methods}
+        found = {method: f"{method}_{rho:g}_{k:g}_{t_d}" for method in methods}
         self.run_all(
             self.training(setting, found[method], s, flags) for s in seeds for method, flags in methods.items()
         )
@@ -398,7 +408,7 @@ class Work:
         command += ["--epochs", self.plan.epochs, "--batch_size", BATCH, "--augmentation", "flip", "--threads", 1]
         command += ["--label_noise", setting.label_noise, "--seed", seeds, "--save_path", folder, *flags]
         kind = name.split("_")[0].replace("random", "sharpbalance").replace("deep", "deep_ensemble")
-        cost = training_passes(setting, self.plan, kind)
+        cost = training_passes(setting, self.plan, kind) / self.speed[setting.width]
         return (lambda: (folder / "summary.json").is_file()), [command], f"trained {folder}", cost, folder.parent
 
     def measuring(self, setting: Setting, method: str, name: str, seeds: str) -> tuple:
@@ -414,10 +424,8 @@ class Work:
             ["measure_sharpness.py", *common, "--mode", "APGD_worst", "--norms", "l2", "--batch_num", 20],
             [lambda: keep(folder, kept)],
         ]
-        cost = measuring_passes(self.plan)
-        # Result files may lie there that are not of this run: those of a clone, or of another plan.
-        trained = source / "summary.json"
-        return (lambda: _newer(kept / "sharpness.json", trained)), commands, f"measured {folder}", cost, folder.parent
+        cost = measuring_passes(self.plan) / self.speed[setting.width]
+        return (lambda: _is_of(kept / "sharpness.json", source)), commands, f"measured {folder}", cost, folder.parent
 
     def run_all(self, jobs: Iterable[tuple]) -> None:
         """Carry out commands side by side, and say how far it is."""
@@ -460,9 +468,11 @@ class Work:
         self.done += cost
         self.finished += cost
         elapsed = time.monotonic() - self.started
-        left = elapsed / self.finished * (self.total - self.done) if self.finished else 0.0
-        share = min(self.done / self.total, 1.0)
-        print(f"{time.strftime('%H:%M')}  {share:4.0%}  about {max(left, 0) / 60:.0f} min left  {text}", flush=True)
+        share = f"{min(self.done / self.total, 1.0):4.0%}"
+        if self.finished:
+            left = elapsed / self.finished * (self.total - self.done)
+            share += f"  about {max(left, 0) / 60:.0f} min left"
+        print(f"{time.strftime('%H:%M')}  {share}  {text}", flush=True)
 
     def wrong_labels(self, setting: Setting, runs: Path, names: dict[str, str], seeds: tuple[str, ...]) -> dict:
         """Which share of a SAM set has wrong labels, mean over members; all: of the training images."""
@@ -486,8 +496,13 @@ def _has_images(folder: Path, count: int) -> bool:
         return False
 
 
-def _newer(path: Path, source: Path) -> bool:
-    return path.is_file() and path.stat().st_mtime >= source.stat().st_mtime
+def _is_of(path: Path, source: Path) -> bool:
+    """Whether a result file is of this run: those of a clone, or of another plan, may lie there as well."""
+    try:
+        newer = path.stat().st_mtime >= (source / "summary.json").stat().st_mtime
+        return newer and load_json(path)["members"][0]["path"].startswith(f"{source}{os.sep}")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
 
 
 def validation(folder: Path) -> float:
@@ -510,6 +525,14 @@ def report(results: Path) -> None:
         about = load_json(results / "plan.json")
     except (OSError, ValueError) as error:
         raise InputError(f"{results / 'plan.json'}: missing or not readable; run the experiment first") from error
+    try:
+        known = all(
+            {"deep ensemble", "rho", "k", "T_d"} <= set(one["validation"]) for one in about["settings"].values()
+        )
+    except (LookupError, TypeError, AttributeError):
+        known = False
+    if not known:
+        raise InputError(f"{results / 'plan.json'}: not of this version; run the experiment again")
     parts = []
     for name, found in about["settings"].items():
         sam = f"sam_{found['chosen']['rho']:g}"
@@ -536,6 +559,7 @@ def report(results: Path) -> None:
 def opening(about: dict) -> list[str]:
     """What the report begins with."""
     plan, machine = about["plan"], about["environment"]
+    missing = [setting["name"] for setting in plan["settings"] if setting["name"] not in about["settings"]]
     return [
         "# The paper's claims on Fashion-MNIST",
         "",
@@ -547,11 +571,12 @@ def opening(about: dict) -> list[str]:
         f"{about['test_images']} test images, and Fashion-MNIST-C of the first {plan['corrupted']} (15 corruptions at "
         "5 severities, by scripts/make_corrupted.py). Checkpoints: those of the end of training. rho was chosen by the "
         "ensemble accuracy of SAM on validation, k (the share of most extreme images that each member picks) and the "
-        "epoch T_d of the split by that of SharpBalance on the first seeds, and used for all methods; nothing was "
-        "chosen on test images.",
+        "epoch T_d of the split by that of SharpBalance (released) on the first seeds, and used for all methods; "
+        "nothing was chosen on test images.",
         "",
-        f"{about['jobs']} single-thread processes on {machine['cpus']} cores ({machine['platform']}), torch "
-        f"{machine['torch']}; about {about['estimated_seconds'] / 60:.0f} minutes by the estimate.",
+        f"{about['jobs']} single-thread processes on {machine['cpus']} cores, torch {machine['torch']}; about "
+        f"{about['estimated_seconds'] / 60:.0f} minutes by the estimate."
+        + (f" Not finished: {', '.join(missing).replace('_', ' ')}." if missing else ""),
         "",
         "A claim is *supported* where Student's 95 % interval of the mean over ensembles (of the difference between "
         "ensembles of the same seeds) lies above 0, *contradicted* where it lies below, else *undecided*. "
@@ -564,16 +589,17 @@ def section(name: str, found: dict, plan: dict, measured: Measured) -> str:
     """One setting of the report."""
     setting = next(s for s in plan["settings"] if s["name"] == name)
     chosen, tried, lines = found["chosen"], found["validation"], []
+
+    def listed(name: str) -> str:
+        return ", ".join(f"{name} {at}: {100 * value:.2f} %" for at, value in tried[name].items())
+
     lines += [f"## {name.replace('_', ' ').capitalize()}", ""]
     lines += [
         f"Width {setting['width']}, {setting['samples']} training images, "
         f"{100 * setting['label_noise']:g} % of them with a wrong label (training only). Ensemble accuracy on "
-        f"validation: deep ensemble {100 * tried['deep ensemble']:.2f} %; "
-        + "; ".join(
-            ", ".join(f"{name} {at}: {100 * value:.2f} %" for at, value in tried[name].items())
-            for name in ("rho", "k", "T_d")
-        )
-        + f"; chosen: rho {chosen['rho']:g}, k {chosen['k']:g}, T_d {chosen['T_d']}.",
+        f"validation: deep ensemble {100 * tried['deep ensemble']:.2f} %; SAM, {listed('rho')}; SharpBalance "
+        f"(released), first seeds alone, {listed('k')}, {listed('T_d')}; chosen: rho {chosen['rho']:g}, k "
+        f"{chosen['k']:g}, T_d {chosen['T_d']}.",
         "",
         "| claim | | mean | 95 % interval | n | verdict |",
         "|---|---|---|---|---|---|",

@@ -32,9 +32,14 @@ def test_plans_are_the_largest_first():
     costs = [reproduce.estimate(plan, SPEED, jobs=2) for plan in reproduce.PLANS]
     assert costs == sorted(costs, reverse=True)
     assert all(plan.ensembles >= 3 for plan in reproduce.PLANS)
-    assert costs[0] == pytest.approx(
-        2 * reproduce.estimate(reproduce.PLANS[0], {w: 2 * s for w, s in SPEED.items()}, 4)
-    )
+    assert costs[0] > reproduce.estimate(reproduce.PLANS[0], {w: 32 * s for w, s in SPEED.items()}, 64) * 32 / 3
+    # Where there are more jobs than commands, the five stages take as long as their longest commands.
+    many = reproduce.estimate(reproduce.PLANS[-1], {w: 1000 * s for w, s in SPEED.items()}, 1000)
+    (setting,) = reproduce.PLANS[-1].settings
+    longest = [
+        passes / count / SPEED[setting.width] for count, passes in reproduce.stages(setting, reproduce.PLANS[-1])
+    ]
+    assert many == pytest.approx(sum(longest) + 5 * reproduce.STARTUP, rel=0.01)
 
 
 def test_the_plan_that_fits_is_kept(tmp_path, monkeypatch, capsys):
@@ -126,9 +131,13 @@ def test_report(results, monkeypatch):
     interval = stats.t.interval(0.95, 2, 0.0, 1 / 3**0.5)  # differences of 1, 0 and -1 points
     assert f"| +0.00 % | [{interval[0]:.2f}, {interval[1]:.2f}] | 3 | **undecided** |" in text
     assert "random sets of its size | +1.00 % | [1.00, 1.00] | 3 | **supported** |" in text
-    assert "deep ensemble 45.00 %; rho 0.1: 50.00 %, rho 0.2: 40.00 %; k 0.3: 52.00 %, k 0.5: 53.00 %; " in text
-    assert "T_d 2: 51.00 %, T_d 5: 53.00 %; chosen: rho 0.1, k 0.5, T_d 5." in text
+    assert "deep ensemble 45.00 %; SAM, rho 0.1: 50.00 %, rho 0.2: 40.00 %; SharpBalance (released), " in text
+    assert "first seeds alone, k 0.3: 52.00 %, k 0.5: 53.00 %, T_d 2: 51.00 %, T_d 5: 53.00 %; chosen: " in text
+    assert "chosen: rho 0.1, k 0.5, T_d 5." in text
     assert "Of the training images 20.0 % have a wrong label" in text
+    (results / "plan.json").write_text('{"settings": {"noisy_labels": {"validation": {"rho": {}}}}}')
+    with pytest.raises(InputError, match=r"plan\.json: not of this version; run the experiment again"):
+        reproduce.report(results)
     (results / "plan.json").unlink()
     with pytest.raises(InputError, match=r"plan\.json: missing"):
         reproduce.report(results)
@@ -164,7 +173,7 @@ def test_whole(tmp_path, monkeypatch, capsys):
     assert found["validation"]["k"][str(k)] == max(found["validation"]["k"].values())
     assert found["validation"]["T_d"][str(t_d)] == max(found["validation"]["T_d"].values())
     for method, partition in (("sharpbalance", "released"), ("sharpbalance_paper", "paper")):
-        run = Path(f"runs/fashion_mnist/noisy_labels/{method}_{k}_{t_d}_21")
+        run = Path(f"runs/fashion_mnist/noisy_labels/{method}_0.1_{k}_{t_d}_21")
         trained = json.loads((run / "args.json").read_text())
         assert trained["partition"] == partition
         assert trained["initial_epochs"] == t_d

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sharpness of the members of a saved ensemble, by the authors' protocol.
+# Sharpness of the members of a saved ensemble, on as many images and in balls of the radius of the authors' protocol.
 # RESUME and DATA_PATH may be set in the environment; further arguments go to measure_sharpness.py.
 set -euo pipefail
 RESUME=${RESUME:-runs/cifar100_sharpbalance}
