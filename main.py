@@ -323,9 +323,9 @@ def deal_out(args: argparse.Namespace) -> None:
     try:
         torchrun.run(torchrun.parse_args(["--standalone", "--nproc-per-node", str(count), *sys.argv]))
     except ChildFailedError as error:
-        number, failure = error.get_first_failure()
+        which, failure = error.get_first_failure()
         if failure.exitcode < 0:  # killed, for instance for its memory: it could not tell
-            fail(f"rank {number} was ended by signal {-failure.exitcode}; the same command goes on", 1)
+            fail(f"rank {which} was ended by signal {-failure.exitcode}; the same command goes on", 1)
         sys.exit(failure.exitcode)
     except SignalException as error:
         sys.exit(128 + error.sigval)

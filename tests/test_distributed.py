@@ -11,6 +11,8 @@ import time
 
 import numpy as np
 import pytest
+import torch.distributed.run as torchrun_module
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import main
 from tests.test_ensemble import ROOT, TINY, results, run
@@ -172,3 +174,18 @@ def test_a_refusal_on_rank_0_ends_all(whole, tmp_path):
     status, output = torchrun(whole, "--nproc-per-node 2", flags=[*FLAGS, "--rho", "0.3"])
     assert status != 0
     assert "--rho 0.3 here, 0.1 there" in output
+
+
+@pytest.mark.parametrize(("exitcode", "status", "message"), [(-9, 1, "rank 1 was ended by signal 9"), (2, 2, "")])
+def test_jobs_end_as_their_process_that_failed(exitcode, status, message, monkeypatch, capsys):
+    def run(args):
+        raise ChildFailedError("main.py", {1: ProcessFailure(1, 1, exitcode, "none")})
+
+    monkeypatch.setattr(torchrun_module, "run", run)
+    monkeypatch.setattr(main.logging, "disable", lambda level: None)
+    for name in ("OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL"):
+        monkeypatch.setenv(name, os.environ.get(name, "1"))
+    with pytest.raises(SystemExit) as stop:
+        main.deal_out(main.parse_args(["--seed", "1", "2", "--jobs", "2", "--threads", "1"]))
+    assert stop.value.code == status
+    assert message in capsys.readouterr().err

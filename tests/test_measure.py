@@ -17,6 +17,7 @@ from tests import files, reference
 from utils import cli
 from utils.checkpoint import load_model, save_checkpoint
 from utils.data import CORRUPTIONS, load_data
+from utils.metrics import bootstrap_weights
 
 SCRIPTS = {
     "diversity": measure_diversity,
@@ -507,3 +508,20 @@ def test_bad_corrupted_sets(saved, tmp_path, capsys):
         np.save(corrupted / "labels.npy", bad)
         assert "labels.npy" in refused(capsys, "diversity", *split, "--corruptions", "fog")
     assert not list((tmp_path / "out").rglob("*.json"))
+
+
+def test_draws_of_the_calibration_error():
+    """Each resample's ECE by a loop over bins, whatever other columns are drawn beside it."""
+    random = np.random.default_rng(0)
+    logits, labels = torch.from_numpy(random.normal(0, 2, (2, 40, 3))), torch.from_numpy(random.integers(0, 3, 40))
+    args = measure_diversity.parse_args(["--resume", "x", "--mode", "predict,disagreement", "--bins", "5"])
+    weights = bootstrap_weights(40, 6)
+    _, draws = measure_diversity.figures(args, logits, labels, [], {"members": [1.0, 1.0], "ensemble": 1.0}, weights)
+    confidence, prediction = torch.softmax(logits, 2).mean(0).max(1)
+    for weight, drawn in zip(weights, draws["ensemble_ece"], strict=True):
+        error = 0.0
+        for low in range(5):
+            inside = (confidence >= low / 5) & (confidence < (low + 1) / 5)
+            error += abs((weight * ((prediction == labels).double() - confidence))[inside].sum().item())
+        assert drawn.item() == pytest.approx(error, rel=1e-9)
+    assert draws["disagreement"].shape == (6,)
