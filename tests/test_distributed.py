@@ -181,6 +181,8 @@ def test_jobs_end_as_their_process_that_failed(exitcode, status, message, monkey
     def run(args):
         raise ChildFailedError("main.py", {1: ProcessFailure(1, 1, exitcode, "none")})
 
+    # torchrun reads the program from here, which under pytest's own workers names none.
+    monkeypatch.setattr(sys, "argv", ["main.py", "--seed", "1", "2"])
     monkeypatch.setattr(torchrun_module, "run", run)
     monkeypatch.setattr(main.logging, "disable", lambda level: None)
     for name in ("OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL"):
