@@ -63,49 +63,49 @@ STARTUP = 7.0  # seconds of a command besides
 
 @dataclass(frozen=True)
 class Setting:
-    """A data set and a network; `samples` training images, of which `label_noise` have wrong labels."""
+    """A data set, a network, and how many ensembles by each method."""
 
     name: str
     width: int
-    label_noise: float
-    samples: int
+    label_noise: float  # share of the training labels that are wrong
+    samples: int  # training images
+    ensembles: int
 
 
 @dataclass(frozen=True)
 class Plan:
     """How much is done."""
 
-    ensembles: int
     epochs: int
     corrupted: int  # test images of which the corrupted copies are made
     settings: tuple[Setting, ...]
 
 
-def noisy(samples: int) -> Setting:
+def noisy(samples: int, ensembles: int) -> Setting:
     """A fifth of the labels are wrong."""
-    return Setting("noisy_labels", 8, 0.2, samples)
+    return Setting("noisy_labels", 8, 0.2, samples, ensembles)
 
 
-def clean(samples: int) -> Setting:
+def clean(samples: int, ensembles: int) -> Setting:
     """The labels as they are."""
-    return Setting("clean_labels", 16, 0.0, samples)
+    return Setting("clean_labels", 16, 0.0, samples, ensembles)
 
 
 # Largest first.
 PLANS = (
-    Plan(5, 40, 2000, (noisy(6000), clean(6000))),
-    Plan(5, 40, 2000, (noisy(3000), clean(3000))),
-    Plan(5, 40, 1000, (noisy(3000), clean(3000))),
-    Plan(3, 40, 1000, (noisy(3000), clean(3000))),
-    Plan(5, 40, 1000, (noisy(3000),)),
-    Plan(3, 40, 1000, (noisy(3000),)),
-    Plan(3, 30, 200, (noisy(1000), clean(750))),
-    Plan(4, 30, 500, (noisy(2000),)),
-    Plan(3, 30, 500, (noisy(2000),)),
-    Plan(3, 30, 500, (noisy(1500),)),
-    Plan(4, 30, 200, (noisy(1000),)),
-    Plan(3, 30, 200, (noisy(1000),)),
-    Plan(3, 20, 100, (noisy(500),)),
+    Plan(40, 2000, (noisy(6000, 5), clean(6000, 5))),
+    Plan(40, 2000, (noisy(3000, 5), clean(3000, 5))),
+    Plan(40, 1000, (noisy(3000, 5), clean(3000, 5))),
+    Plan(40, 1000, (noisy(3000, 3), clean(3000, 3))),
+    Plan(40, 1000, (noisy(3000, 5),)),
+    Plan(30, 200, (noisy(1000, 5), clean(750, 3))),
+    Plan(40, 1000, (noisy(3000, 3),)),
+    Plan(30, 500, (noisy(2000, 4),)),
+    Plan(30, 500, (noisy(2000, 3),)),
+    Plan(30, 500, (noisy(1500, 3),)),
+    Plan(30, 200, (noisy(1000, 4),)),
+    Plan(30, 200, (noisy(1000, 3),)),
+    Plan(20, 100, (noisy(500, 3),)),
 )
 
 LABELS = {"sharpbalance": "released (flattest)", "sharpbalance_paper": "paper (sharpest)", "random": "random"}
@@ -262,8 +262,12 @@ def choose(args: argparse.Namespace) -> tuple[Plan, dict]:
 
 def describe(plan: Plan) -> str:
     """A plan in words."""
-    where = " and ".join(f"{s.samples} images, {s.name.replace('_', ' ')}, width {s.width}" for s in plan.settings)
-    return f"{plan.ensembles} ensembles of 3 by each method, {plan.epochs} epochs of {where}"
+    where = " and ".join(
+        f"{s.ensembles} ensembles of 3 by each method on {s.samples} images with {s.name.replace('_', ' ')}, "
+        f"width {s.width}"
+        for s in plan.settings
+    )
+    return f"{plan.epochs} epochs, {where}"
 
 
 def throughput(width: int, jobs: int) -> float:
@@ -301,10 +305,10 @@ def measuring_passes(plan: Plan) -> float:
 def stages(setting: Setting, plan: Plan) -> list[tuple[int, float]]:
     """What is done in a setting, one after another: how many commands side by side, and the passes of all of them."""
     deep, sam, balance = (training_passes(setting, plan, kind) for kind in ("deep_ensemble", "sam", "sharpbalance"))
-    measured = plan.ensembles * (len(RHOS) + 5)  # SAM; deep ensemble, EoA, SharpBalance twice, random sets
+    measured = setting.ensembles * (len(RHOS) + 5)  # SAM; deep ensemble, EoA, SharpBalance twice, random sets
     return [
-        (plan.ensembles * (1 + len(RHOS)), plan.ensembles * (deep + len(RHOS) * sam)),
-        *((count, count * balance) for count in (len(KS), len(SPLITS) - 1, 3 * plan.ensembles - 1)),
+        (setting.ensembles * (1 + len(RHOS)), setting.ensembles * (deep + len(RHOS) * sam)),
+        *((count, count * balance) for count in (len(KS), len(SPLITS) - 1, 3 * setting.ensembles - 1)),
         (measured, measured * measuring_passes(plan)),
     ]
 
@@ -337,7 +341,7 @@ class Work:
         """Everything in one setting; what was chosen, and which share of the sets has wrong labels."""
         args, plan = self.args, self.plan
         runs = args.runs / setting.name
-        seeds = SEEDS[: plan.ensembles]
+        seeds = SEEDS[: setting.ensembles]
         val, rest = self.split
         if setting.samples > len(rest):
             raise InputError(f"--data_path {args.data_path}: {len(rest)} training images, {setting.samples} are needed")
@@ -526,7 +530,7 @@ def report(results: Path) -> None:
     except (OSError, ValueError) as error:
         raise InputError(f"{results / 'plan.json'}: missing or not readable; run the experiment first") from error
     try:
-        known = all(
+        known = all("ensembles" in setting for setting in about["plan"]["settings"]) and all(
             {"deep ensemble", "rho", "k", "T_d"} <= set(one["validation"]) for one in about["settings"].values()
         )
     except (LookupError, TypeError, AttributeError):
@@ -539,7 +543,8 @@ def report(results: Path) -> None:
         # The first SAM ensemble is what the table compares with.
         methods = [sam, *(f"sam_{rho}" for rho in found["validation"]["rho"] if f"sam_{rho}" != sam)]
         methods += ["deep_ensemble", "eoa", "sharpbalance", "sharpbalance_paper", "random"]
-        firsts = [seeds[:2] for seeds in SEEDS[: about["plan"]["ensembles"]]]
+        setting = next(s for s in about["plan"]["settings"] if s["name"] == name)
+        firsts = [seeds[:2] for seeds in SEEDS[: setting["ensembles"]]]
         folders = [results / name / f"{method}_{first}" for method in methods for first in firsts]
         ensembles = iter([read_ensemble(folder) for folder in folders])
         measured: Measured = {method: {first: next(ensembles) for first in firsts} for method in methods}
@@ -551,7 +556,7 @@ def report(results: Path) -> None:
             with redirect_stdout(io.StringIO()):
                 plot.main(plot.parse_args(words))
             (results / f"{name}_{kind}.pdf").unlink(missing_ok=True)
-        parts.append(section(name, found, about["plan"], measured))
+        parts.append(section(setting, found, measured))
     write_atomically(results / "README.md", "\n".join([*opening(about), *parts]).encode())
     print(f"wrote {results / 'README.md'}")
 
@@ -566,8 +571,8 @@ def opening(about: dict) -> list[str]:
         "`bash scripts/reproduce_fashion_mnist.sh --minutes N` trains and measures; with `--redraw` it makes this "
         "page, the tables and the figures from the JSON files beside it. Nothing here was written by hand.",
         "",
-        f"{plan['ensembles']} ensembles of 3 members by each method; ResNet-18, {plan['epochs']} epochs, batch "
-        f"{BATCH}, learning rate 0.1 in steps, flips only; {about['validation_images']} validation and "
+        f"Ensembles of 3 members; ResNet-18, {plan['epochs']} epochs, batch {BATCH}, learning rate 0.1 in steps, "
+        f"flips only; {about['validation_images']} validation and "
         f"{about['test_images']} test images, and Fashion-MNIST-C of the first {plan['corrupted']} (15 corruptions at "
         "5 severities, by scripts/make_corrupted.py). Checkpoints: those of the end of training. rho was chosen by the "
         "ensemble accuracy of SAM on validation, k (the share of most extreme images that each member picks) and the "
@@ -585,17 +590,17 @@ def opening(about: dict) -> list[str]:
     ]
 
 
-def section(name: str, found: dict, plan: dict, measured: Measured) -> str:
+def section(setting: dict, found: dict, measured: Measured) -> str:
     """One setting of the report."""
-    setting = next(s for s in plan["settings"] if s["name"] == name)
-    chosen, tried, lines = found["chosen"], found["validation"], []
+    name, chosen, tried, lines = setting["name"], found["chosen"], found["validation"], []
 
     def listed(name: str) -> str:
         return ", ".join(f"{name} {at}: {100 * value:.2f} %" for at, value in tried[name].items())
 
     lines += [f"## {name.replace('_', ' ').capitalize()}", ""]
     lines += [
-        f"Width {setting['width']}, {setting['samples']} training images, "
+        f"{setting['ensembles']} ensembles by each method. Width {setting['width']}, {setting['samples']} training "
+        "images, "
         f"{100 * setting['label_noise']:g} % of them with a wrong label (training only). Ensemble accuracy on "
         f"validation: deep ensemble {100 * tried['deep ensemble']:.2f} %; SAM, {listed('rho')}; SharpBalance "
         f"(released), first seeds alone, {listed('k')}, {listed('T_d')}; chosen: rho {chosen['rho']:g}, k "

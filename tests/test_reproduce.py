@@ -31,7 +31,7 @@ def test_verdict():
 def test_plans_are_the_largest_first():
     costs = [reproduce.estimate(plan, SPEED, jobs=2) for plan in reproduce.PLANS]
     assert costs == sorted(costs, reverse=True)
-    assert all(plan.ensembles >= 3 for plan in reproduce.PLANS)
+    assert all(setting.ensembles >= 3 for plan in reproduce.PLANS for setting in plan.settings)
     assert costs[0] / 32 < reproduce.estimate(reproduce.PLANS[0], {w: 32 * s for w, s in SPEED.items()}, 64) < costs[0]
     # Where there are more jobs than commands, the five stages take as long as their longest commands.
     many = reproduce.estimate(reproduce.PLANS[-1], {w: 1000 * s for w, s in SPEED.items()}, 1000)
@@ -50,7 +50,7 @@ def test_the_plan_that_fits_is_kept(tmp_path, monkeypatch, capsys):
         reproduce.choose(reproduce.parse_args([*flags, "1"]))
     plan, _ = reproduce.choose(reproduce.parse_args([*flags, "200"]))
     assert reproduce.estimate(plan, SPEED, 2) <= 200 * 60
-    assert re.search(r"into 200 minutes takes about \d+: \d ensembles of 3", capsys.readouterr().out)
+    assert re.search(r"into 200 minutes takes about \d+: \d\d epochs, \d ensembles of 3", capsys.readouterr().out)
     assert reproduce.choose(reproduce.parse_args([*flags, "10000"]))[0] == plan
     assert "going on with" in capsys.readouterr().out
     (tmp_path / "plan.json").write_text("{}")
@@ -75,10 +75,9 @@ def results(tmp_path):
     methods |= {"sharpbalance": 0.03, "sharpbalance_paper": 0.02, "random": 0.02}
     about = {
         "plan": {
-            "ensembles": 3,
             "epochs": 10,
             "corrupted": 5,
-            "settings": [{"name": "noisy_labels", "width": 8, "label_noise": 0.2, "samples": 100}],
+            "settings": [{"name": "noisy_labels", "width": 8, "label_noise": 0.2, "samples": 100, "ensembles": 3}],
         },
         "settings": {
             "noisy_labels": {
@@ -162,8 +161,8 @@ def test_whole(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reproduce, "KS", (0.5, 0.7))
     monkeypatch.setattr(reproduce, "SPLITS", (0.25, 0.5))
     monkeypatch.setattr(reproduce, "throughput", lambda width, jobs: SPEED[width])
-    setting = reproduce.Setting("noisy_labels", 2, 0.2, 100)
-    monkeypatch.setattr(reproduce, "PLANS", (reproduce.Plan(2, 4, 2, (setting,)),))
+    setting = reproduce.Setting("noisy_labels", 2, 0.2, 100, 2)
+    monkeypatch.setattr(reproduce, "PLANS", (reproduce.Plan(4, 2, (setting,)),))
     monkeypatch.setitem(SPEED, 2, 100.0)
     reproduce.main(reproduce.parse_args(["--jobs", "2"]))
     assert " 100%  about 0 min left" in capsys.readouterr().out
