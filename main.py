@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from models import MODELS, create_model
 from utils import InputError, distributed
-from utils.checkpoint import find_checkpoints, read_settings
+from utils.checkpoint import find_checkpoints, read_settings, run_of
 from utils.cli import (
     Parser,
     Seeds,
@@ -58,8 +58,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     A bad or contradicting setting ends the program with one line and status 2, before any data is read.
     """
     parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.resume and not args.evaluate:
+    given = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(given)
+    if args.evaluate:
+        # Of the run, unless given: by another split, training images would count as validation.
+        run_folder = run_of(args.resume[0] if args.resume else args.save_path or default_folder(args))
+        try:
+            settings = read_settings(run_folder) if run_folder else {}
+        except InputError as error:
+            parser.error(str(error))
+        told = {name: settings.get(name) for name in ("data", "data_path", "train_idx_path", "val_idx_path")}
+        args = parser.parse_args([*words_of(told), *given])
+    elif args.resume:
         if len(args.resume) > 1 or not (args.resume[0] / "args.json").is_file():
             parser.error(
                 f"argument --resume: {args.resume[0]} is not a run folder with args.json, which training needs"
@@ -69,7 +79,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         except InputError as error:
             parser.error(str(error))
         # Flags that are given stand; if they contradict the run they are refused where it is opened.
-        resume, given = args.resume, sys.argv[1:] if argv is None else argv
+        resume = args.resume
         args = parser.parse_args([*words_of(settings), *given])
         args.save_path, args.resume, args.overwrite, args.evaluate = resume[0], None, False, False
 
@@ -86,7 +96,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.select = args.select or PICKED[args.partition]
         args.unselected = args.unselected or (released if args.partition == "released" else "normal")
     if args.save_path is None:
-        args.save_path = Path("runs") / f"{args.data}_{method(args)}"
+        args.save_path = default_folder(args)
 
     info = DATASETS[args.data]
     try:
@@ -146,6 +156,11 @@ def method(args: argparse.Namespace) -> str:
     if not args.sam:
         return "deep_ensemble"
     return "sharpbalance" if args.flat_ratio else "deep_ensemble_sam"
+
+
+def default_folder(args: argparse.Namespace) -> Path:
+    """Where a run goes without --save_path."""
+    return Path("runs") / f"{args.data}_{method(args)}"
 
 
 def build_parser() -> Parser:

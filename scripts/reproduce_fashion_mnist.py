@@ -121,12 +121,12 @@ Measured = dict[str, dict[str, Ensemble]]  # by method, by seeds
 
 @dataclass(frozen=True)
 class Claim:
-    """A difference, one number for each ensemble, that is above 0 if the claim is right; in percent if `percent`."""
+    """A difference, one number for each ensemble, that is above 0 if the claim is right; a share if it has a unit."""
 
     name: str
     text: str
     gap: Callable[[Measured, str], float]
-    percent: bool = True
+    unit: str = "points"  # of 0.01
 
 
 def difference(a: str, b: str, value: str) -> Callable[[Measured, str], float]:
@@ -152,12 +152,17 @@ def comparisons(number: str, text: str, a: str, b: str, **values: str) -> list[C
 
 RELEASED, PAPER, RANDOM = "sharpbalance", "sharpbalance_paper", "random"
 CLAIMS = (
-    Claim("i", "over rho, sharper members are more diverse: slope of disagreement over log sharpness", slope),
+    Claim(
+        "i",
+        "over rho, sharper members are more diverse: slope of disagreement over log sharpness",
+        slope,
+        unit="points per factor e",
+    ),
     Claim(
         "ii",
         "SAM lowers the gain of ensembling: EIR, deep ensemble - SAM",
         difference("deep_ensemble", "sam", "eir"),
-        percent=False,
+        unit="",
     ),
     *comparisons("iii", "SharpBalance (released) - SAM", RELEASED, "sam", released="corrupted_ensemble"),
     *comparisons("iii", "SharpBalance (paper) - SAM", PAPER, "sam", paper="corrupted_ensemble"),
@@ -569,14 +574,14 @@ def opening(about: dict) -> list[str]:
         "# The paper's claims on Fashion-MNIST",
         "",
         "`bash scripts/reproduce_fashion_mnist.sh --minutes N` trains and measures; with `--redraw` it makes this "
-        "page, the tables and the figures from the JSON files beside it. Nothing here was written by hand.",
+        "page, the tables and the figures from the JSON files beside it.",
         "",
         f"Ensembles of 3 members; ResNet-18, {plan['epochs']} epochs, batch {BATCH}, learning rate 0.1 in steps, "
-        f"flips only; {about['validation_images']} validation and "
+        f"no augmentation but mirroring; {about['validation_images']} validation and "
         f"{about['test_images']} test images, and Fashion-MNIST-C of the first {plan['corrupted']} (15 corruptions at "
         "5 severities, by scripts/make_corrupted.py). Checkpoints: those of the end of training. rho was chosen by the "
-        "ensemble accuracy of SAM on validation, k (the share of most extreme images that each member picks) and the "
-        "epoch T_d of the split by that of SharpBalance (released) on the first seeds, and used for all methods; "
+        "ensemble accuracy of SAM on validation, k (the share of the images that each member picks by its scores) and "
+        "the epoch T_d of the split by that of SharpBalance (released) on the first seeds, and used for all methods; "
         "nothing was chosen on test images.",
         "",
         f"{about['jobs']} single-thread processes on {machine['cpus']} cores, torch {machine['torch']}; about "
@@ -585,7 +590,9 @@ def opening(about: dict) -> list[str]:
         "",
         "A claim is *supported* where Student's 95 % interval of the mean over ensembles (of the difference between "
         "ensembles of the same seeds) lies above 0, *contradicted* where it lies below, else *undecided*. "
-        f"{len(CLAIMS)} intervals are looked at in a setting, so that one in twenty may miss by chance.",
+        f"Differences of accuracy and disagreement are in percentage points. {len(CLAIMS)} intervals are looked at in "
+        "a setting, without a correction for their number: were there no difference anywhere, "
+        f"{len(CLAIMS) / 20:.2f} of them would exclude 0 on average.",
         "",
     ]
 
@@ -610,11 +617,11 @@ def section(setting: dict, found: dict, measured: Measured) -> str:
         "|---|---|---|---|---|---|",
     ]
     for claim in CLAIMS:
-        factor, digits, unit = (100, 2, "%") if claim.percent else (1, 3, "")
+        factor, digits = (100, 2) if claim.unit else (1, 3)
         gaps = [factor * claim.gap(measured, seeds) for seeds in sorted(measured["sam"])]
         word, (low, high) = verdict(gaps)
         lines.append(
-            f"| {claim.name} | {claim.text} | {statistics.mean(gaps):+.{digits}f} {unit} | [{low:.{digits}f}, "
+            f"| {claim.name} | {claim.text} | {statistics.mean(gaps):+.{digits}f} {claim.unit} | [{low:.{digits}f}, "
             f"{high:.{digits}f}] | {len(gaps)} | **{word}** |"
         )
     lines.append("")

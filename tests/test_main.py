@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -203,6 +204,24 @@ def test_evaluate_and_resume(tmp_path, capsys):
     call(["--resume", tmp_path / "run"])
     assert table in capsys.readouterr().out
     assert "--epochs 3 here, 2 there" in refused(["--resume", tmp_path / "run", "--epochs", "3"], capsys)
+
+
+def test_evaluate_takes_the_images_of_the_run(tmp_path, monkeypatch, capsys):
+    """Its split too: by the fixed one, training images would count as validation."""
+    monkeypatch.chdir(tmp_path)
+    np.save("train.npy", np.arange(0, 100))
+    np.save("val.npy", np.arange(100, 160))
+    call(["--width", "2", "--epochs", "1", "--seed", "1", "--train_idx_path", "train.npy", "--val_idx_path", "val.npy"])
+    table = re.findall(r"checkpoints 'best'.*?\n(.*?)\n\n", capsys.readouterr().out, re.DOTALL)[0].strip()
+    for flags in ([], ["--resume", "runs/digits_deep_ensemble"], ["--resume", "runs/digits_deep_ensemble/seed_1"]):
+        call(["--evaluate", *flags])
+        assert capsys.readouterr().out.strip() == table
+    np.save("other.npy", np.arange(60, 100))
+    call(["--evaluate", "--val_idx_path", "other.npy", "--train_idx_path", "val.npy"])
+    assert capsys.readouterr().out.strip() != table
+    assert parse_args(["--evaluate", "--data", "cifar10"]).data == "cifar10"
+    Path("runs/digits_deep_ensemble/args.json").write_text("[]")
+    assert "args.json: not the settings of a run" in refused(["--evaluate"], capsys)
 
 
 def test_notes(capsys):

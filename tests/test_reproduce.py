@@ -128,8 +128,8 @@ def test_report(results, monkeypatch):
     table = (results / "noisy_labels.md").read_text()
     assert "difference to SAM, rho 0.1" in table
     interval = stats.t.interval(0.95, 2, 0.0, 1 / 3**0.5)  # differences of 1, 0 and -1 points
-    assert f"| +0.00 % | [{interval[0]:.2f}, {interval[1]:.2f}] | 3 | **undecided** |" in text
-    assert "random sets of its size | +1.00 % | [1.00, 1.00] | 3 | **supported** |" in text
+    assert f"| +0.00 points | [{interval[0]:.2f}, {interval[1]:.2f}] | 3 | **undecided** |" in text
+    assert "random sets of its size | +1.00 points | [1.00, 1.00] | 3 | **supported** |" in text
     assert "deep ensemble 45.00 %; SAM, rho 0.1: 50.00 %, rho 0.2: 40.00 %; SharpBalance (released), " in text
     assert "first seeds alone, k 0.3: 52.00 %, k 0.5: 53.00 %, T_d 2: 51.00 %, T_d 5: 53.00 %; chosen: " in text
     assert "chosen: rho 0.1, k 0.5, T_d 5." in text

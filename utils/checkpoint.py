@@ -290,6 +290,13 @@ def find_checkpoints(paths: list[Path], which: str) -> list[Path]:
     return found
 
 
+def run_of(path: Path) -> Path | None:
+    """The run folder that a path of --resume is or lies in."""
+    return next(
+        (folder for folder in (path, path.parent, path.parent.parent) if os.path.isfile(folder / "args.json")), None
+    )
+
+
 def read_settings(folder: Path) -> dict[str, Any]:
     """The args.json of a run.
 

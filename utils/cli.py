@@ -243,7 +243,7 @@ def add_measure_options(parser: Parser, parts: bool = True) -> None:
         "--split",
         action=Choices,
         among=SPLITS,
-        help="images to measure on (default: test, and corrupted where its folder is found)",
+        help="images to measure on (default: test; in measure_diversity.py also corrupted where its folder is found)",
     )
     group.add_argument(
         "--corruptions", action=Choices, among=CORRUPTIONS, default=list(CORRUPTIONS), help="of the corrupted set"

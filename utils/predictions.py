@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils import InputError, RunError, first_line
-from utils.checkpoint import find_checkpoints, load_model, read_settings, write_atomically, write_json
+from utils.checkpoint import find_checkpoints, load_model, read_settings, run_of, write_atomically, write_json
 from utils.cli import start_device
 from utils.data import CORRUPTED, DATASETS, Data, ImageSet, check_corrupted, find_corrupted, load_data, read_corrupted
 from utils.ensemble import FREE_SETTINGS, environment
@@ -242,7 +242,7 @@ class Measurement:
     def __init__(self, args: Namespace, at_least: int = 1, why: str = "", features: bool = False):
         self.args = args
         paths = find_checkpoints(args.resume, args.checkpoint)
-        run = _run_of(args.resume[0])
+        run = run_of(args.resume[0])
         settings = read_settings(run) if run else {}
         self.trained = {name: value for name, value in settings.items() if name not in FREE_SETTINGS} or None
         self.members = load_members(
@@ -309,12 +309,6 @@ class Measurement:
             },
         )
         return path
-
-
-def _run_of(path: Path) -> Path | None:
-    """The run folder that a path of --resume is or lies in."""
-    candidates = (path, path.parent, path.parent.parent)
-    return next((folder for folder in candidates if (folder / "args.json").is_file()), None)
 
 
 def _check_fit(member: SavedMember, data: Data) -> None:
