@@ -3,15 +3,15 @@
     bash scripts/reproduce_fashion_mnist.sh --minutes 600
 
 Chooses the largest of `PLANS` that fits into --minutes, by the speed that it measures first, and says what it will do.
-Then, in each setting (clean labels; a fifth of the training labels wrong): trains a deep ensemble and SAM ensembles
+Then, in each setting (a fifth of the training labels wrong; clean labels), trains a deep ensemble and SAM ensembles
 over `RHOS`; takes rho by SAM's ensemble accuracy on validation, then k of `KS` and T_d of `SPLITS` by that of
 SharpBalance (released) on the first seeds; trains SharpBalance by both readings and SAM on random sets of its size;
 measures all on test images, clean and corrupted; compares the ensembles of the same seeds; and gives a verdict on each
 of `CLAIMS`.
 
 Runs go to runs/fashion_mnist, measurements to measurements/fashion_mnist, and what a reader needs, without weights, to
-results/fashion_mnist. The same command goes on where it was. --redraw makes tables, figures and verdicts anew from the
-result files alone.
+results/fashion_mnist, in the place of the setting's former results. The same command goes on where it was. --redraw
+makes tables, figures and verdicts anew from the result files alone.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from utils.results import Ensemble, read_ensemble
 from utils.training import sharpbalance_step
 
 ROOT = Path(__file__).resolve().parent.parent
-SEEDS = ("11 12 13", "21 22 23", "31 32 33", "41 42 43", "51 52 53")
+SEEDS = tuple(f"{ten}1 {ten}2 {ten}3" for ten in range(1, 11))
 # The grid: the middle of KS and of SPLITS, T_d as a share of the epochs, are the values of the paper for CIFAR-100.
 RHOS = (0.05, 0.1, 0.2)
 KS = (0.3, 0.5, 0.7)
@@ -57,55 +57,50 @@ VALIDATION, TEST, CLASSES = 500, 10_000, 10
 BATCH = 64
 # One forward pass costs a third of a forward and a backward pass, in which the costs are counted.
 FORWARD = 1 / 3
-SHARPNESS_PASSES = 20 * 20 * 5  # iterations, batches, images
+GRID = {"rho": [*RHOS], "k": [*KS], "T_d": [*SPLITS]}
+SHARPNESS_BATCHES = 40
+SHARPNESS_PASSES = 20 * SHARPNESS_BATCHES * 5  # iterations, batches, images
 STARTUP = 7.0  # seconds of a command besides
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A data set, a network, and how many ensembles by each method."""
+    """Training labels and a network, and how much is done with them."""
 
     name: str
     width: int
     label_noise: float  # share of the training labels that are wrong
     samples: int  # training images
-    ensembles: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How much is done."""
-
     epochs: int
     corrupted: int  # test images of which the corrupted copies are made
-    settings: tuple[Setting, ...]
+    ensembles: int  # of 3 members, by each method
 
 
-def noisy(samples: int, ensembles: int) -> Setting:
+NAMES = ("noisy_labels", "clean_labels")
+
+
+def noisy(samples: int, epochs: int, corrupted: int, ensembles: int) -> Setting:
     """A fifth of the labels are wrong."""
-    return Setting("noisy_labels", 8, 0.2, samples, ensembles)
+    return Setting(NAMES[0], 8, 0.2, samples, epochs, corrupted, ensembles)
 
 
-def clean(samples: int, ensembles: int) -> Setting:
+def clean(samples: int, epochs: int, corrupted: int, ensembles: int) -> Setting:
     """The labels as they are."""
-    return Setting("clean_labels", 16, 0.0, samples, ensembles)
+    return Setting(NAMES[1], 16, 0.0, samples, epochs, corrupted, ensembles)
 
 
 # Largest first.
 PLANS = (
-    Plan(40, 2000, (noisy(6000, 5), clean(6000, 5))),
-    Plan(40, 2000, (noisy(3000, 5), clean(3000, 5))),
-    Plan(40, 1000, (noisy(3000, 5), clean(3000, 5))),
-    Plan(40, 1000, (noisy(3000, 3), clean(3000, 3))),
-    Plan(40, 1000, (noisy(3000, 5),)),
-    Plan(30, 200, (noisy(1000, 5), clean(750, 3))),
-    Plan(40, 1000, (noisy(3000, 3),)),
-    Plan(30, 500, (noisy(2000, 4),)),
-    Plan(30, 500, (noisy(2000, 3),)),
-    Plan(30, 500, (noisy(1500, 3),)),
-    Plan(30, 200, (noisy(1000, 4),)),
-    Plan(30, 200, (noisy(1000, 3),)),
-    Plan(20, 100, (noisy(500, 3),)),
+    (noisy(6000, 40, 2000, 10), clean(6000, 40, 2000, 5)),
+    (noisy(3000, 40, 1000, 10), clean(3000, 40, 1000, 5)),
+    (noisy(3000, 40, 500, 8), clean(3000, 40, 500, 3)),
+    (noisy(2000, 30, 500, 8), clean(2000, 30, 500, 5)),
+    (noisy(2000, 30, 500, 5), clean(2000, 30, 500, 3)),
+    (noisy(1000, 30, 200, 8), clean(1000, 30, 200, 3)),
+    (noisy(1000, 30, 200, 5), clean(750, 30, 200, 3)),
+    (noisy(1000, 30, 200, 5),),
+    (noisy(1000, 30, 200, 3),),
+    (noisy(500, 20, 100, 3),),
 )
 
 LABELS = {"sharpbalance": "released (flattest)", "sharpbalance_paper": "paper (sharpest)", "random": "random"}
@@ -136,7 +131,7 @@ def difference(a: str, b: str, value: str) -> Callable[[Measured, str], float]:
 
 def slope(found: Measured, seeds: str) -> float:
     """Least-squares slope of disagreement over the logarithm of sharpness, along rho (0 is the deep ensemble)."""
-    methods = ["deep_ensemble", *(method for method in found if method.startswith("sam_"))]
+    methods = ["deep_ensemble", *(method for method in found if method.startswith("sam_0"))]
     values = [found[method][seeds].values for method in methods]
     return float(np.polyfit([np.log(v["sharpness"]) for v in values], [v["disagreement"] for v in values], 1)[0])
 
@@ -157,6 +152,19 @@ CLAIMS = (
         "over rho, sharper members are more diverse: slope of disagreement over log sharpness",
         slope,
         unit="points per factor e",
+    ),
+    Claim(
+        "i, diversity",
+        "clean images: disagreement, deep ensemble - SAM with the largest rho",
+        difference("deep_ensemble", "sam_largest", "disagreement"),
+    ),
+    Claim(
+        "i, sharpness",
+        "logarithm of sharpness, deep ensemble - SAM with the largest rho",
+        lambda found, seeds: math.log(
+            found["deep_ensemble"][seeds].values["sharpness"] / found["sam_largest"][seeds].values["sharpness"]
+        ),
+        unit="",
     ),
     Claim(
         "ii",
@@ -185,6 +193,11 @@ CLAIMS = (
 )
 
 
+def first(seeds: str) -> str:
+    """The seed that names an ensemble's folder."""
+    return seeds.split()[0]
+
+
 def verdict(gaps: list[float]) -> tuple[str, list[float]]:
     """supported, contradicted or undecided, by Student's 95 % interval of the mean over ensembles; and that."""
     interval = t_interval(gaps)
@@ -200,6 +213,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--minutes", type=number(float, 0), default=600.0, metavar="N", help="how long it may take (default: a night)"
     )
     parser.add_argument("--data_path", type=path, default=Path("data"), metavar="DIR", help="folder of the data set")
+    parser.add_argument("--only", choices=NAMES, help="one of the settings (default: both)")
     add_flag(parser, "download", "fetch a missing data set through torchvision")
     parser.add_argument(
         "--jobs",
@@ -217,35 +231,36 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Choose the plan, carry it out, and report."""
     if not args.redraw:
-        plan, about = choose(args)
-        work, sets = Work(args, plan, {int(width): images for width, images in about["speed"].items()}), {}
         args.results.mkdir(parents=True, exist_ok=True)
-        for setting in plan.settings:
-            sets[setting.name] = work.carry_out(setting)
-            write_json(args.results / "plan.json", about | {"settings": sets})
+        abouts = choose(args)
+        work = Work(args, {setting: about["speed"] for setting, about in abouts.items()})
+        for setting, about in abouts.items():
+            found = about | work.carry_out(setting)
+            settings = {setting.name: found} | {
+                k: v for k, v in kept_settings(args.results).items() if k != setting.name
+            }
+            write_json(args.results / "plan.json", {"settings": {k: settings[k] for k in NAMES if k in settings}})
             report(args.results)
     else:
         report(args.results)
 
 
-def choose(args: argparse.Namespace) -> tuple[Plan, dict]:
-    """The plan of a run that was begun, or the largest one that fits; and what is worth knowing of it."""
+def choose(args: argparse.Namespace) -> dict[Setting, dict]:
+    """What is done in each setting: what was begun, or the largest plan that fits; with what is worth knowing of it."""
     data = load_data("fashion_mnist", args.data_path, download=args.download)
     if len(data.test) != TEST:
         print(f"note: {len(data.test)} test images instead of {TEST}", file=sys.stderr)
-    begun, grid = args.runs / "plan.json", {"rho": [*RHOS], "k": [*KS], "T_d": [*SPLITS]}
-    if begun.is_file():
-        try:
-            about = load_json(begun)
-            plan = next(p for p in PLANS if [json.loads(json.dumps(asdict(p))), grid] == [about["plan"], about["grid"]])
-        except (OSError, ValueError, LookupError, TypeError, StopIteration) as error:
-            raise InputError(f"{begun}: no plan of this script; remove {args.runs}, or give another --runs") from error
-        print(f"going on with the plan in {begun}: {describe(plan)}")
-        return plan, about
-    if args.runs.is_dir() and any(args.runs.iterdir()):
-        raise InputError(f"--runs {args.runs}: not empty, and without a plan; remove it, or give another folder")
-    speed = {width: throughput(width, args.jobs) for width in sorted({s.width for p in PLANS for s in p.settings})}
-    costs = [estimate(plan, speed, args.jobs) for plan in PLANS]
+    names = [args.only] if args.only else list(NAMES)
+    begun = dict(filter(None, (begun_plan(args.runs / name) for name in names)))
+    names = [name for name in names if all(setting.name != name for setting in begun)]
+    if begun:
+        print(f"going on with {describe(begun)}")
+    plans = [tuple(setting for setting in plan if setting.name in names) for plan in PLANS]
+    if not any(plans):
+        return begun
+    plans = [plan for plan in plans if plan]
+    speed = {width: throughput(width, args.jobs) for width in sorted({s.width for plan in plans for s in plan})}
+    costs = [sum(estimate(setting, speed[setting.width], args.jobs) for setting in plan) for plan in plans]
     index = next((i for i, cost in enumerate(costs) if cost <= 60 * args.minutes), None)
     if index is None:
         raise InputError(
@@ -254,25 +269,43 @@ def choose(args: argparse.Namespace) -> tuple[Plan, dict]:
     speeds = " and ".join(f"{images:.0f} images/s at width {width}" for width, images in speed.items())
     print(
         f"{args.jobs} jobs train {speeds}; the largest plan that fits into {args.minutes:g} "
-        f"minutes takes about {costs[index] / 60:.0f}: {describe(PLANS[index])}",
+        f"minutes takes about {costs[index] / 60:.0f}: {describe(plans[index])}",
         flush=True,
     )
-    about = {"plan": asdict(PLANS[index]), "grid": grid, "speed": speed, "jobs": args.jobs}
-    about |= {"estimated_seconds": round(costs[index]), "environment": environment(torch.device("cpu"))}
-    about |= {"validation_images": VALIDATION, "test_images": len(data.test)}
-    args.runs.mkdir(parents=True, exist_ok=True)
-    write_json(begun, about)
-    return PLANS[index], about
+    common = {"grid": GRID, "jobs": args.jobs, "environment": environment(torch.device("cpu"))}
+    common |= {"validation_images": VALIDATION, "test_images": len(data.test)}
+    for setting in plans[index]:
+        images = speed[setting.width]
+        about = {"setting": asdict(setting), "speed": images} | common
+        about["estimated_seconds"] = round(estimate(setting, images, args.jobs))
+        (args.runs / setting.name).mkdir(parents=True, exist_ok=True)
+        write_json(args.runs / setting.name / "plan.json", about)
+        begun[setting] = about
+    return begun
 
 
-def describe(plan: Plan) -> str:
+def begun_plan(folder: Path) -> tuple[Setting, dict] | None:
+    """What was begun in a folder of runs."""
+    path = folder / "plan.json"
+    if not path.is_file():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise InputError(f"{folder}: not empty, and without a plan; remove it, or give another --runs")
+        return None
+    try:
+        about = load_json(path)
+        setting = next(s for plan in PLANS for s in plan if [asdict(s), GRID] == [about["setting"], about["grid"]])
+        return setting, about
+    except (OSError, ValueError, LookupError, TypeError, StopIteration) as error:
+        raise InputError(f"{path}: no plan of this script; remove {folder}, or give another --runs") from error
+
+
+def describe(settings: Iterable[Setting]) -> str:
     """A plan in words."""
-    where = " and ".join(
-        f"{s.ensembles} ensembles of 3 by each method on {s.samples} images with {s.name.replace('_', ' ')}, "
-        f"width {s.width}"
-        for s in plan.settings
+    return " and ".join(
+        f"{s.ensembles} ensembles of 3 by each method, {s.epochs} epochs on {s.samples} images with "
+        f"{s.name.replace('_', ' ')}, width {s.width}"
+        for s in settings
     )
-    return f"{plan.epochs} epochs, {where}"
 
 
 def throughput(width: int, jobs: int) -> float:
@@ -295,46 +328,45 @@ def _speed(width: int) -> float:
     return steps * BATCH / (time.monotonic() - started)
 
 
-def training_passes(setting: Setting, plan: Plan, kind: str) -> float:
+def training_passes(setting: Setting, kind: str) -> float:
     """Forward and backward passes of one image, for an ensemble of 3."""
     # Of a SharpBalance run the half after T_d (the others of SPLITS differ little) has SAM on two thirds of the images.
     passes = {"deep_ensemble": 1.0, "sam": 2.0, "sharpbalance": 0.5 * 2 + 0.5 * 1.67}[kind]
-    return 3 * plan.epochs * (passes * setting.samples + FORWARD * VALIDATION) + 3 * 3 * FORWARD * TEST
+    return 3 * setting.epochs * (passes * setting.samples + FORWARD * VALIDATION) + 3 * 3 * FORWARD * TEST
 
 
-def measuring_passes(plan: Plan) -> float:
+def measuring_passes(setting: Setting) -> float:
     """The same for measuring an ensemble of 3."""
-    return 3 * (FORWARD * (TEST + 75 * plan.corrupted) + SHARPNESS_PASSES)
+    return 3 * (FORWARD * (TEST + 75 * setting.corrupted) + SHARPNESS_PASSES)
 
 
-def stages(setting: Setting, plan: Plan) -> list[tuple[int, float]]:
+def stages(setting: Setting) -> list[tuple[int, float]]:
     """What is done in a setting, one after another: how many commands side by side, and the passes of all of them."""
-    deep, sam, balance = (training_passes(setting, plan, kind) for kind in ("deep_ensemble", "sam", "sharpbalance"))
+    deep, sam, balance = (training_passes(setting, kind) for kind in ("deep_ensemble", "sam", "sharpbalance"))
     measured = setting.ensembles * (len(RHOS) + 5)  # SAM; deep ensemble, EoA, SharpBalance twice, random sets
     return [
         (setting.ensembles * (1 + len(RHOS)), setting.ensembles * (deep + len(RHOS) * sam)),
         *((count, count * balance) for count in (len(KS), len(SPLITS) - 1, 3 * setting.ensembles - 1)),
-        (measured, measured * measuring_passes(plan)),
+        (measured, measured * measuring_passes(setting)),
     ]
 
 
-def estimate(plan: Plan, speed: dict[int, float], jobs: int) -> float:
-    """Seconds that a plan takes; at the end of a stage there may be less to do than there are jobs."""
-    seconds = 75 * plan.corrupted / 400 / jobs
-    for setting in plan.settings:
-        for count, passes in stages(setting, plan):
-            rounds = math.ceil(count / jobs)
-            seconds += rounds * (STARTUP + jobs * passes / max(count, 1) / speed[setting.width])
+def estimate(setting: Setting, speed: float, jobs: int) -> float:
+    """Seconds that a setting takes; at the end of a stage there may be less to do than there are jobs."""
+    seconds = 75 * setting.corrupted / 400 / jobs
+    for count, passes in stages(setting):
+        rounds = math.ceil(count / jobs)
+        seconds += rounds * (STARTUP + jobs * passes / max(count, 1) / speed)
     return seconds
 
 
 class Work:
     """Commands, several side by side; what is finished is not done again."""
 
-    def __init__(self, args: argparse.Namespace, plan: Plan, speed: dict[int, float]):
-        self.args, self.plan, self.speed = args, plan, speed
+    def __init__(self, args: argparse.Namespace, speed: dict[Setting, float]):
+        self.args, self.speed = args, speed
         # In seconds of one job after another: of all, of what is there, and of what was done since the start.
-        self.total = sum(p / speed[s.width] for s in plan.settings for _, p in stages(s, plan))
+        self.total = sum(passes / speed[setting] for setting in speed for _, passes in stages(setting))
         self.done, self.finished, self.started = 0.0, 0.0, time.monotonic()
         self.counted: set[str] = set()  # a point of the grid may be asked for twice
         images = load_data("fashion_mnist", args.data_path)
@@ -344,8 +376,7 @@ class Work:
 
     def carry_out(self, setting: Setting) -> dict:
         """Everything in one setting; what was chosen, and which share of the sets has wrong labels."""
-        args, plan = self.args, self.plan
-        runs = args.runs / setting.name
+        args, runs = self.args, self.args.runs / setting.name
         seeds = SEEDS[: setting.ensembles]
         val, rest = self.split
         if setting.samples > len(rest):
@@ -353,12 +384,12 @@ class Work:
         for name, index in (("train", rest[: setting.samples]), ("val", val)):
             runs.mkdir(parents=True, exist_ok=True)
             write_array(runs / f"{name}.npy", np.sort(index))
-        self.run_all([self.corrupted()])
+        self.run_all([self.corrupted(setting)])
 
         sam = {f"sam_{rho:g}": ["--sam", "--rho", f"{rho:g}"] for rho in RHOS}
-        deep = {"deep_ensemble": ["--average_from", str(plan.epochs // 2)]}
+        deep = {"deep_ensemble": ["--average_from", str(setting.epochs // 2)]}
         self.run_all(self.training(setting, name, s, flags) for s in seeds for name, flags in (deep | sam).items())
-        scores = {rho: statistics.mean(validation(runs / f"sam_{rho:g}_{s[:2]}") for s in seeds) for rho in RHOS}
+        scores = {rho: statistics.mean(validation(runs / f"sam_{rho:g}_{first(s)}") for s in seeds) for rho in RHOS}
         rho = max(RHOS, key=lambda one: scores[one])
 
         def balance(k: float, t_d: int) -> list[str]:
@@ -367,11 +398,11 @@ class Work:
         def search(grid: list[tuple[float, int]]) -> dict[tuple[float, int], float]:
             names = {point: f"sharpbalance_{rho:g}_{point[0]:g}_{point[1]}" for point in grid}
             self.run_all(self.training(setting, names[point], seeds[0], balance(*point)) for point in grid)
-            return {point: validation(runs / f"{names[point]}_{seeds[0][:2]}") for point in grid}
+            return {point: validation(runs / f"{names[point]}_{first(seeds[0])}") for point in grid}
 
-        by_k = search([(k, plan.epochs // 2) for k in KS])
+        by_k = search([(k, setting.epochs // 2) for k in KS])
         k = max(by_k, key=by_k.__getitem__)[0]
-        by_split = search([(k, int(share * plan.epochs)) for share in SPLITS])
+        by_split = search([(k, int(share * setting.epochs)) for share in SPLITS])
         t_d = max(by_split, key=by_split.__getitem__)[1]
 
         flags = balance(k, t_d)
@@ -390,7 +421,7 @@ class Work:
         return {
             "chosen": {"rho": rho, "k": k, "T_d": t_d},
             "validation": {
-                "deep ensemble": statistics.mean(validation(runs / f"deep_ensemble_{s[:2]}") for s in seeds),
+                "deep ensemble": statistics.mean(validation(runs / f"deep_ensemble_{first(s)}") for s in seeds),
                 "rho": {f"{r:g}": v for r, v in scores.items()},
                 "k": {f"{r:g}": v for (r, _), v in by_k.items()},
                 "T_d": {str(t): v for (_, t), v in by_split.items()},
@@ -398,42 +429,51 @@ class Work:
             "mislabelled": self.wrong_labels(setting, runs, found, seeds),
         }
 
-    def corrupted(self) -> tuple:
+    def corrupted(self, setting: Setting) -> tuple:
         """The command that makes the corrupted images, beside a link to the plain ones."""
-        folder = self.args.runs / "corrupted"
+        folder = self.args.runs / f"corrupted_{setting.corrupted}"
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "fashion-mnist").exists():
             (folder / "fashion-mnist").symlink_to(self.images_at.resolve(), target_is_directory=True)
         done = folder / "Fashion-MNIST-C"
         command = ["scripts/make_corrupted.py", "--data", "fashion_mnist", "--data_path", self.args.data_path]
-        command += ["--to", folder, "--images", self.plan.corrupted, "--workers", self.args.jobs]
-        return (lambda: _has_images(done, self.plan.corrupted)), [command], "corrupted images", 0.0, self.args.runs
+        command += ["--to", folder, "--images", setting.corrupted, "--workers", self.args.jobs]
+        return (lambda: _has_images(done, setting.corrupted)), [command], folder.name, 0.0, self.args.runs
 
     def training(self, setting: Setting, name: str, seeds: str, flags: list[str]) -> tuple:
         """A command of main.py."""
-        folder = self.args.runs / setting.name / f"{name}_{seeds[:2]}"
+        folder = self.args.runs / setting.name / f"{name}_{first(seeds)}"
         command = ["main.py", "--data", "fashion_mnist", "--data_path", self.args.data_path, "--width", setting.width]
         command += ["--train_idx_path", folder.parent / "train.npy", "--val_idx_path", folder.parent / "val.npy"]
-        command += ["--epochs", self.plan.epochs, "--batch_size", BATCH, "--augmentation", "flip", "--threads", 1]
+        command += ["--epochs", setting.epochs, "--batch_size", BATCH, "--augmentation", "flip", "--threads", 1]
         command += ["--label_noise", setting.label_noise, "--seed", seeds, "--save_path", folder, *flags]
         kind = name.split("_")[0].replace("random", "sharpbalance").replace("deep", "deep_ensemble")
-        cost = training_passes(setting, self.plan, kind) / self.speed[setting.width]
+        cost = training_passes(setting, kind) / self.speed[setting]
         return (lambda: (folder / "summary.json").is_file()), [command], f"trained {folder}", cost, folder.parent
 
     def measuring(self, setting: Setting, method: str, name: str, seeds: str) -> tuple:
         """The commands of measure_diversity.py and measure_sharpness.py; smaller result files go to --results."""
-        source = self.args.runs / setting.name / f"{name}_{seeds[:2]}"
-        folder = self.args.measurements / setting.name / f"{method}_{seeds[:2]}"
+        source = self.args.runs / setting.name / f"{name}_{first(seeds)}"
+        folder = self.args.measurements / setting.name / f"{method}_{first(seeds)}"
         kept = self.args.results / setting.name / folder.name
-        data = self.args.runs / "corrupted"
+        data = self.args.runs / f"corrupted_{setting.corrupted}"
         common = ["--resume", source, "--save", folder, "--data_path", data, "--threads", 1]
         common += ["--checkpoint", "averaged" if method == "eoa" else "last"]
         commands = [
             ["measure_diversity.py", *common, "--split", "test,corrupted"],
-            ["measure_sharpness.py", *common, "--mode", "APGD_worst", "--norms", "l2", "--batch_num", 20],
+            [
+                "measure_sharpness.py",
+                *common,
+                "--mode",
+                "APGD_worst",
+                "--norms",
+                "l2",
+                "--batch_num",
+                SHARPNESS_BATCHES,
+            ],
             [lambda: keep(folder, kept)],
         ]
-        cost = measuring_passes(self.plan) / self.speed[setting.width]
+        cost = measuring_passes(setting) / self.speed[setting]
         return (lambda: _is_of(kept / "sharpness.json", source)), commands, f"measured {folder}", cost, folder.parent
 
     def run_all(self, jobs: Iterable[tuple]) -> None:
@@ -491,7 +531,9 @@ class Work:
         wrong = load_data("fashion_mnist", self.args.data_path, label_noise=setting.label_noise, **index).mislabelled
         shares: dict[str, float] = {"all": float(wrong.mean())}
         for method, name in names.items():
-            masks = [np.load(p) for s in seeds for p in sorted((runs / f"{name}_{s[:2]}").glob("seed_*/sam_mask.npy"))]
+            masks = [
+                np.load(p) for s in seeds for p in sorted((runs / f"{name}_{first(s)}").glob("seed_*/sam_mask.npy"))
+            ]
             shares[method] = statistics.mean(float(wrong[mask].mean()) for mask in masks)
             shares[f"{method}_size"] = statistics.mean(float(mask.mean()) for mask in masks)
         return shares
@@ -528,32 +570,41 @@ def keep(folder: Path, kept: Path) -> None:
     write_atomically(kept / "sharpness.json", (json.dumps(load_json(folder / "sharpness.json")) + "\n").encode())
 
 
-def report(results: Path) -> None:
-    """Tables, figures and README.md of the result files."""
+def kept_settings(results: Path) -> dict[str, dict]:
+    """What plan.json among the results says of each setting."""
+    path = results / "plan.json"
+    if not path.is_file():
+        return {}
+    needed = {"setting", "chosen", "validation", "mislabelled", "jobs", "environment", "estimated_seconds"}
     try:
-        about = load_json(results / "plan.json")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{results / 'plan.json'}: missing or not readable; run the experiment first") from error
-    try:
-        known = all("ensembles" in setting for setting in about["plan"]["settings"]) and all(
-            {"deep ensemble", "rho", "k", "T_d"} <= set(one["validation"]) for one in about["settings"].values()
+        settings = load_json(path)["settings"]
+        known = set(settings) <= set(NAMES) and all(
+            needed <= set(one) and {"deep ensemble", "rho", "k", "T_d"} <= set(one["validation"])
+            for one in settings.values()
         )
-    except (LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         known = False
     if not known:
-        raise InputError(f"{results / 'plan.json'}: not of this version; run the experiment again")
+        raise InputError(f"{path}: not of this version; give another --results, and run the experiment again")
+    return settings
+
+
+def report(results: Path) -> None:
+    """Tables, figures and README.md of the result files."""
+    settings = kept_settings(results)
+    if not settings:
+        raise InputError(f"{results / 'plan.json'}: missing or empty; run the experiment first")
     parts = []
-    for name, found in about["settings"].items():
+    for name, found in settings.items():
         sam = f"sam_{found['chosen']['rho']:g}"
         # The first SAM ensemble is what the table compares with.
         methods = [sam, *(f"sam_{rho}" for rho in found["validation"]["rho"] if f"sam_{rho}" != sam)]
         methods += ["deep_ensemble", "eoa", "sharpbalance", "sharpbalance_paper", "random"]
-        setting = next(s for s in about["plan"]["settings"] if s["name"] == name)
-        firsts = [seeds[:2] for seeds in SEEDS[: setting["ensembles"]]]
+        firsts = [first(seeds) for seeds in SEEDS[: found["setting"]["ensembles"]]]
         folders = [results / name / f"{method}_{first}" for method in methods for first in firsts]
         ensembles = iter([read_ensemble(folder) for folder in folders])
         measured: Measured = {method: {first: next(ensembles) for first in firsts} for method in methods}
-        measured["sam"] = measured[sam]
+        measured |= {"sam": measured[sam], "sam_largest": measured[f"sam_{max(found['validation']['rho'], key=float)}"]}
         table = [*map(str, folders), "--format", "markdown", "--to", str(results / f"{name}.md")]
         summarize.main(summarize.parse_args(table))
         for kind in FIGURES:
@@ -561,32 +612,26 @@ def report(results: Path) -> None:
             with redirect_stdout(io.StringIO()):
                 plot.main(plot.parse_args(words))
             (results / f"{name}_{kind}.pdf").unlink(missing_ok=True)
-        parts.append(section(setting, found, measured))
-    write_atomically(results / "README.md", "\n".join([*opening(about), *parts]).encode())
+        parts.append(section(found, measured))
+    write_atomically(results / "README.md", "\n".join([*opening(settings), *parts]).encode())
     print(f"wrote {results / 'README.md'}")
 
 
-def opening(about: dict) -> list[str]:
+def opening(settings: dict[str, dict]) -> list[str]:
     """What the report begins with."""
-    plan, machine = about["plan"], about["environment"]
-    missing = [setting["name"] for setting in plan["settings"] if setting["name"] not in about["settings"]]
+    about = next(iter(settings.values()))
     return [
         "# The paper's claims on Fashion-MNIST",
         "",
         "`bash scripts/reproduce_fashion_mnist.sh --minutes N` trains and measures; with `--redraw` it makes this "
         "page, the tables and the figures from the JSON files beside it.",
         "",
-        f"Ensembles of 3 members; ResNet-18, {plan['epochs']} epochs, batch {BATCH}, learning rate 0.1 in steps, "
-        f"no augmentation but mirroring; {about['validation_images']} validation and "
-        f"{about['test_images']} test images, and Fashion-MNIST-C of the first {plan['corrupted']} (15 corruptions at "
-        "5 severities, by scripts/make_corrupted.py). Checkpoints: those of the end of training. rho was chosen by the "
-        "ensemble accuracy of SAM on validation, k (the share of the images that each member picks by its scores) and "
-        "the epoch T_d of the split by that of SharpBalance (released) on the first seeds, and used for all methods; "
-        "nothing was chosen on test images.",
-        "",
-        f"{about['jobs']} single-thread processes on {machine['cpus']} cores, torch {machine['torch']}; about "
-        f"{about['estimated_seconds'] / 60:.0f} minutes by the estimate."
-        + (f" Not finished: {', '.join(missing).replace('_', ' ')}." if missing else ""),
+        f"Ensembles of 3 members; ResNet-18, batch {BATCH}, learning rate 0.1 in steps, no augmentation but mirroring; "
+        f"{about['validation_images']} validation and {about['test_images']} test images, and Fashion-MNIST-C of the "
+        "first of these (15 corruptions at 5 severities, by scripts/make_corrupted.py). Checkpoints: those of the end "
+        "of training. rho was chosen by the ensemble accuracy of SAM on validation, k (the share of the images that "
+        "each member picks by its scores) and the epoch T_d of the split by that of SharpBalance (released) on the "
+        "first seeds, and used for all methods; nothing was chosen on test images.",
         "",
         "A claim is *supported* where Student's 95 % interval of the mean over ensembles (of the difference between "
         "ensembles of the same seeds) lies above 0, *contradicted* where it lies below, else *undecided*. "
@@ -597,20 +642,24 @@ def opening(about: dict) -> list[str]:
     ]
 
 
-def section(setting: dict, found: dict, measured: Measured) -> str:
+def section(found: dict, measured: Measured) -> str:
     """One setting of the report."""
-    name, chosen, tried, lines = setting["name"], found["chosen"], found["validation"], []
+    setting, chosen, tried, lines = found["setting"], found["chosen"], found["validation"], []
+    name, machine = setting["name"], found["environment"]
 
     def listed(name: str) -> str:
         return ", ".join(f"{name} {at}: {100 * value:.2f} %" for at, value in tried[name].items())
 
     lines += [f"## {name.replace('_', ' ').capitalize()}", ""]
     lines += [
-        f"{setting['ensembles']} ensembles by each method. Width {setting['width']}, {setting['samples']} training "
-        "images, "
-        f"{100 * setting['label_noise']:g} % of them with a wrong label (training only). Ensemble accuracy on "
-        f"validation: deep ensemble {100 * tried['deep ensemble']:.2f} %; SAM, {listed('rho')}; SharpBalance "
-        f"(released), first seeds alone, {listed('k')}, {listed('T_d')}; chosen: rho {chosen['rho']:g}, k "
+        f"{setting['ensembles']} ensembles by each method. Width {setting['width']}, {setting['epochs']} epochs on "
+        f"{setting['samples']} training images, {100 * setting['label_noise']:g} % of them with a wrong label "
+        f"(training only); corrupted copies of {setting['corrupted']} test images. {found['jobs']} single-thread "
+        f"processes on {machine['cpus']} cores, torch {machine['torch']}; about {found['estimated_seconds'] / 60:.0f} "
+        "minutes by the estimate.",
+        "",
+        f"Ensemble accuracy on validation: deep ensemble {100 * tried['deep ensemble']:.2f} %; SAM, {listed('rho')}; "
+        f"SharpBalance (released), first seeds alone, {listed('k')}, {listed('T_d')}; chosen: rho {chosen['rho']:g}, k "
         f"{chosen['k']:g}, T_d {chosen['T_d']}.",
         "",
         "| claim | | mean | 95 % interval | n | verdict |",

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -29,16 +30,24 @@ def test_verdict():
 
 
 def test_plans_are_the_largest_first():
-    costs = [reproduce.estimate(plan, SPEED, jobs=2) for plan in reproduce.PLANS]
-    assert costs == sorted(costs, reverse=True)
-    assert all(setting.ensembles >= 3 for plan in reproduce.PLANS for setting in plan.settings)
-    assert costs[0] / 32 < reproduce.estimate(reproduce.PLANS[0], {w: 32 * s for w, s in SPEED.items()}, 64) < costs[0]
+    for name in (*reproduce.NAMES, ""):
+        costs = [
+            sum(
+                reproduce.estimate(setting, SPEED[setting.width], 2)
+                for setting in plan
+                if setting.name == (name or setting.name)
+            )
+            for plan in reproduce.PLANS
+        ]
+        assert costs == sorted(costs, reverse=True)
+    settings = [setting for plan in reproduce.PLANS for setting in plan]
+    assert all(3 <= setting.ensembles <= len(reproduce.SEEDS) for setting in settings)
+    for setting in settings:
+        cost, speed = reproduce.estimate(setting, SPEED[setting.width], 2), SPEED[setting.width]
+        assert cost / 32 < reproduce.estimate(setting, 32 * speed, 64) < cost
     # Where there are more jobs than commands, the five stages take as long as their longest commands.
-    many = reproduce.estimate(reproduce.PLANS[-1], {w: 1000 * s for w, s in SPEED.items()}, 1000)
-    (setting,) = reproduce.PLANS[-1].settings
-    longest = [
-        passes / count / SPEED[setting.width] for count, passes in reproduce.stages(setting, reproduce.PLANS[-1])
-    ]
+    many = reproduce.estimate(setting, 1000 * speed, 1000)
+    longest = [passes / count / speed for count, passes in reproduce.stages(setting)]
     assert many == pytest.approx(sum(longest) + 5 * reproduce.STARTUP, rel=0.01)
 
 
@@ -48,16 +57,25 @@ def test_the_plan_that_fits_is_kept(tmp_path, monkeypatch, capsys):
     flags = ["--runs", str(tmp_path), "--jobs", "2", "--minutes"]
     with pytest.raises(InputError, match=r"--minutes 1: the smallest plan takes about \d+ minutes here"):
         reproduce.choose(reproduce.parse_args([*flags, "1"]))
-    plan, _ = reproduce.choose(reproduce.parse_args([*flags, "200"]))
-    assert reproduce.estimate(plan, SPEED, 2) <= 200 * 60
-    assert re.search(r"into 200 minutes takes about \d+: \d\d epochs, \d ensembles of 3", capsys.readouterr().out)
-    assert reproduce.choose(reproduce.parse_args([*flags, "10000"]))[0] == plan
-    assert "going on with" in capsys.readouterr().out
-    (tmp_path / "plan.json").write_text("{}")
-    with pytest.raises(InputError, match=r"plan\.json: no plan of this script; remove "):
+    (setting,) = reproduce.choose(reproduce.parse_args([*flags, "300", "--only", "clean_labels"]))
+    assert setting.name == "clean_labels"
+    assert reproduce.estimate(setting, SPEED[16], 2) <= 300 * 60
+    assert re.search(
+        r"into 300 minutes takes about \d+: \d ensembles of 3 by each method, \d\d ep", capsys.readouterr().out
+    )
+    # The other one gets all of the time.
+    plan = reproduce.choose(reproduce.parse_args([*flags, "100"]))
+    text = capsys.readouterr().out
+    assert "going on with 3 ensembles" in text
+    assert "into 100 minutes" in text
+    assert [one.name for one in plan] == ["clean_labels", "noisy_labels"]
+    assert [asdict(one) for one in plan] == [about["setting"] for about in plan.values()]
+    assert reproduce.choose(reproduce.parse_args([*flags, "10000"])).keys() == plan.keys()
+    (tmp_path / "noisy_labels" / "plan.json").write_text("{}")
+    with pytest.raises(InputError, match=r"plan\.json: no plan of this script; remove .*noisy_labels, or give"):
         reproduce.choose(reproduce.parse_args([*flags, "200"]))
-    (tmp_path / "plan.json").rename(tmp_path / "x")
-    with pytest.raises(InputError, match=r"--runs .*: not empty, and without a plan"):
+    (tmp_path / "noisy_labels" / "plan.json").rename(tmp_path / "noisy_labels" / "x")
+    with pytest.raises(InputError, match=r"noisy_labels: not empty, and without a plan"):
         reproduce.choose(reproduce.parse_args([*flags, "200"]))
 
 
@@ -74,13 +92,14 @@ def results(tmp_path):
     methods = {"deep_ensemble": 0.0, "sam_0.1": 0.02, "sam_0.2": 0.01, "eoa": 0.0}
     methods |= {"sharpbalance": 0.03, "sharpbalance_paper": 0.02, "random": 0.02}
     about = {
-        "plan": {
-            "epochs": 10,
-            "corrupted": 5,
-            "settings": [{"name": "noisy_labels", "width": 8, "label_noise": 0.2, "samples": 100, "ensembles": 3}],
-        },
         "settings": {
             "noisy_labels": {
+                "setting": asdict(reproduce.noisy(100, 10, 5, 3)),
+                "environment": {"cpus": 2, "platform": "here", "torch": "2"},
+                "jobs": 2,
+                "estimated_seconds": 60,
+                "validation_images": 10,
+                "test_images": 10,
                 "chosen": {"rho": 0.1, "k": 0.5, "T_d": 5},
                 "validation": {
                     "deep ensemble": 0.45,
@@ -93,12 +112,7 @@ def results(tmp_path):
                     **{m + s: 0.25 for m in reproduce.LABELS for s in ("", "_size")},
                 },
             }
-        },
-        "environment": {"cpus": 2, "platform": "here", "torch": "2"},
-        "jobs": 2,
-        "estimated_seconds": 60,
-        "validation_images": 10,
-        "test_images": 10,
+        }
     }
     (tmp_path / "plan.json").write_text(json.dumps(about))
     for i, seed in enumerate(("11", "21", "31")):
@@ -121,7 +135,13 @@ def results(tmp_path):
 def test_report(results, monkeypatch):
     monkeypatch.setattr(reproduce, "FIGURES", {})
     monkeypatch.setattr(
-        reproduce, "CLAIMS", [claim for claim in reproduce.CLAIMS if claim.name in ("i", "iv, released", "vi, clean")]
+        reproduce,
+        "CLAIMS",
+        [
+            claim
+            for claim in reproduce.CLAIMS
+            if claim.name in ("i", "i, diversity", "i, sharpness", "iv, released", "vi, clean")
+        ],
     )
     reproduce.report(results)
     text = (results / "README.md").read_text()
@@ -135,7 +155,7 @@ def test_report(results, monkeypatch):
     assert "chosen: rho 0.1, k 0.5, T_d 5." in text
     assert "Of the training images 20.0 % have a wrong label" in text
     (results / "plan.json").write_text('{"settings": {"noisy_labels": {"validation": {"rho": {}}}}}')
-    with pytest.raises(InputError, match=r"plan\.json: not of this version; run the experiment again"):
+    with pytest.raises(InputError, match=r"plan\.json: not of this version; give another --results"):
         reproduce.report(results)
     (results / "plan.json").unlink()
     with pytest.raises(InputError, match=r"plan\.json: missing"):
@@ -161,8 +181,8 @@ def test_whole(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reproduce, "KS", (0.5, 0.7))
     monkeypatch.setattr(reproduce, "SPLITS", (0.25, 0.5))
     monkeypatch.setattr(reproduce, "throughput", lambda width, jobs: SPEED[width])
-    setting = reproduce.Setting("noisy_labels", 2, 0.2, 100, 2)
-    monkeypatch.setattr(reproduce, "PLANS", (reproduce.Plan(4, 2, (setting,)),))
+    setting = reproduce.Setting("noisy_labels", 2, 0.2, 100, 4, 2, 2)
+    monkeypatch.setattr(reproduce, "PLANS", ((setting,),))
     monkeypatch.setitem(SPEED, 2, 100.0)
     reproduce.main(reproduce.parse_args(["--jobs", "2"]))
     assert " 100%  about 0 min left" in capsys.readouterr().out
