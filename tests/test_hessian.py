@@ -161,6 +161,44 @@ def test_a_residual_network_in_float32():
     assert ours["trace"] == pytest.approx(theirs["trace"], rel=1e-3)
 
 
+def test_second_derivatives_of_layers():
+    """Those that are written out equal PyTorch's own, for all options, and nothing is left on the model."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=2),
+        nn.BatchNorm2d(6, eps=0.3),
+        nn.Tanh(),
+        nn.Conv2d(6, 5, 3, bias=False),
+        nn.BatchNorm2d(5, affine=False),
+        nn.Conv2d(5, 5, 3, padding="same", padding_mode="circular"),
+        nn.BatchNorm2d(5),
+        nn.Tanh(),
+        nn.Flatten(1, 2),
+        nn.BatchNorm1d(20),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(120, 3),
+    )
+    model = model.double()
+    x, y = torch.randn(9, 4, 12, 6, dtype=torch.float64), torch.arange(9) % 3
+    model(3 * x + 1)  # statistics that are not 0 and 1
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.eval()
+    for params in (None, "^0", "1.weight|3|9.bias"):
+        operator = HessianOperator(model, [(x, y)], params)
+        vectors = torch.randn(operator.size, 2, dtype=torch.float64)
+        gradients = torch.autograd.grad(F.cross_entropy(model(x), y), operator.parameters, create_graph=True)
+        for vector, ours in zip(vectors.T, (operator @ vectors).T, strict=True):
+            theirs = torch.autograd.grad(gradients, operator.parameters, operator._split(vector), retain_graph=True)
+            torch.testing.assert_close(ours, torch.cat([t.flatten() for t in theirs]), rtol=1e-9, atol=1e-11)
+    assert not any("forward" in vars(module) for module in model.modules())
+    one = HessianOperator(model, [(x, y), (x[:, :1], y)])
+    with pytest.raises(RuntimeError, match="channels"):
+        one @ torch.zeros(one.size)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 def test_a_transformer():
     """Attention's fused kernels have no second derivative: another one has to be taken."""
     torch.manual_seed(0)

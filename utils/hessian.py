@@ -6,13 +6,16 @@ the size parameters x parameters is formed, and a product holds the graph of one
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -50,7 +53,7 @@ class HessianOperator:
         sums = [[torch.zeros_like(p) for p in self.parameters] for _ in parts]
         for images, labels in self.batches:
             # Of the kernels of attention, only the plain one has a second derivative.
-            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _quick_layers(self.model):
                 loss = F.cross_entropy(self.model(images), labels, reduction="sum") / self.samples
                 gradients = torch.autograd.grad(loss, self.parameters, create_graph=True, materialize_grads=True)
                 # A gradient that does not depend on the weights (of a linear model's bias, say) has no graph.
@@ -72,6 +75,114 @@ class HessianOperator:
         device, dtype = self.parameters[0].device, self.parameters[0].dtype
         pieces = vector.to(device, dtype).split([p.numel() for p in self.parameters])
         return [piece.view(p.shape) for piece, p in zip(pieces, self.parameters, strict=True)]
+
+
+# PyTorch differentiates its backward passes by general formulas of many passes over memory. In a ResNet the two layers
+# below took most of a product's time; written out, their second derivatives are as many convolutions as there must be.
+
+
+class _Conv2d(torch.autograd.Function):
+    """A convolution; `options` as aten::convolution_backward takes them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.options, ctx.biased = options, bias is not None
+        return torch.ops.aten.convolution(x, weight, bias, *options)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple:
+        return *_Conv2dBackward.apply(g, *ctx.saved_tensors, ctx.biased, ctx.options), None
+
+
+class _Conv2dBackward(torch.autograd.Function):
+    """Of g = dL/dy: dL/dx, dL/dweight and dL/dbias, the convolution being linear in each of x, weight and bias."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor, biased: bool, options: tuple) -> tuple:
+        ctx.save_for_backward(g, x, weight)
+        ctx.options = options
+        return _conv2d_backward(g, x, weight, biased, options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, u: Tensor, u_weight: Tensor, u_bias: Tensor | None) -> tuple:
+        """The gradient of <u, dL/dx> + <u_weight, dL/dweight> + <u_bias, dL/dbias>."""
+        g, x, weight = ctx.saved_tensors
+        to_g = torch.ops.aten.convolution(u, weight, u_bias, *ctx.options)
+        to_g += torch.ops.aten.convolution(x, u_weight, None, *ctx.options)
+        to_x, to_weight, _ = _conv2d_backward(g, u, u_weight, False, ctx.options)
+        return to_g, to_x, to_weight, None, None
+
+
+def _conv2d_backward(g: Tensor, x: Tensor, weight: Tensor, biased: bool, options: tuple) -> tuple:
+    return torch.ops.aten.convolution_backward(g, x, weight, [len(weight)], *options, [True, True, biased])
+
+
+class _BatchNorm(torch.autograd.Function):
+    """y = weight r (x - mean) + bias with r = 1 / sqrt(var + eps): batch normalisation by fixed statistics."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt())
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple:
+        return *_BatchNormBackward.apply(g, *ctx.saved_tensors), None, None, None
+
+
+class _BatchNormBackward(torch.autograd.Function):
+    """Of g = dL/dy: dL/dx = weight r g, dL/dweight = sum r (x - mean) g and dL/dbias = sum g."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, r: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(g, x, weight, mean, r)
+        return _scale_and_sums(g, x, weight * r, mean, r)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, u: Tensor, u_weight: Tensor, u_bias: Tensor) -> tuple:
+        """The gradient of <u, dL/dx> + <u_weight, dL/dweight> + <u_bias, dL/dbias>."""
+        g, x, weight, mean, r = ctx.saved_tensors
+        factor = r * u_weight
+        to_g = F.batch_norm(u, torch.zeros_like(r), torch.ones_like(r), weight * r, u_bias - mean * factor, eps=0.0)
+        to_g.addcmul_(x, factor.view(-1, *[1] * (x.dim() - 2)))
+        to_x, to_weight, _ = _scale_and_sums(g, u, factor, torch.zeros_like(r), r)
+        return to_g, to_x, to_weight, None, None
+
+
+def _scale_and_sums(g: Tensor, x: Tensor, factor: Tensor, mean: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Factor g, sum r (x - mean) g and sum g, channel by channel, in one pass."""
+    var = r.square().reciprocal()
+    return torch.ops.aten.native_batch_norm_backward(
+        g, x, factor / r, mean, var, None, None, False, 0.0, [True, True, True]
+    )
+
+
+def _quick(layer: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """The layer in eval mode with a quick second derivative, or None for the other ones."""
+    # A subclass may compute something else, so that the type has to be exactly the known one.
+    if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+        options = (layer.stride, layer.padding, layer.dilation, False, (0, 0), layer.groups)
+        return lambda x: _Conv2d.apply(x, layer.weight, layer.bias, options)
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    if type(layer) in norms and layer.affine and layer.running_mean is not None:
+        return lambda x: _BatchNorm.apply(x, layer.weight, layer.bias, layer.running_mean, layer.running_var, layer.eps)
+    return None
+
+
+@contextmanager
+def _quick_layers(model: nn.Module) -> Iterator[None]:
+    """The model's layers have the quick second derivatives that are known."""
+    found = {layer: forward for layer in model.modules() if (forward := _quick(layer))}
+    try:
+        for layer, forward in found.items():
+            layer.forward = forward
+        yield
+    finally:
+        for layer in found:
+            del layer.forward
 
 
 def refuse_train_mode(model: nn.Module, what: str) -> None:
