@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 import os
 import pickle
 
@@ -21,14 +22,20 @@ def image_set(n=50, info=INFO, seed=0):
     return images, ImageSet(images, random.integers(0, 10, n), info)
 
 
-def test_crop_equals_one_image_at_a_time():
-    images, data = image_set()
+@pytest.mark.parametrize("padding", [4, 0])
+@pytest.mark.parametrize("size", [(32, 32, 3), (5, 7, 3), (8, 8, 1)])
+def test_crop_equals_one_image_at_a_time(size, padding):
+    """Also where an image is not a multiple of eight bytes, and where the array is a transposed one."""
     random = np.random.default_rng(1)
-    index = random.integers(0, 50, 300)
-    rows, columns, mirror = random.integers(0, 9, 300), random.integers(0, 9, 300), random.integers(0, 2, 300) == 1
+    images = random.integers(0, 256, (size[2], 50, *size[:2]), dtype=np.uint8).transpose(1, 2, 3, 0)
+    info = dataclasses.replace(INFO, mean=INFO.mean[: size[2]], std=INFO.std[: size[2]], padding=padding)
+    data = ImageSet(images, np.zeros(50, dtype=np.int64), info)
+    index = np.append(random.integers(0, 50, 300), [0, 49])
+    rows, columns = (np.append(random.integers(0, 2 * padding + 1, 300), [0, 2 * padding]) for _ in range(2))
+    mirror = random.integers(0, 2, 302) == 1
     out = data.crop(*(torch.from_numpy(a) for a in (index, rows, columns, mirror)))
     for image, i, r, c, m in zip(out.numpy(), index, rows, columns, mirror, strict=True):
-        assert (image == reference.crop(images[i], r, c, m, 4)).all()
+        assert (image == reference.crop(images[i], r, c, m, padding)).all()
 
 
 def test_crop_equals_torchvision():

@@ -148,9 +148,13 @@ class ImageSet:
         self.labels = torch.from_numpy(labels).to(self.device)
         self.height, self.width, self.channels = images.shape[1:]
         p = info.padding
-        padded = F.pad(torch.from_numpy(images), (0, 0, p, p, p, p)).to(self.device)
+        padded = F.pad(torch.from_numpy(images), (0, 0, p, p, p, p)).contiguous().to(self.device)
         # [N, 2p + 1, 2p + 1, H, W, C]: all crops of all images, as a view of the padded images.
         self._crops = padded.unfold(1, self.height, 1).unfold(2, self.width, 1).permute(0, 1, 2, 4, 5, 3)
+        # [., W C]: a row of a crop, from each pixel on, for as many pixels as there are; likewise a view.
+        pixels, numbers = len(images) * padded.shape[1] * padded.shape[2], self.width * self.channels
+        self._rows = padded.as_strided((max(pixels - self.width + 1, 0), numbers), (self.channels, 1))
+        self._heights = torch.arange(self.height, device=self.device)
         mean, std = torch.tensor(info.mean), torch.tensor(info.std)
         # (x / 255 - mean) / std = x * scale + shift, for each number of an image's row.
         self._scale = (1 / (255 * std)).repeat(self.width).to(self.device)
@@ -171,8 +175,16 @@ class ImageSet:
         Returns:
             uint8 [B, H, W, C].
         """
-        images = self._crops[index, rows, columns]
-        return torch.where(mirror.view(-1, 1, 1, 1), images.flip(2), images)
+        # By whole rows, four times as fast as an index into all crops.
+        p = self.info.padding
+        first = (index * (self.height + 2 * p) + rows)[:, None] + self._heights
+        starts = first * (self.width + 2 * p) + columns[:, None]
+        images = self._rows.index_select(0, starts.flatten()).view(-1, self.height, self.width, self.channels)
+        flipped, numbers = images.flip(2), self.height * self.width * self.channels
+        # Eight bytes at once, where they go into an image.
+        wide = torch.int64 if numbers % 8 == 0 else torch.uint8
+        choice = (image.view(-1, numbers).view(wide) for image in (flipped, images))
+        return torch.where(mirror[:, None], *choice).view(torch.uint8).view_as(images)
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 [B, H, W, C] -> float32 [B, C, H, W] in channels_last memory: (x / 255 - mean) / std."""
