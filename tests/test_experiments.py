@@ -168,6 +168,42 @@ def test_all_of_it(data, seeds, methods, tmp_path, monkeypatch):
         assert [name for name in one.keys() | other.keys() if one.get(name) != other.get(name)] == [], place
 
 
+@pytest.mark.parametrize(
+    "methods", ["same eoa", slow("sam sharpbalance sharpbalance_paper random same asam eoa")], ids=["part", "whole"]
+)
+def test_ablations(methods, tmp_path, monkeypatch):
+    """Each method is what it is called; the whole is what is there by default."""
+    write_data(tmp_path / "data", "cifar10")
+    part = {"METHODS": methods} if methods == "same eoa" else {}
+    part |= {"SHARPNESS_FLAGS": f"{SHARPNESS} --mode APGD_worst --norms l2", "INITIAL_EPOCHS": "1"}
+    run_here("ablations", tmp_path, monkeypatch, DATA="cifar10", SEEDS="13 17 27", **part)
+    check_results(tmp_path, 1, len(methods.split()))
+    settings = {
+        name: json.loads((tmp_path / "runs" / f"{name}_13" / "args.json").read_text()) for name in methods.split()
+    }
+    for name in {"random", "same"} & settings.keys():
+        assert (settings[name]["select"], settings[name]["match_size"]) == (name, True)
+    if "asam" in settings:
+        assert (settings["asam"]["sam_adaptive"], settings["asam"]["rho"]) == (True, 1)
+    eoa = json.loads((tmp_path / "measurements" / "eoa_13" / "diversity.json").read_text())
+    assert {Path(member["path"]).name for member in eoa["members"]} == {"model_averaged.pth.tar"}
+
+
+@pytest.mark.slow
+def test_members(tmp_path, monkeypatch):
+    """Nine members, of which every size is measured."""
+    write_data(tmp_path / "data", "cifar10")
+    part = {
+        "DATA": "cifar10",
+        "METHODS": "sharpbalance",
+        "SHARPNESS_FLAGS": f"{SHARPNESS} --mode APGD_worst --norms l2",
+    }
+    run_here("members", tmp_path, monkeypatch, **part)
+    found = json.loads((tmp_path / "measurements" / "sharpbalance_13" / "diversity.json").read_text())
+    assert len(found["members"]) == 9
+    assert set(found["result"]["test"]["ensemble_by_size"]) == set("123456789")
+
+
 @pytest.mark.slow
 def test_by_processes_and_without_a_corrupted_set(tmp_path):
     """Real processes: torchrun gives what one process gives, parts are added, a mistake ends it in one line."""

@@ -1,13 +1,18 @@
-# Sourced by cifar10.sh, cifar100.sh and tiny_imgnet.sh, which set DATA: the paper's comparison of 4 methods.
+# Sourced by the other scripts here but digits.sh, which set DATA: a comparison of methods by the paper's recipe.
 #
-# Trains 3 ensembles of 3 ResNet-18 for each method, measures them on clean and, where the -C set is found, corrupted
-# images, and writes tables and figures. That is 36 networks of 200 epochs; given again, it goes on where it was, and
-# passes over finished ensembles. Arguments go to main.py, after the recipe's own, for instance --download.
+# Trains ensembles of ResNet-18 by each method, measures them on clean and, where the -C set is found, corrupted images,
+# and writes tables and figures. By default that is the paper's comparison: 3 ensembles of 3 by 4 methods, 36 networks of
+# 200 epochs. Given again, it goes on where it was, and passes over finished ensembles. Arguments go to main.py, after
+# the recipe's own, for instance --download.
 #
+# METHODS   of deep_ensemble, sam, sharpbalance (as released), sharpbalance_paper (by the paper's text), random and same
+#           (SAM on random sets of SharpBalance's size, for each member or once for all), asam, eoa (averaged weights)
 # RUNS, MEASUREMENTS, RESULTS, DATA_PATH   other folders than runs/$DATA, measurements/$DATA, results/$DATA, data
 # RHO, FLAT_RATIO, INITIAL_EPOCHS          of SAM and SharpBalance, other than the paper's 0.2, 0.5, 100 for CIFAR-100
+# ASAM_RHO                                 of asam, 1
+# CHECKPOINT                               best or last; eoa, which is measured at its averages, compares with last
 # NPROC                                    processes (and GPUs, if there are as many) that train an ensemble; 1
-# SEEDS, METHODS                           a part: SEEDS="13 17 27,43 59 223" METHODS="sam sharpbalance"
+# SEEDS                                    of the ensembles: SEEDS="13 17 27,43 59 223"
 # MEASURE_FLAGS, SHARPNESS_FLAGS           more flags, for measure_diversity*.py and for measure_sharpness.py
 #
 # The tables and figures hold all that is finished in MEASUREMENTS, so that parts may be made one after another, or by
@@ -24,9 +29,11 @@ RHO=${RHO:-0.2}
 FLAT_RATIO=${FLAT_RATIO:-0.5}
 INITIAL_EPOCHS=${INITIAL_EPOCHS:-100}
 NPROC=${NPROC:-1}
+CHECKPOINT=${CHECKPOINT:-best}
 METHODS=${METHODS:-deep_ensemble sam sharpbalance sharpbalance_paper}
 MEASURE_FLAGS=${MEASURE_FLAGS:-}
 SHARPNESS_FLAGS=${SHARPNESS_FLAGS:-}
+known="deep_ensemble sam sharpbalance sharpbalance_paper random same asam eoa"
 IFS=, read -ra ensembles <<<"${SEEDS:-13 17 27,113 117 127,43 59 223}"
 
 train=(python)
@@ -47,8 +54,11 @@ for seeds in "${ensembles[@]}"; do
             sam) flags=(--sam --rho "$RHO") ;;
             sharpbalance) flags=("${sharpbalance[@]}" --partition released) ;;
             sharpbalance_paper) flags=("${sharpbalance[@]}" --partition paper) ;;
+            random | same) flags=("${sharpbalance[@]}" --partition released --select "$method" --match_size) ;;
+            asam) flags=(--sam --sam_adaptive --rho "${ASAM_RHO:-1}") ;;
+            eoa) flags=(--average_from "$INITIAL_EPOCHS") ;;
             *)
-                echo "METHODS: '$method' is none of deep_ensemble, sam, sharpbalance, sharpbalance_paper" >&2
+                echo "METHODS: '$method' is none of ${known// /, }" >&2
                 exit 2
                 ;;
         esac
@@ -57,7 +67,7 @@ for seeds in "${ensembles[@]}"; do
         run=$RUNS/${method}_$first to=$MEASUREMENTS/${method}_$first
         # Finding all caches of a corrupted set again still means reading and hashing its images: what was finished by
         # the same settings, with all its files and no checkpoint that is newer, is not called again.
-        wanted="main.py ${flags[*]}; $splits $MEASURE_FLAGS; $SHARPNESS_FLAGS"
+        wanted="main.py ${flags[*]}; $splits $MEASURE_FLAGS; $SHARPNESS_FLAGS; $CHECKPOINT"
         if [ -f "$to/diversity.json" ] && [ -f "$to/variance.json" ] && [ -f "$to/sharpness.json" ] &&
             [ "$(cat "$to/finished" 2>/dev/null)" = "$wanted" ] &&
             [ -z "$(find "$run" -name "*.pth.tar" -newer "$to/finished" 2>/dev/null)" ]; then
@@ -66,7 +76,8 @@ for seeds in "${ensembles[@]}"; do
         fi
         rm -f "$to/finished"
         "${train[@]}" main.py "${flags[@]}" --data_path "$DATA_PATH" --save_path "$run"
-        measured=(--resume "$run" --data_path "$DATA_PATH" --save "$to")
+        measured=(--resume "$run" --data_path "$DATA_PATH" --save "$to" --checkpoint "$CHECKPOINT")
+        [ "$method" != eoa ] || measured+=(--checkpoint averaged)
         python measure_diversity.py "${measured[@]}" --split $splits $MEASURE_FLAGS
         python measure_diversity_variance.py "${measured[@]}" --split $splits $MEASURE_FLAGS
         python measure_sharpness.py "${measured[@]}" --mode APGD_worst,APGD_average,hessian_t,hessian_e,fisher \
