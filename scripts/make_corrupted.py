@@ -13,6 +13,7 @@ import io
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -97,6 +98,7 @@ def main(args: argparse.Namespace) -> None:
     _check_origin(folder, test, len(images))
     shape = (len(SEVERITIES) * len(images), *images.shape[1:])
     todo = [corruption for corruption in args.corruptions if not _is_done(folder / f"{corruption}.npy", shape)]
+    started = time.monotonic()
     try:
         _make(folder, images, todo, args.workers)
     except BrokenProcessPool as error:
@@ -106,8 +108,11 @@ def main(args: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on after the last finished corruption", status=130)
     kept = len(args.corruptions) - len(todo)
+    speed = len(todo) * shape[0] / (time.monotonic() - started)
     print(
-        f"wrote {len(todo)} corruptions of {len(images)} images to {folder}" + (f", {kept} were there" if kept else "")
+        f"wrote {len(todo)} corruptions of {len(images)} images to {folder}"
+        + (f", {speed:.0f} images/s" if todo else "")
+        + (f", {kept} were there" if kept else "")
     )
 
 

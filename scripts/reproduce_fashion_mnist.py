@@ -353,7 +353,7 @@ def stages(setting: Setting) -> list[tuple[int, float]]:
 
 def estimate(setting: Setting, speed: float, jobs: int) -> float:
     """Seconds that a setting takes; at the end of a stage there may be less to do than there are jobs."""
-    seconds = 75 * setting.corrupted / 400 / jobs
+    seconds = 75 * setting.corrupted / 10_000
     for count, passes in stages(setting):
         rounds = math.ceil(count / jobs)
         seconds += rounds * (STARTUP + jobs * passes / max(count, 1) / speed)
