@@ -28,6 +28,7 @@ from utils.diversity import (
 from utils.metrics import (
     bootstrap_weights,
     calibration_bins,
+    corrected_interval,
     ensemble_log_probs,
     fit_temperature,
     pack_counts,
@@ -131,7 +132,9 @@ def figures(
     log_probs = torch.log_softmax(logits.double(), dim=2)
     members = len(log_probs)
     result: dict[str, Any] = {"samples": len(labels), "classes": log_probs.shape[2]}
-    correct = log_probs.argmax(dim=2) == labels
+    predictions = log_probs.argmax(dim=2)
+    correct = predictions == labels
+    counts = {"members": correct.sum(dim=0)}
     ensemble = ensemble_log_probs(log_probs, args.average)
     columns = {
         "member_accuracy": correct.double().mean(dim=0),
@@ -165,7 +168,6 @@ def figures(
         )
 
     if "disagreement" in args.mode:
-        predictions = log_probs.argmax(dim=2)
         matrix = disagreement(predictions)
         result["disagreement"] = {"matrix": matrix.tolist(), "mean": mean_over_pairs(matrix)}
         distances = squared_distances(probs)
@@ -174,7 +176,9 @@ def figures(
         # All pairs at once: of n_c members that predict class c, n_c (n_c - 1) ordered pairs agree.
         votes = torch.zeros(len(labels), log_probs.shape[2], dtype=torch.float64)
         votes.scatter_add_(1, predictions.T, torch.ones_like(predictions.T, dtype=torch.float64))
-        columns["disagreement"] = 1 - (votes * (votes - 1)).sum(dim=1) / (members * (members - 1))
+        agreeing = (votes * (votes - 1)).sum(dim=1)
+        columns["disagreement"] = 1 - agreeing / (members * (members - 1))
+        counts["differing_pairs"] = ((members * (members - 1) - agreeing) / 2).long()
         result["disagreement_by_size"] = {
             size: mean_of(
                 [subset_disagreement(matrix, distances, errors, row["accuracy"], subset) for subset, row in rows]
@@ -194,8 +198,9 @@ def figures(
             for name, tensors in (("features", features), ("logits", list(logits)))
         }
 
-    # For comparisons of two ensembles sample by sample: how many members are right, and whether the ensemble is.
-    counts = {"members": correct.sum(dim=0), "ensemble": columns["ensemble_accuracy"].long()}
+    # For comparisons of two ensembles sample by sample: how many members are right, how many pairs of them differ, and
+    # whether the ensemble is right.
+    counts["ensemble"] = columns["ensemble_accuracy"].long()
     result["right_of_samples"] = {name: pack_counts(count.numpy()) for name, count in counts.items()}
     # One product: the resamples are larger than all that is resampled, and are read once.
     drawn = weights @ torch.cat([torch.stack(list(columns.values()), dim=1), gaps], dim=1)
@@ -317,14 +322,14 @@ def summarize(parts: list[Part], found: dict[str, dict], draws: dict[str, dict[s
         return finished([parts[0]], found, draws)
     severities = sorted({part.severity for part in parts})
     alike = len({found[part.name]["samples"] for part in parts}) == 1
+    packed = [found[part.name].pop("right_of_samples") for part in parts]
     counts = {
-        name: sum(unpack_counts(found[part.name]["right_of_samples"][name]) for part in parts)
-        for name in ("members", "ensemble")
+        name: sum(unpack_counts(one[name]) for one in packed)
+        for name in packed[0]
         if alike  # the parts show the same pictures in the same order
     }
-    for part in parts:
-        del found[part.name]["right_of_samples"]
-    mean = finished(parts, found, draws) | {"right_of_samples": {n: pack_counts(c) for n, c in counts.items()}}
+    mean = finished(parts, found, draws)
+    mean["right_of_samples"] = {name: pack_counts(count) for name, count in counts.items() if count.max() < 2**16}
     return {
         "mean": mean,
         "by_severity": {s: finished([p for p in parts if p.severity == s], found, draws) for s in severities},
@@ -345,6 +350,10 @@ def finished(parts: list[Part], found: dict[str, dict], draws: dict[str, dict[st
         result |= ratios | {"eir_bounds": list(bounds)}
         resampled |= ratios_of(resampled)
     result["intervals_95"] = {name: percentile_interval(values) for name, values in resampled.items()}
+    if "ensemble_ece" in resampled:
+        result["intervals_95"]["ensemble_ece"] = corrected_interval(
+            result["ensemble"]["ece"], resampled["ensemble_ece"]
+        )
     return result
 
 

@@ -126,7 +126,7 @@ def benchmark(args: argparse.Namespace) -> Figure:
                 bar: estimate([e.values[prefix + bar] for e in group], group[0].intervals.get(prefix + bar))
                 for bar in ("member", "ensemble")
             }
-            pair = [group[0].right.get(prefix + bar) for bar in ("ensemble", "member")]
+            pair = [group[0].by_sample.get(prefix + bar) for bar in ("ensemble", "member")]
             over_images = len(group) == 1 and all(part is not None for part in pair)
             row[name]["gain"] = estimate(
                 [e.values[f"{prefix}ensemble"] - e.values[f"{prefix}member"] for e in group],

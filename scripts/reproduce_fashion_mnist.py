@@ -43,7 +43,7 @@ from utils.checkpoint import load_json, write_array, write_atomically, write_jso
 from utils.cli import Parser, add_flag, cores, number, path, run, start_device
 from utils.data import load_data
 from utils.ensemble import environment
-from utils.metrics import t_interval
+from utils.metrics import crossed_interval, t_interval
 from utils.results import Ensemble, read_ensemble
 from utils.training import sharpbalance_step
 
@@ -116,17 +116,27 @@ Measured = dict[str, dict[str, Ensemble]]  # by method, by seeds
 
 @dataclass(frozen=True)
 class Claim:
-    """A difference, one number for each ensemble, that is above 0 if the claim is right; a share if it has a unit."""
+    """A difference for each ensemble that is above 0 if the claim is right: a number, or one for each test image, [N].
+
+    A share if it has a unit.
+    """
 
     name: str
     text: str
-    gap: Callable[[Measured, str], float]
+    gap: Callable[[Measured, str], float | torch.Tensor]
     unit: str = "points"  # of 0.01
 
 
-def difference(a: str, b: str, value: str) -> Callable[[Measured, str], float]:
-    """Method a minus method b."""
-    return lambda found, seeds: found[a][seeds].values[value] - found[b][seeds].values[value]
+def difference(a: str, b: str, value: str) -> Callable[[Measured, str], float | torch.Tensor]:
+    """Method a minus method b, image by image where the result files have that."""
+
+    def gap(found: Measured, seeds: str) -> float | torch.Tensor:
+        one, other = found[a][seeds], found[b][seeds]
+        if value in one.by_sample and value in other.by_sample:
+            return one.by_sample[value].double() - other.by_sample[value].double()
+        return one.values[value] - other.values[value]
+
+    return gap
 
 
 def slope(found: Measured, seeds: str) -> float:
@@ -198,12 +208,19 @@ def first(seeds: str) -> str:
     return seeds.split()[0]
 
 
-def verdict(gaps: list[float]) -> tuple[str, list[float]]:
-    """supported, contradicted or undecided, by Student's 95 % interval of the mean over ensembles; and that."""
-    interval = t_interval(gaps)
+def verdict(gaps: list[float] | list[torch.Tensor]) -> tuple[str, float, list[float]]:
+    """supported, contradicted or undecided, by the 95 % interval of the mean; the mean, and that interval.
+
+    Over ensembles and test images where the differences are given by image, else Student's over ensembles.
+    """
+    if isinstance(gaps[0], torch.Tensor):
+        by_image = torch.stack(gaps)
+        mean, interval = by_image.mean().item(), crossed_interval(by_image)
+    else:
+        mean, interval = statistics.mean(gaps), t_interval(gaps)
     if interval[0] > 0:
-        return "supported", interval
-    return ("contradicted" if interval[1] < 0 else "undecided"), interval
+        return "supported", mean, interval
+    return ("contradicted" if interval[1] < 0 else "undecided"), mean, interval
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -562,10 +579,11 @@ def validation(folder: Path) -> float:
 
 
 def keep(folder: Path, kept: Path) -> None:
-    """Copy the result files without the figures of each of the 75 parts, which are nine tenths of them."""
+    """Copy the result files; of each of the 75 parts, which are nine tenths of them, the accuracies only."""
     kept.mkdir(parents=True, exist_ok=True)
     content = load_json(folder / "diversity.json")
-    content["result"]["corrupted"].pop("parts", None)
+    parts = content["result"]["corrupted"]["parts"]
+    content["result"]["corrupted"]["parts"] = {name: {"rates": part["rates"]} for name, part in parts.items()}
     write_atomically(kept / "diversity.json", (json.dumps(content) + "\n").encode())
     write_atomically(kept / "sharpness.json", (json.dumps(load_json(folder / "sharpness.json")) + "\n").encode())
 
@@ -633,11 +651,12 @@ def opening(settings: dict[str, dict]) -> list[str]:
         "each member picks by its scores) and the epoch T_d of the split by that of SharpBalance (released) on the "
         "first seeds, and used for all methods; nothing was chosen on test images.",
         "",
-        "A claim is *supported* where Student's 95 % interval of the mean over ensembles (of the difference between "
-        "ensembles of the same seeds) lies above 0, *contradicted* where it lies below, else *undecided*. "
-        f"Differences of accuracy and disagreement are in percentage points. {len(CLAIMS)} intervals are looked at in "
-        "a setting, without a correction for their number: were there no difference anywhere, "
-        f"{len(CLAIMS) / 20:.2f} of them would exclude 0 on average.",
+        "A claim is *supported* where the 95 % interval of the mean difference between ensembles of the same seeds "
+        "lies above 0, *contradicted* where it lies below, else *undecided*. The intervals are over ensembles and test "
+        "images alike, and of sharpness and of the slope over ensembles only; all hold for this one draw of training "
+        "images and of wrong labels. Differences of accuracy and disagreement are in percentage points. "
+        f"{len(CLAIMS)} intervals are looked at in a setting, without a correction for their number: were there no "
+        f"difference anywhere, {len(CLAIMS) / 20:.2f} of them would exclude 0 on average.",
         "",
     ]
 
@@ -646,6 +665,9 @@ def section(found: dict, measured: Measured) -> str:
     """One setting of the report."""
     setting, chosen, tried, lines = found["setting"], found["chosen"], found["validation"], []
     name, machine = setting["name"], found["environment"]
+    ball = next(iter(measured["sam"].values())).content["sharpness"]["protocol"]
+    ends = [float(rho) for rho in tried["rho"]]
+    edge = " (an end of what was tried)" if chosen["rho"] in (min(ends), max(ends)) else ""
 
     def listed(name: str) -> str:
         return ", ".join(f"{name} {at}: {100 * value:.2f} %" for at, value in tried[name].items())
@@ -659,19 +681,25 @@ def section(found: dict, measured: Measured) -> str:
         "minutes by the estimate.",
         "",
         f"Ensemble accuracy on validation: deep ensemble {100 * tried['deep ensemble']:.2f} %; SAM, {listed('rho')}; "
-        f"SharpBalance (released), first seeds alone, {listed('k')}, {listed('T_d')}; chosen: rho {chosen['rho']:g}, k "
-        f"{chosen['k']:g}, T_d {chosen['T_d']}.",
+        f"SharpBalance (released), first seeds alone, {listed('k')}, {listed('T_d')}; chosen: rho {chosen['rho']:g}"
+        f"{edge}, k {chosen['k']:g}, T_d {chosen['T_d']}. One ensemble on {found['validation_images']} images has a "
+        f"standard error of {100 * math.sqrt(0.15 * 0.85 / found['validation_images']):.1f} points, so that k and T_d "
+        "are hardly told apart.",
+        "",
+        f"Sharpness: the rise of the loss in the worst case within {'an adaptive' if ball['adaptive'] else 'a'} l2 "
+        f"ball of radius {ball['rho0']:g}, mean over {ball['batch_num']} batches of {ball['eval_batch_size']} training "
+        f"images, by '{ball['maximiser']}' in {ball['n_iters']} iterations.",
         "",
         "| claim | | mean | 95 % interval | n | verdict |",
         "|---|---|---|---|---|---|",
     ]
     for claim in CLAIMS:
         factor, digits = (100, 2) if claim.unit else (1, 3)
-        gaps = [factor * claim.gap(measured, seeds) for seeds in sorted(measured["sam"])]
-        word, (low, high) = verdict(gaps)
+        word, mean, edges = verdict([factor * claim.gap(measured, seeds) for seeds in sorted(measured["sam"])])
+        low, high = (f"{edge:.{digits}f}" for edge in edges)
         lines.append(
-            f"| {claim.name} | {claim.text} | {statistics.mean(gaps):+.{digits}f} {claim.unit} | [{low:.{digits}f}, "
-            f"{high:.{digits}f}] | {len(gaps)} | **{word}** |"
+            f"| {claim.name} | {claim.text} | {mean:+.{digits}f} {claim.unit} | [{low}, {high}] | "
+            f"{len(measured['sam'])} | **{word}** |"
         )
     lines.append("")
     if found["mislabelled"]:
@@ -687,10 +715,40 @@ def section(found: dict, measured: Measured) -> str:
             + ".",
             "",
         ]
-    lines += [f"All methods: [{name}.md]({name}.md).", ""]
+    lines += [f"All methods: [{name}.md]({name}.md).", "", *by_corruption(measured)]
     for kind, text in FIGURES.items():
         lines += [f"![{text}]({name}_{kind}.png)", ""]
     return "\n".join(lines)
+
+
+def by_corruption(measured: Measured) -> list[str]:
+    """A table of the ensembles' accuracy under each corruption, mean over severities and ensembles."""
+    methods = ("deep_ensemble", "sam", RELEASED, PAPER, RANDOM)
+    parts = {
+        method: [e.content["result"].get("corrupted", {}).get("parts", {}) for e in measured[method].values()]
+        for method in methods
+    }
+    names = dict.fromkeys(part.rpartition("-")[0] for one in parts["sam"] for part in one)
+    if not names:
+        return []
+    lines = [
+        "Ensemble accuracy in % under each corruption, mean over its severities and the ensembles:",
+        "",
+        "| | deep ensemble | SAM | SharpBalance (released) | SharpBalance (paper) | random |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in names:
+        means = (
+            statistics.mean(
+                part["rates"]["ensemble_accuracy"]
+                for one in parts[method]
+                for key, part in one.items()
+                if key.rpartition("-")[0] == name
+            )
+            for method in methods
+        )
+        lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(f"{100 * mean:.1f}" for mean in means) + " |")
+    return [*lines, ""]
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
 
 A folder holds the measurements of one ensemble. Ensembles that were trained by the same settings but for their seeds
 are one row: mean ± standard deviation over ensembles (over members where there is one ensemble), and the 95 % interval:
-Student's over ensembles where there are two or more, else over resampled test images. Below, the paired differences to
-the SAM baseline: of ensembles of the same seeds, or, where there is one pair only, over the test images that both saw.
+Student's over ensembles where there are two or more, else over resampled test images. Below, the paired differences of
+ensembles of the same seeds to SAM with the same rho, or else to the first SAM ensemble, with intervals over ensembles
+and test images, or one of them where the other is not known.
 """
 
 import argparse
@@ -17,10 +18,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
+
 from utils import InputError, first_line
 from utils.checkpoint import write_atomically
 from utils.cli import Parser, run
-from utils.metrics import paired_bootstrap, t_interval
+from utils.ensemble import NEUTRAL
+from utils.metrics import crossed_interval, paired_bootstrap, t_interval
 from utils.results import Ensemble, check_alike, family_of, groups_of, protocol_of, read_ensemble
 
 # Title, factor, digits, and whether the value is one of test samples (for the paired bootstrap).
@@ -38,6 +42,9 @@ COLUMNS = {
     "corrupted_nll": ("ensemble NLL (corrupted)", 1, 4),
     "sharpness": ("sharpness (worst, l2)", 1, 4),
 }
+
+SOURCES = ("measured by", "and", "trained with", "seeds", "commit", "weights")
+BOTH = "ensembles, images"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -73,9 +80,11 @@ def main(args: argparse.Namespace) -> None:
             raise InputError(f"--to {args.to}: cannot be written ({error.strerror}); name another file") from error
 
 
-def baseline_of(groups: dict[str, list[Ensemble]]) -> str | None:
-    """The SAM ensemble that the others are compared with: the first one."""
-    return next((name for name, rows in groups.items() if family_of(rows[0]) == "sam"), None)
+def baseline_of(rows: list[Ensemble], groups: dict[str, list[Ensemble]]) -> str | None:
+    """The SAM ensembles that some ensembles are compared with: those of the same rho, else the first ones."""
+    sam = [name for name, others in groups.items() if family_of(others[0]) == "sam"]
+    rho = None if family_of(rows[0]) == "sam" else (rows[0].content.get("trained") or {}).get("rho")
+    return next((name for name in sam if groups[name][0].content["trained"]["rho"] == rho), next(iter(sam), None))
 
 
 def difference(name: str, pairs: list[tuple[Ensemble, Ensemble]]) -> tuple[float, list[float] | None, str] | None:
@@ -84,13 +93,14 @@ def difference(name: str, pairs: list[tuple[Ensemble, Ensemble]]) -> tuple[float
     if not both or any(a is None or b is None for a, b in both):
         return None
     gaps = [a - b for a, b in both]
-    mean = statistics.mean(gaps)
-    if len(gaps) > 1:
-        return mean, t_interval(gaps), "ensembles"
-    a, b = (ensemble.right.get(name) for ensemble in pairs[0])
-    if a is None or b is None or len(a) != len(b):
-        return mean, None, "-"
-    return mean, paired_bootstrap(a.double() - b.double()), "images"
+    mean, columns = statistics.mean(gaps), [(a.by_sample.get(name), b.by_sample.get(name)) for a, b in pairs]
+    known = all(a is not None and b is not None for a, b in columns)
+    if known and len({len(column) for pair in columns for column in pair}) == 1:
+        by_sample = torch.stack([a.double() - b.double() for a, b in columns])
+        if len(gaps) > 1:
+            return mean, crossed_interval(by_sample), BOTH
+        return mean, paired_bootstrap(by_sample[0]), "images"
+    return (mean, t_interval(gaps), "ensembles") if len(gaps) > 1 else (mean, None, "-")
 
 
 def tables(ensembles: list[Ensemble], form: str) -> str:
@@ -104,36 +114,58 @@ def tables(ensembles: list[Ensemble], form: str) -> str:
         for column in shown:
             cells.append(_cell(column, [row.values.get(column) for row in rows], rows))
         body.append(cells)
-    baseline = baseline_of(groups)
-    pairs_header = ["difference to " + (baseline or ""), "pairs", "over", *(COLUMNS[n][0] for n in shown)]
+    pairs_header = ["difference of", "to", "pairs", "over", *(COLUMNS[n][0] for n in shown)]
     pairs_body = []
     for name, rows in groups.items():
+        baseline = baseline_of(rows, groups)
         if baseline is None or name == baseline:
             continue
         by_seeds = {row.seeds: row for row in groups[baseline]}
         pairs = [(row, by_seeds[row.seeds]) for row in rows if row.seeds in by_seeds]
-        if not pairs:
-            continue
         found = {column: difference(column, pairs) for column in shown}
         over = next((f[2] for f in found.values() if f is not None and f[1] is not None), "-")
-        pairs_body.append([name, str(len(pairs)), over, *(_difference_cell(c, found[c]) for c in shown)])
+        cells = (_difference_cell(column, found[column]) for column in shown)
+        pairs_body.append([name, baseline, str(len(pairs)), over if pairs else "no same seeds", *cells])
     notes = [
         f"{first['data']['dataset']}, {first['network']['model']} of width {first['network']['width']}, checkpoints "
         f"'{protocol_of(ensembles[0], 'checkpoint')}', test set of {first['data']['test']} images. "
         "±: standard deviation over ensembles, or over the members of a single one; [ ]: 95 % interval."
     ]
+    if any(row[3] == BOTH for row in pairs_body):
+        notes[0] += " Differences of NLL, ECE and sharpness: over ensembles only, with the images as they are."
     if form == "csv":
-        return _csv([header, *body]) + (_csv([pairs_header, *pairs_body]) if pairs_body else "")
+        about = [_csv([["folder", *SOURCES], *([str(e.folder), *source_of(e).values()] for e in ensembles)])]
+        return "\n".join([_csv([header, *body]), *([_csv([pairs_header, *pairs_body])] if pairs_body else []), *about])
     blocks = [_layout(header, body, form)]
     if pairs_body:
         blocks.append(_layout(pairs_header, pairs_body, form))
     sources = [
-        f"{e.folder}: {e.content['command']}; weights "
-        + ", ".join(m["sha256_of_weights"][:8] for m in e.content["members"])
+        f"{e.folder}: "
+        + "; ".join(
+            f"{name} {value}"
+            for name, value in source_of(e).items()
+            if value and (form != "text" or name not in ("and", "trained with"))
+        )
         for e in ensembles
     ]
     lead = {"text": "", "markdown": "- ", "latex": "% "}[form]
+    notes = [lead * (form == "latex") + note for note in notes]
     return "\n".join([*notes, "", *blocks, *(lead + line for line in sources)]) + "\n"
+
+
+def source_of(ensemble: Ensemble) -> dict[str, str]:
+    """Where the numbers of an ensemble come from, by the names of `SOURCES`."""
+    content = ensemble.content
+    settings = {k: v for k, v in (content.get("trained") or {}).items() if k != "seed" and NEUTRAL.get(k, k) != v}
+    values = (
+        content["command"],
+        content.get("sharpness", {}).get("command", ""),
+        " ".join(f"--{name} {value}" for name, value in settings.items() if value is not None),
+        " ".join(map(str, ensemble.seeds)),
+        str(content.get("environment", {}).get("commit") or ""),
+        ", ".join(member["sha256_of_weights"][:8] for member in content["members"]),
+    )
+    return dict(zip(SOURCES, values, strict=True))
 
 
 def _cell(column: str, values: list[float | None], rows: list[Ensemble]) -> str:
@@ -168,7 +200,8 @@ def _layout(header: list[str], body: list[list[str]], form: str) -> str:
     if form == "markdown":
         lines = ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *body]]
     elif form == "latex":
-        escaped = [[cell.replace("%", r"\%").replace("±", r"$\pm$") for cell in row] for row in [header, *body]]
+        special = str.maketrans({c: "\\" + c for c in "%_&#$"} | {"±": r"$\pm$"})
+        escaped = [[cell.translate(special) for cell in row] for row in [header, *body]]
         lines = [rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\hline"]
         lines += [" & ".join(row) + r" \\" for row in escaped]
         lines = [*lines[:3], r"\hline", *lines[3:], r"\hline", r"\end{tabular}"]

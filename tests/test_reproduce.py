@@ -1,6 +1,7 @@
 """The verdicts, the plans, and the report of the reproduction; the programs that it calls have tests of their own."""
 
 import json
+import math
 import re
 import shutil
 from dataclasses import asdict
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from scripts import reproduce_fashion_mnist as reproduce
@@ -15,18 +17,76 @@ from tests import files
 from tests.test_ensemble import ROOT
 from tests.test_summarize import SAM, write
 from utils import InputError, RunError
+from utils.metrics import crossed_interval
+from utils.results import Ensemble
 
 SPEED = {8: 1000.0, 16: 400.0}
 
 
 def test_verdict():
-    """By scipy's interval; of values without spread too."""
+    """By scipy's interval, of values without spread too; over images as well where they are given."""
     assert reproduce.verdict([1.0, 1.1, 1.2])[0] == "supported"
     assert reproduce.verdict([-1.0, -1.1, -1.2])[0] == "contradicted"
     assert reproduce.verdict([1.0, -1.1, 0.2])[0] == "undecided"
     gaps = [0.3, 0.1, 0.7, 0.2]
     low, high = stats.t.interval(0.95, 3, np.mean(gaps), stats.sem(gaps))
-    assert reproduce.verdict(gaps)[1] == pytest.approx([low, high])
+    _, mean, interval = reproduce.verdict(gaps)
+    assert mean == pytest.approx(0.325)
+    assert interval == pytest.approx([low, high])
+    # Ensembles that agree on a difference which three images of a thousand make.
+    images = torch.zeros(1000)
+    images[:3] = 1
+    assert reproduce.verdict([0.003, 0.003, 0.003])[0] == "supported"
+    assert reproduce.verdict([images] * 3)[:2] == ("undecided", pytest.approx(0.003))
+    assert reproduce.verdict([-images - 1] * 3)[0] == "contradicted"
+
+
+def test_claims_have_the_sign_of_their_words():
+    """Each is above 0 if it is right; numbers in which they are told apart."""
+    names = ("ensemble", "corrupted_ensemble", "disagreement", "eir", "sharpness")
+    numbers = {
+        "deep_ensemble": (0.80, 0.50, 0.30, 0.40, 3.0),
+        "sam_0.05": (0.82, 0.55, 0.20, 0.30, 2.0),
+        "sam_0.2": (0.70, 0.40, 0.10, 0.10, 1.0),
+        "sharpbalance": (0.85, 0.57, 0.22, 0.35, 1.5),
+        "sharpbalance_paper": (0.84, 0.60, 0.19, 0.33, 1.5),
+        "random": (0.86, 0.56, 0.25, 0.31, 1.5),
+    }
+    measured = {
+        method: {"11": Ensemble(Path(), method, (11,), dict(zip(names, values, strict=True)), {}, {}, {}, {})}
+        for method, values in numbers.items()
+    }
+    measured |= {"sam": measured["sam_0.05"], "sam_largest": measured["sam_0.2"]}
+    for images in (False, True):
+        if images:
+            for found in measured.values():
+                ensemble = found["11"]
+                ensemble.by_sample = {
+                    name: torch.full((4,), value, dtype=torch.float64)
+                    for name, value in ensemble.values.items()
+                    if name != "sharpness"
+                }
+        gaps = {claim.name: float(np.mean(np.asarray(claim.gap(measured, "11")))) for claim in reproduce.CLAIMS}
+        logs, rates = np.log([3, 2, 1]), np.array([0.3, 0.2, 0.1])
+        assert gaps == pytest.approx(
+            {
+                "i": np.cov(logs, rates)[0, 1] / np.var(logs, ddof=1),
+                "i, diversity": 0.20,
+                "i, sharpness": math.log(3),
+                "ii": 0.10,
+                "iii, released": 0.02,
+                "iii, paper": 0.05,
+                "iv, released": 0.03,
+                "iv, paper": 0.02,
+                "v, corrupted": 0.03,
+                "v, clean": -0.01,
+                "vi, corrupted": 0.01,
+                "vi, clean": -0.01,
+                "vi, diversity": -0.03,
+                "vii, released": 0.02,
+                "vii, paper": -0.01,
+            }
+        )
 
 
 def test_plans_are_the_largest_first():
@@ -146,13 +206,20 @@ def test_report(results, monkeypatch):
     reproduce.report(results)
     text = (results / "README.md").read_text()
     table = (results / "noisy_labels.md").read_text()
-    assert "difference to SAM, rho 0.1" in table
-    interval = stats.t.interval(0.95, 2, 0.0, 1 / 3**0.5)  # differences of 1, 0 and -1 points
-    assert f"| +0.00 points | [{interval[0]:.2f}, {interval[1]:.2f}] | 3 | **undecided** |" in text
-    assert "random sets of its size | +1.00 points | [1.00, 1.00] | 3 | **supported** |" in text
+    assert "| difference of | to | pairs |" in table
+    # The first images are right: 166 of 200 by SharpBalance, 164, 166 and 168 by SAM, 164 on random samples.
+    gaps = torch.zeros(3, 200)
+    gaps[0, 164:166], gaps[2, 166:168] = 1, -1
+    low, high = (100 * edge for edge in crossed_interval(gaps))
+    assert f"| +0.00 points | [{low:.2f}, {high:.2f}] | 3 | **undecided** |" in text
+    low, high = (100 * edge for edge in crossed_interval(gaps[:1].expand(3, 200)))
+    assert f"random sets of its size | +1.00 points | [{low:.2f}, {high:.2f}] | 3 | **undecided** |" in text
+    assert "| i, diversity | clean images: disagreement," in text
     assert "deep ensemble 45.00 %; SAM, rho 0.1: 50.00 %, rho 0.2: 40.00 %; SharpBalance (released), " in text
     assert "first seeds alone, k 0.3: 52.00 %, k 0.5: 53.00 %, T_d 2: 51.00 %, T_d 5: 53.00 %; chosen: " in text
-    assert "chosen: rho 0.1, k 0.5, T_d 5." in text
+    assert "k 0.5, T_d 5. One ensemble on 10 images has a standard error of 11.3 points" in text
+    assert "in an adaptive l2 ball of radius 0.5, mean over 20 batches of 5 training images, by 'tight' in 7" in text
+    assert "rho 0.1 (an end of what was tried)" in text
     assert "Of the training images 20.0 % have a wrong label" in text
     (results / "plan.json").write_text('{"settings": {"noisy_labels": {"validation": {"rho": {}}}}}')
     with pytest.raises(InputError, match=r"plan\.json: not of this version; give another --results"):
@@ -160,6 +227,23 @@ def test_report(results, monkeypatch):
     (results / "plan.json").unlink()
     with pytest.raises(InputError, match=r"plan\.json: missing"):
         reproduce.report(results)
+
+
+def test_table_of_corruptions(results):
+    """Means over severities and ensembles; no table without the numbers."""
+    measured = {method: {} for method in ("deep_ensemble", "sam", "sharpbalance", "sharpbalance_paper", "random")}
+    for i, method in enumerate(measured):
+        for seeds, shift in (("11", 0.0), ("21", 0.1)):
+            parts = {f"{name}-{s}": 0.1 * i + 0.02 * s + shift for s in (1, 3) for name in ("glass_blur", "fog")}
+            parts = {name: {"rates": {"ensemble_accuracy": rate}} for name, rate in parts.items()}
+            content = {"result": {"corrupted": {"parts": parts}}}
+            measured[method][seeds] = Ensemble(Path(), method, (11,), {}, {}, {}, {}, content)
+    *_, glass, fog, _ = reproduce.by_corruption(measured)
+    assert glass == "| glass blur | 9.0 | 19.0 | 29.0 | 39.0 | 49.0 |"
+    assert fog.startswith("| fog | 9.0 |")
+    for ensemble in measured["sam"].values():
+        ensemble.content["result"] = {}
+    assert reproduce.by_corruption(measured) == []
 
 
 def test_the_report_in_the_repository_is_that_of_its_result_files(tmp_path, monkeypatch):

@@ -1,8 +1,10 @@
 """scripts/summarize.py and the intervals it uses."""
 
 import base64
+import csv
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +14,18 @@ from scipy import stats
 from scripts import summarize
 from utils import cli
 from utils.checkpoint import write_json
-from utils.metrics import pack_counts, paired_bootstrap, t_interval, unpack_counts
+from utils.metrics import (
+    bootstrap_weights,
+    calibration_bins,
+    corrected_interval,
+    crossed_interval,
+    pack_counts,
+    paired_bootstrap,
+    percentile_interval,
+    t_interval,
+    unpack_counts,
+)
+from utils.results import read_ensemble
 
 SAM = {"sam": True, "rho": 0.1, "sam_adaptive": False, "flat_ratio": 0.0, "select": None, "unselected": None}
 SHARPBALANCE = SAM | {"flat_ratio": 0.5, "select": "flattest", "unselected": "one", "initial_epochs": 15}
@@ -29,7 +42,11 @@ def write(folder, settings, seeds, accuracy, sharpness=None, **change):
         "members": [{"accuracy": accuracy - 0.06}, {"accuracy": accuracy - 0.04}],
         "der": 0.8,
         "eir": 0.3,
-        "right_of_samples": {"members": pack_counts(2 * right), "ensemble": pack_counts(right)},
+        "right_of_samples": {
+            "members": pack_counts(2 * right),
+            "ensemble": pack_counts(right),
+            "differing_pairs": pack_counts(1 - right),
+        },
         "intervals_95": {"ensemble_accuracy": [accuracy - 0.01, accuracy + 0.01]},
         "parts": 1,
     }
@@ -39,13 +56,15 @@ def write(folder, settings, seeds, accuracy, sharpness=None, **change):
         "network": {"model": "resnet18", "width": 8},
         "data": {"dataset": "digits", "test": IMAGES, "sha256_of_arrays_and_split": "d"},
         "protocol": {"checkpoint": "best", "bins": 15},
+        "environment": {"commit": "abc"},
         "trained": settings | {"seed": list(seeds)},
         "result": {"test": row},
     }
     write_json(_made(folder) / "diversity.json", common | change)
     if sharpness is not None:
         result = {"APGD_worst-l2": {"mean": sharpness, "std": 0.1}}
-        write_json(folder / "sharpness.json", {"protocol": {"rho0": 0.5}, "result": result})
+        protocol = {"rho0": 0.5, "adaptive": True, "batch_num": 20, "eval_batch_size": 5, "maximiser": "tight"}
+        write_json(folder / "sharpness.json", {"protocol": protocol | {"n_iters": 7}, "result": result})
     return folder
 
 
@@ -77,11 +96,15 @@ def test_one_ensemble_each(tmp_path, capsys):
     assert "80.00 [79.00, 81.00]" in out
     assert "75.00 ± 1.41" in out
     assert "2.0000 ± 0.1000" in out
-    difference = out[out.index("difference to SAM, rho 0.1") :]
+    difference = out[out.index("difference of") :]
+    assert re.search(r"^to +SAM, rho 0\.1$", difference, re.MULTILINE)
     low, high = paired_bootstrap(torch.tensor([0.0] * 160 + [1.0] * 10 + [0.0] * 30))
     assert f"+5.00 [{100 * low:.2f}, {100 * high:.2f}]" in difference
     assert "-0.5000" in difference
-    assert "python measure_diversity.py --save sharp; weights 00000000, 00000000" in out
+    line = (
+        "sharp: measured by python measure_diversity.py --save sharp; seeds 1 2; commit abc; weights 00000000, 00000000"
+    )
+    assert line in out
 
 
 def test_several_ensembles_are_one_row_and_pairs_have_the_same_seeds(tmp_path, capsys):
@@ -89,17 +112,86 @@ def test_several_ensembles_are_one_row_and_pairs_have_the_same_seeds(tmp_path, c
     other = [write(tmp_path / f"sharp{i}", SHARPBALANCE, (i, i + 10), 0.82 + 0.015 * i) for i in range(1, 4)]
     call(*sam, *other, "--format", "csv")
     rows = [line.split(",") for line in capsys.readouterr().out.replace('"', "").splitlines()]
-    assert len(rows) == 5
+    assert len(rows) == 14
     interval = t_interval([80.0, 81.0, 82.0])
     text = ",".join(rows[1])
     assert f"81.00 ± 1.00 [{interval[0]:.2f}, {interval[1]:.2f}]" in text
     # Seeds 1 and 2 are in both: 83.5 - 81 and 85 - 82.
-    low, high = t_interval([2.5, 3.0])
-    assert f"+2.75 [{low:.2f}, {high:.2f}]" in ",".join(rows[4])
+    trained = "--sam True --rho 0.1 --sam_adaptive False --flat_ratio 0.0"
+    first, second = (torch.zeros(IMAGES) for _ in range(2))
+    first[162:167] = second[164:170] = 1
+    low, high = (100 * edge for edge in crossed_interval(torch.stack([first, second])))
+    assert f"+2.75 [{low:.2f}, {high:.2f}]" in ",".join(rows[5])
+    low, high = t_interval([0.0, 0.0])
+    assert "+0.0000 [0.0000, 0.0000]" in ",".join(rows[5])  # of the NLL
+    assert (
+        ",".join(rows[8]) == f"{sam[0]},python measure_diversity.py --save sam0,,{trained},0 10,abc,00000000, 00000000"
+    )
     call(*sam, *other, "--format", "markdown", "--to", tmp_path / "t" / "table.md")
-    assert (tmp_path / "t" / "table.md").read_text().count("\n| --- |") == 2
-    call(*sam, "--format", "latex")
-    assert r"81.00 $\pm$ 1.00" in capsys.readouterr().out
+    text = (tmp_path / "t" / "table.md").read_text()
+    assert text.count("\n| --- |") == 2
+    assert "NLL, ECE and sharpness: over ensembles only" in text
+
+
+def test_latex(tmp_path, capsys):
+    """Nothing but commands, cells and comments, and no sign that would stop LaTeX."""
+    a, b = write(tmp_path / "a", SAM, (1, 2), 0.8), write(tmp_path / "b", SHARPBALANCE, (1, 2), 0.9)
+    call(a, b, "--format", "latex")
+    text = capsys.readouterr().out
+    assert r"75.00 $\pm$ 1.41" in text
+    assert r"T\_d 15" in text
+    for line in filter(None, text.splitlines()):
+        assert re.match(r"% |\\begin\{tabular\}\{lr+\}$|\\end\{tabular\}$|\\hline$|.* \\\\$", line), line
+        if not line.startswith(("%", "\\begin")):
+            assert not re.search(r"(?<!\\)[%_#]", line), line
+
+
+def test_the_baseline_has_the_same_rho(tmp_path, capsys):
+    """Else it is the first SAM ensemble; what has no partner says so."""
+    folders = [write(tmp_path / f"sam{rho}", SAM | {"rho": rho}, (1, 2), 0.8 + rho) for rho in (0.05, 0.1)]
+    folders.append(write(tmp_path / "sharp", SHARPBALANCE, (1, 2), 0.92))
+    folders.append(write(tmp_path / "plain", SAM | {"sam": False, "rho": 0.0}, (1, 2), 0.8))
+    folders.append(write(tmp_path / "other", SHARPBALANCE | {"rho": 0.1, "flat_ratio": 0.3}, (3, 4), 0.92))
+    call(*folders, "--format", "csv")
+    lines = capsys.readouterr().out.splitlines()
+    rows = list(csv.reader(lines[lines.index("") + 1 :]))[:5]
+    assert [row[1:4] for row in rows[1:]] == [
+        ["SAM, rho 0.05", "1", "images"],
+        ["SAM, rho 0.1", "1", "images"],
+        ["SAM, rho 0.05", "1", "images"],
+        ["SAM, rho 0.1", "0", "no same seeds"],
+    ]
+    assert rows[2][0].startswith("SharpBalance")
+    assert rows[2][rows[0].index("ensemble acc. %")].startswith("+2.00 ")
+    assert set(rows[4][4:]) == {"-"}
+
+
+def test_ratios_by_sample(tmp_path):
+    """Their mean is the ratio; the interval over resampled images is that of the resampled ratio."""
+    random = np.random.default_rng(0)
+    a, b = (random.random(2000) < rate for rate in (0.7, 0.8))
+    whole = a | (random.random(2000) < 0.3)
+    error, gain, differ = 1 - (a.mean() + b.mean()) / 2, whole.mean() - (a.mean() + b.mean()) / 2, (a != b).mean()
+    row = {
+        "rates": {"member_accuracy": 1 - error, "ensemble_accuracy": whole.mean(), "disagreement": differ},
+        "der": differ / error,
+        "eir": gain / error,
+        "right_of_samples": {
+            "members": pack_counts(a.astype(int) + b),
+            "ensemble": pack_counts(whole),
+            "differing_pairs": pack_counts(a != b),
+        },
+        "intervals_95": {},
+        "parts": 1,
+    }
+    folder = write(tmp_path / "a", SAM, (1, 2), 0.8, result={"test": row})
+    found = read_ensemble(folder)
+    weights = bootstrap_weights(2000, 2000)
+    member, ensemble, pairs = (weights @ torch.from_numpy(x.astype(float)) for x in ((a + 0.0 + b) / 2, whole, a != b))
+    for name, draws in (("eir", (ensemble - member) / (1 - member)), ("der", pairs / (1 - member))):
+        assert found.by_sample[name].mean().item() == pytest.approx(found.values[name])
+        expected = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        assert paired_bootstrap(found.by_sample[name]) == pytest.approx(expected, abs=0.01)
 
 
 def test_bad_input(tmp_path, capsys):
@@ -121,6 +213,15 @@ def test_bad_input(tmp_path, capsys):
     content = json.loads((b / "sharpness.json").read_text())
     write_json(b / "sharpness.json", content | {"protocol": {"rho0": 0.1}})
     assert "--rho0 of the sharpness differs (0.1, 0.5)" in refused(capsys, a, b)
+    # Also if the first one has no sharpness.
+    c = write(tmp_path / "c", SAM, (3, 4), 0.8)
+    assert "--rho0 of the sharpness differs (0.1, 0.5)" in refused(capsys, c, a, b)
+    b = write(tmp_path / "b", SHARPBALANCE, (1, 2), 0.8, network={"model": "wrn-40-2", "width": 64})
+    assert "network differs (wrn-40-2 of width 64, resnet18 of width 8)" in refused(capsys, a, b)
+    data = {"dataset": "digits", "test": IMAGES, "sha256_of_arrays_and_split": "d", "sha256_of_corrupted": "c"}
+    c = write(tmp_path / "c", SAM, (3, 4), 0.8, data=data)
+    b = write(tmp_path / "b", SHARPBALANCE, (1, 2), 0.8, data=data | {"sha256_of_corrupted": "e"})
+    assert "the corrupted set differs (e, c)" in refused(capsys, a, c, b)
     (tmp_path / "file").write_text("")
     assert "--to" in refused(capsys, a, "--to", tmp_path / "file" / "table.md")
 
@@ -155,6 +256,73 @@ def test_intervals_cover_at_their_level():
     assert (low, high) == (pytest.approx(7 / 3 - half), pytest.approx(7 / 3 + half))
 
 
+def test_a_sharpness_that_was_cut_off(tmp_path, capsys):
+    """Of some members only: no value."""
+    a = write(tmp_path / "a", SAM, (1, 2), 0.8, 2.0)
+    content = json.loads((a / "sharpness.json").read_text())
+    content["result"]["APGD_worst-l2"] |= {"n": 1, "missing": [2]}
+    write_json(a / "sharpness.json", content)
+    call(a)
+    assert "sharpness (" not in capsys.readouterr().out
+    b = write(tmp_path / "b", SHARPBALANCE, (1, 2), 0.8, 1.0)
+    call(a, b)
+    out = capsys.readouterr().out
+    assert re.search(r"^sharpness \(worst, l2\) +- +1\.0000 ± 0\.1000$", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("spread", [(0.1, 0, 1), (0, 1, 1), (0.05, 1, 0.5), (0, 0, 1)])
+def test_intervals_over_ensembles_and_images_cover(spread):
+    """Student's over ensembles alone does not where images matter."""
+    random = np.random.default_rng(0)
+    crossed, student = [], []
+    for _ in range(400):
+        a, b, c = (
+            size * random.normal(size=shape) for size, shape in zip(spread, [(4, 1), (1, 300), (4, 300)], strict=True)
+        )
+        values = 0.3 + a + b + c
+        crossed.append(crossed_interval(torch.from_numpy(values)))
+        student.append(t_interval(values.mean(axis=1)))
+    assert np.mean([low <= 0.3 <= high for low, high in crossed]) > 0.93
+    if spread[1]:
+        assert not covers(student, 0.3)
+    # By its definition, for two of each.
+    table = torch.tensor([[0.0, 1.0], [2.0, 7.0]])
+    low, high = crossed_interval(table)
+    rows, columns, residual = np.var([0.5, 4.5], ddof=1) / 2, np.var([1, 4], ddof=1) / 2, 4 * 1.0**2 / 4
+    variance = rows + columns - residual
+    degrees = variance**2 / (rows**2 + columns**2 + residual**2)
+    assert (low + high) / 2 == pytest.approx(2.5)
+    assert (high - low) / 2 == pytest.approx(stats.t.ppf(0.975, degrees) * math.sqrt(variance))
+    assert crossed_interval(torch.ones(2, 3)) == [1, 1]
+
+
+def test_intervals_of_the_calibration_error_cover():
+    """Which resampling pushes upwards: percentile intervals of few images do not."""
+    random = np.random.default_rng(0)
+    borders = torch.arange(15)
+
+    def sample(count):
+        confidence = torch.from_numpy(0.1 + 0.899 * random.beta(4, 1.5, count))
+        right = torch.from_numpy(random.random(count)) < (confidence - 0.05).clamp(min=0)
+        return (right.double() - confidence)[:, None] * (calibration_bins(confidence, 15)[:, None] == borders)
+
+    truth = sample(1_000_000).mean(dim=0).abs().sum().item()
+    weights, hits = bootstrap_weights(200, 300), {"corrected": 0, "percentile": 0}
+    for _ in range(200):
+        gaps = sample(200)
+        draws = (weights @ gaps).abs().sum(dim=1)
+        for name, interval in (
+            ("corrected", corrected_interval(gaps.mean(dim=0).abs().sum().item(), draws)),
+            ("percentile", percentile_interval(draws)),
+        ):
+            hits[name] += interval[0] <= truth <= interval[1]
+    assert hits["corrected"] > 0.85 * 200
+    assert hits["percentile"] < 0.5 * 200
+    assert corrected_interval(0.1, torch.zeros(0)) is None
+    low, high = corrected_interval(0.1, torch.linspace(0.0, 0.4, 1001, dtype=torch.float64))
+    assert (low, high) == (0.0, pytest.approx(0.19))
+
+
 def test_averaged_weights_are_a_method_of_their_own(tmp_path, capsys):
     """By the file that was measured, and compared with what was measured at the end of training."""
     last = {"protocol": {"checkpoint": "last", "bins": 15}}
@@ -166,7 +334,7 @@ def test_averaged_weights_are_a_method_of_their_own(tmp_path, capsys):
     call(b, a)
     text = capsys.readouterr().out
     assert "checkpoints 'last'" in text
-    assert "difference to SAM, rho 0.1  SAM, rho 0.1, averaged (EoA)" in text
+    assert re.search(r"^difference of +SAM, rho 0\.1, averaged \(EoA\)$", text, re.MULTILINE)
     assert "+10.00" in text
 
 

@@ -123,6 +123,18 @@ def percentile_interval(draws: Tensor, level: float = 0.95) -> list[float] | Non
     return torch.quantile(draws, torch.tensor([edge, 1 - edge], dtype=draws.dtype)).tolist()
 
 
+def corrected_interval(value: float, draws: Tensor, level: float = 0.95) -> list[float] | None:
+    """The basic bootstrap interval [2 v - q_high, 2 v - q_low] of a value v of 0 or more; q: percentiles of its draws.
+
+    For a figure that resampling pushes upwards, as it does the calibration error, whose percentile interval can lie
+    above the figure itself. Where a model is calibrated all but perfectly no interval of this kind covers at its level.
+
+    Source: Davison and Hinkley, "Bootstrap methods and their application", 1997, section 5.2.
+    """
+    interval = percentile_interval(draws, level)
+    return None if interval is None else [max(2 * value - edge, 0.0) for edge in reversed(interval)]
+
+
 def paired_bootstrap(difference: Tensor, level: float = 0.95, draws: int = 2000, seed: int = 0) -> list[float]:
     """The percentile interval of the mean of a difference of two models, [N], over resampled test samples."""
     return percentile_interval(bootstrap_weights(len(difference), draws, seed) @ difference.double(), level)
@@ -135,6 +147,37 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> list[float] | No
     mean, error = np.mean(values), np.std(values, ddof=1) / math.sqrt(len(values))
     half = stats.t.ppf((1 + level) / 2, len(values) - 1) * error
     return [float(mean - half), float(mean + half)]
+
+
+def crossed_interval(values: Tensor, level: float = 0.95) -> list[float]:
+    """The interval of the mean of [E, N] values of E ensembles on the same N images, both of them random.
+
+    Student's interval over ensembles holds the images fixed, and one over images the ensembles; more of the one do not
+    make up for few of the other. Here the variance of the mean is that of a crossed design,
+    s_E^2 / E + s_N^2 / N - s_R^2 / (E N), of the row means, the column means and the residuals of both, and not less
+    than either of the first two; the degrees of freedom are Satterthwaite's.
+
+    Args:
+        values: [E, N], both of 2 or more; of a difference of two methods, the difference by ensemble and image.
+
+    Source: Searle, Casella and McCulloch, "Variance components", 1992, chapter 4; Satterthwaite, Biometrics 1946.
+    """
+    values = values.double()
+    ensembles, images = values.shape
+    rows, columns, mean = values.mean(dim=1), values.mean(dim=0), values.mean()
+    residuals = values - rows[:, None] - columns + mean
+    freedom = [ensembles - 1, images - 1, (ensembles - 1) * (images - 1)]
+    terms = [
+        (rows.var() / ensembles).item(),
+        (columns.var() / images).item(),
+        (residuals.square().sum() / freedom[2] / (ensembles * images)).item(),
+    ]
+    variance = max(terms[0] + terms[1] - terms[2], terms[0], terms[1])
+    spread = sum(term**2 / degrees for term, degrees in zip(terms, freedom, strict=True))
+    if not spread:
+        return [mean.item()] * 2
+    half = stats.t.ppf((1 + level) / 2, variance**2 / spread) * math.sqrt(variance)
+    return [mean.item() - half, mean.item() + half]
 
 
 def pack_counts(counts: np.ndarray) -> str:

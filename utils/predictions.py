@@ -145,6 +145,7 @@ class Predictions:
         progress: Callable[[int], None] = lambda images: None,
     ):
         self.members, self.folder, self.features, self.progress = members, folder, features, progress
+        self.digests: dict[str, str] = {}  # of the images of each part that was asked for
 
     def __call__(self, part: Part) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Logits float32 [M, N, C], labels int64 [N], and features, a list of M float32 [N, D], empty if not asked for.
@@ -153,7 +154,7 @@ class Predictions:
             InputError: if a logit is not finite.
         """
         images = part.load()
-        key = images.digest()
+        key = self.digests[part.name] = images.digest()
         found = [self._member(member, part.name, images, key) for member in self.members]
         logits = torch.stack([torch.from_numpy(arrays["logits"]) for arrays in found])
         features = [torch.from_numpy(arrays["features"]) for arrays in found] if self.features else []
@@ -295,6 +296,10 @@ class Measurement:
         """Write a result file: what was measured, on which members and data, by which protocol, and where."""
         path = self.args.save / name
         protocol = {key: _plain(value) for key, value in vars(self.args).items() if key not in ("threads", "download")}
+        data, corrupted = self.data.record, [part.name for part in self._parts.get("corrupted", [])]
+        if corrupted:
+            digests = json.dumps([(name, self.predictions.digests[name]) for name in corrupted])
+            data = data | {"sha256_of_corrupted": hashlib.sha256(digests.encode()).hexdigest()}
         write_json(
             path,
             {
@@ -302,7 +307,7 @@ class Measurement:
                 "members": [member.describe() for member in self.members],
                 "network": self.members[0].network,
                 "trained": self.trained,
-                "data": self.data.record,
+                "data": data,
                 "protocol": protocol,
                 "environment": environment(self.data.train.device),
                 "result": result,

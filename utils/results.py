@@ -2,7 +2,9 @@
 
 import json
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,8 @@ SAME_SHARPNESS = ("rho0", "adaptive", "n_iters", "maximiser", "eval_batch_size",
 class Ensemble:
     """What was measured of one ensemble, by the names of `COLUMNS`.
 
-    values, their standard deviations over members, their intervals, and the share of right answers by sample.
+    values, their standard deviations over members, their intervals, and, where they are known, by_sample: [N] numbers
+    of the test images whose mean is the value (of DER and EIR, which are ratios, to first order).
     """
 
     folder: Path
@@ -41,7 +44,7 @@ class Ensemble:
     values: dict[str, float | None]
     spread: dict[str, float]
     intervals: dict[str, list[float] | None]
-    right: dict[str, torch.Tensor]
+    by_sample: dict[str, torch.Tensor]
     content: dict[str, Any]
 
 
@@ -58,16 +61,12 @@ def read_ensemble(folder: Path) -> Ensemble:
         row = content["result"]["test"]
         values = _values(row)
         corrupted = content["result"].get("corrupted")
-        right = {name: torch.from_numpy(unpack_counts(text)) for name, text in row["right_of_samples"].items()}
+        seeds = tuple(member["seed"] for member in content["members"])
+        by_sample = _by_sample(row, len(seeds))
         if corrupted is not None:
             mean = corrupted["mean"]
             values |= {f"corrupted_{name}": value for name, value in _values(mean).items()}
-            packed = mean["right_of_samples"].items()
-            right |= {f"corrupted_{n}": torch.from_numpy(unpack_counts(text)) / mean["parts"] for n, text in packed}
-        seeds = tuple(member["seed"] for member in content["members"])
-        for name in ("members", "corrupted_members"):
-            if name in right:
-                right[name.replace("members", "member")] = right.pop(name) / len(seeds)
+            by_sample |= {f"corrupted_{name}": column for name, column in _by_sample(mean, len(seeds)).items()}
         spread = {}
         if len(row.get("members", [])) > 1:
             spread["member"] = statistics.stdev(member["accuracy"] for member in row["members"])
@@ -85,15 +84,17 @@ def read_ensemble(folder: Path) -> Ensemble:
     if (folder / "sharpness.json").is_file():
         sharpness = read_result(folder / "sharpness.json", "python measure_sharpness.py")
         found = sharpness.get("result", {}).get("APGD_worst-l2", {})
-        values["sharpness"] = found.get("mean")
-        if found.get("std") is not None:
+        # A measurement that was cut off is of some members only.
+        whole = found.get("n", len(seeds)) == len(seeds)
+        values["sharpness"] = found.get("mean") if whole else None
+        if whole and found.get("std") is not None:
             spread["sharpness"] = found["std"]
         if "members" in sharpness and weights_of(sharpness) != weights_of(content):
             raise InputError(
                 f"{folder / 'sharpness.json'}: of other weights than diversity.json beside it; measure one of them anew"
             )
         content["sharpness"] = sharpness
-    return Ensemble(folder, method, seeds, values, spread, intervals, right, content)
+    return Ensemble(folder, method, seeds, values, spread, intervals, by_sample, content)
 
 
 def weights_of(content: dict[str, Any]) -> list[str]:
@@ -136,6 +137,23 @@ def _values(row: dict[str, Any]) -> dict[str, float | None]:
         "nll": ensemble.get("nll"),
         "ece": ensemble.get("ece"),
     }
+
+
+def _by_sample(row: dict[str, Any], members: int) -> dict[str, torch.Tensor]:
+    pairs = members * (members - 1) / 2
+    units = {"members": ("member", members), "ensemble": ("ensemble", 1), "differing_pairs": ("disagreement", pairs)}
+    found = {}
+    for name, text in row["right_of_samples"].items():
+        value, most = units[name]
+        found[value] = torch.from_numpy(unpack_counts(text)) / (most * row["parts"])
+    if {"member", "ensemble"} <= found.keys() and row.get("eir") is not None:
+        wrong = 1 - found["member"]
+        gains = {"eir": found["ensemble"] - found["member"], "der": found.get("disagreement")}
+        for name, gain in gains.items():
+            if gain is not None:
+                # The ratio of two means r = a/b moves with sample x by (a_x - r b_x) / b.
+                found[name] = row[name] + (gain - row[name] * wrong) / wrong.mean()
+    return found
 
 
 def method_of(settings: dict[str, Any]) -> str:
@@ -217,25 +235,20 @@ def check_alike(ensembles: list[Ensemble]) -> None:
 
     Averaged weights are those of the end of training, as checkpoints 'last' are.
     """
-    first = ensembles[0]
-    for other in ensembles[1:]:
-        for name, a, b in [
-            (
-                "data",
-                first.content["data"]["sha256_of_arrays_and_split"],
-                other.content["data"]["sha256_of_arrays_and_split"],
-            ),
-            *((f"--{key}", *(protocol_of(e, key) for e in (first, other))) for key in SAME),
-            *(
-                (f"--{key} of the sharpness", *(e.content["sharpness"]["protocol"].get(key) for e in (first, other)))
-                for key in SAME_SHARPNESS
-                if "sharpness" in first.content and "sharpness" in other.content
-            ),
-        ]:
-            if a != b:
+    facts: dict[str, Callable[[Ensemble], Any]] = {
+        "data": lambda e: e.content["data"]["sha256_of_arrays_and_split"],
+        "the corrupted set": lambda e: e.content["data"].get("sha256_of_corrupted"),
+        "network": lambda e: "{model} of width {width}".format(**e.content["network"]),
+        **{f"--{key}": partial(protocol_of, key=key) for key in SAME},
+        **{f"--{key} of the sharpness": partial(_sharpness_protocol, key=key) for key in SAME_SHARPNESS},
+    }
+    for name, fact in facts.items():
+        known = [(ensemble, value) for ensemble in ensembles if (value := fact(ensemble)) is not None]
+        for other, value in known:
+            if value != known[0][1]:
                 raise InputError(
-                    f"{other.folder} and {first.folder} cannot be compared: {name} differs ({_short(b)}, {_short(a)}); "
-                    "measure both alike"
+                    f"{other.folder} and {known[0][0].folder} cannot be compared: {name} differs ({_short(value)}, "
+                    f"{_short(known[0][1])}); measure both alike, or give those that are alike"
                 )
     folders = {}
     for ensemble in ensembles:
@@ -249,6 +262,11 @@ def protocol_of(ensemble: Ensemble, key: str) -> Any:
     """What an ensemble was measured by; averaged weights are those of the end of training."""
     value = ensemble.content["protocol"].get(key)
     return "last" if key == "checkpoint" and value == "averaged" else value
+
+
+def _sharpness_protocol(ensemble: Ensemble, key: str) -> Any:
+    sharpness = ensemble.content.get("sharpness")
+    return None if sharpness is None else sharpness["protocol"].get(key)
 
 
 def _short(value: object) -> str:
