@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from tests import files, reference
 from utils import cli
 from utils.checkpoint import load_model, save_checkpoint
 from utils.data import CORRUPTIONS, load_data
-from utils.metrics import bootstrap_weights
+from utils.metrics import bootstrap_weights, unpack_counts
 
 SCRIPTS = {
     "diversity": measure_diversity,
@@ -138,8 +139,14 @@ def test_diversity_equals_the_slow_forms(saved, tmp_path):
     for name in ("ensemble_accuracy", "ensemble_nll", "ensemble_ece", "disagreement", "der", "eir"):
         low, high = test["intervals_95"][name]
         assert low <= high
-    low, high = test["intervals_95"]["ensemble_accuracy"]
-    assert low < test["ensemble"]["accuracy"] < high
+    for name in ("accuracy", "ece"):
+        low, high = test["intervals_95"][f"ensemble_{name}"]
+        assert low < test["ensemble"][name] < high
+    counts = {name: unpack_counts(text) for name, text in test["right_of_samples"].items()}
+    assert (counts["members"] == (predictions == labels).sum(dim=0).numpy()).all()
+    assert (counts["ensemble"] == (mean.argmax(dim=1) == labels).numpy()).all()
+    differ = sum((predictions[i] != predictions[j]).long() for i, j in itertools.combinations(range(3), 2))
+    assert (counts["differing_pairs"] == differ.numpy()).all()
     # Temperatures were fitted on validation, where no other one is better.
     val = load_data("digits", tmp_path).val
     logits = outputs(paths, val)[0].log()
@@ -169,11 +176,32 @@ def test_corrupted_by_part_severity_and_mean(saved, tmp_path):
     rows = [corrupted["parts"][f"{name}-4"]["ensemble"]["nll"] for name in CORRUPTIONS]
     assert by_severity[3] == pytest.approx(np.mean(rows), rel=1e-12)
     assert corrupted["mean"]["ensemble"]["nll"] == pytest.approx(np.mean(by_severity), rel=1e-12)
+    counts = corrupted["mean"]["right_of_samples"]
+    rates, pairs = corrupted["mean"]["rates"], unpack_counts(counts["differing_pairs"])
+    assert pairs.sum() / (75 * 3 * len(pairs)) == pytest.approx(rates["disagreement"], rel=1e-12)
+    assert unpack_counts(counts["ensemble"]).mean() / 75 == pytest.approx(rates["ensemble_accuracy"], rel=1e-12)
+    assert not any("right_of_samples" in part for part in corrupted["parts"].values())
     # A part of the set, and the figures that one pass gave are found again by the other script.
     part = ["--data_path", data_path, "--split", "corrupted", "--corruptions", "fog,snow", "--severities", "4"]
     again = call("diversity", "--resume", *paths, "--save", tmp_path / "part", *part)["result"]["corrupted"]
     assert set(again["parts"]) == {"fog-4", "snow-4"}
     assert again["parts"]["fog-4"]["ensemble"] == one["ensemble"]
+    # The file tells which corrupted images these were: others have another digest.
+    shutil.copytree(data_path, tmp_path / "other")
+    fog = np.load(data_path / "digits-C" / "fog.npy")
+    fog[100] = 255 - fog[100]  # of severity 4
+    np.save(tmp_path / "other" / "digits-C" / "fog.npy", fog)
+    digests = []
+    for place, names in ((data_path, "fog,snow"), (tmp_path / "other", "fog,snow"), (tmp_path / "other", "snow")):
+        part = ["--data_path", place, "--split", "corrupted", "--corruptions", names, "--severities", "4"]
+        found = call("diversity", "--resume", *paths, "--save", tmp_path / "part", *part)
+        digests.append(found["data"]["sha256_of_corrupted"])
+    assert len(set(digests)) == 3
+    part = ["--data_path", data_path, "--split", "corrupted", "--corruptions", "fog,snow", "--severities", "4"]
+    assert (
+        call("variance", "--resume", *paths, "--save", tmp_path / "v", *part)["data"]["sha256_of_corrupted"]
+        == digests[0]
+    )
 
 
 def test_variance_equals_numpy(saved, tmp_path):
