@@ -45,7 +45,6 @@ from utils.results import (
     Ensemble,
     check_alike,
     estimate,
-    family_of,
     groups_of,
     method_of,
     needed,
@@ -68,40 +67,29 @@ BETWEEN = [round(i / 12, 4) for i in range(13)]
 def tradeoff(args: argparse.Namespace) -> Figure:
     """Sharpness against diversity."""
     ensembles = measured(args.folders)
-    families: dict[str, list[Ensemble]] = {}
-    for ensemble in ensembles:
-        families.setdefault(family_of(ensemble), []).append(ensemble)
-    rows = looks(families.values())
+    rows = looks(groups_of(ensembles).values())
+    families = list(dict.fromkeys(row["family"] for row in rows))
     for row in rows:
-        row["label"] = plots.NAMES[row["family"]]
+        row["marker"] = plots.MARKERS[families.index(row["family"]) % len(plots.MARKERS)]
         row["points"] = []
         for ensemble in row["ensembles"]:
             needed(ensemble, "test", "rates", "disagreement")
-            found = ensemble.content.get("sharpness", {}).get("result", {}).get("APGD_worst-l2", {})
-            if found.get("mean") is None or found.get("n") != len(ensemble.seeds):
+            if ensemble.values.get("sharpness") is None:
                 raise InputError(
                     f"{ensemble.folder / 'sharpness.json'}: holds no APGD_worst-l2 of all members; measure it by "
                     f"python measure_sharpness.py --mode APGD_worst --norms l2 --save {ensemble.folder}"
                 )
-        settings = looks(groups_of(row["ensembles"]).values())
-        for look in settings:
-            group = look["ensembles"]
-            points = [
+            # Several ensembles of the same settings show their spread themselves.
+            alone = len(row["ensembles"]) == 1
+            row["points"].append(
                 {
                     "sharpness": ensemble.values["sharpness"],
                     "disagreement": ensemble.values["disagreement"],
-                    # Several ensembles of the same settings show their spread themselves.
-                    "spread": ensemble.spread.get("sharpness") if len(group) == 1 else None,
-                    "interval": ensemble.intervals["disagreement"] if len(group) == 1 else None,
+                    "spread": ensemble.spread.get("sharpness") if alone else None,
+                    "interval": ensemble.intervals["disagreement"] if alone else None,
                     "corrupted": ensemble.values.get("corrupted_ensemble"),
-                    "name": "",
                 }
-                for ensemble in group
-            ]
-            if len(settings) > 1:
-                highest = max(points, key=lambda point: point["disagreement"])
-                highest["name"] = look["label"].removeprefix(row["label"] + ", ")
-            row["points"] += points
+            )
     protocol = ensembles[0].content["sharpness"]["protocol"]
     kind = "adaptive worst-case" if protocol.get("adaptive") else "worst-case"
     note = (
@@ -162,7 +150,10 @@ def severity(args: argparse.Namespace) -> Figure:
     note = f"{about(ensembles[0])}; {how_many(rows)}. Means over {corruptions} corruptions. {intervals(rows)}"
     plain, corrupted = (needed(ensembles[0], *path).get("samples") for path in (("test",), ("corrupted", "mean")))
     if plain and corrupted and plain != corrupted:
-        note += f" Severity 0: all {plain} test images; the others: {corrupted:g} of them."
+        note += (
+            f" Severity 0: all {plain} test images; the others: {corrupted:g} of them, which alone raises the calibration "
+            "error that is found."
+        )
     return plots.severity(rows, note)
 
 

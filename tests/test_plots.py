@@ -205,7 +205,7 @@ def test_tradeoff(three, tmp_path):
     assert len({line.get_markerfacecolor() for line in points}) == 3
     assert len(axis.collections) == 6  # bars in both directions
     assert "1 ensemble of 2 members" in one._supxlabel.get_text()
-    # Several ensembles of several radii: a name for each radius, and no bars. Without a corrupted set: no colour bar.
+    # Several ensembles of several radii: a shade for each radius, and no bars. Without a corrupted set: no colour bar.
     folders = [
         measure(tmp_path / f"{rho}{i}", SAM | {"rho": rho}, (i, i + 5), 0.8, 2.0, corrupted=False)
         for rho in (0.1, 0.2)
@@ -214,7 +214,10 @@ def test_tradeoff(three, tmp_path):
     one = figure("tradeoff", folders)
     assert len(one.axes) == 1
     assert not one.axes[0].collections
-    assert [text.get_text() for text in one.axes[0].texts] == [r"$\rho$ = 0.1", r"$\rho$ = 0.2"]
+    assert [text.get_text() for text in one.legends[0].get_texts()] == [r"SAM, $\rho$ = 0.1", r"SAM, $\rho$ = 0.2"]
+    points = one.axes[0].get_lines()
+    assert len({plots.to_rgb(point.get_markeredgecolor()) for point in points}) == 2
+    assert {point.get_marker() for point in points} == {"o"}
     assert one.axes[0].get_xscale() == "linear"
 
 

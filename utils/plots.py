@@ -53,7 +53,7 @@ NAMES = {
     "asam": "ASAM",
     "other": "unknown method",
 }
-MARKERS = "osD^vPX<>"
+MARKERS = "osD^vph<>"
 # Later ones have gaps, through which the earlier are seen where two curves are the same.
 LINES = ("-", (0, (6, 2)), (0, (3, 2)), (0, (1, 1)))
 # Of settings that tell two curves of one method apart.
@@ -390,9 +390,9 @@ def tradeoff(rows: list[Row], note: str) -> Figure:
     """Disagreement against sharpness, a point an ensemble; its filling is its accuracy on corrupted images.
 
     Args:
-        rows: of `looks`, a row a method, with `points`: dicts of `sharpness`, `spread` (its standard deviation over
-            members), `disagreement`, `interval`, `corrupted` (ensemble accuracy, or None for all) and `name` (or "").
-            Without bars, `spread` and `interval` are None.
+        rows: of `looks`, with `points`: dicts of `sharpness`, `spread` (its standard deviation over members),
+            `disagreement`, `interval` and `corrupted` (ensemble accuracy, or None for all). Without bars, `spread` and
+            `interval` are None.
         note: what stands below.
     """
     figure = Figure(figsize=(7, 4.4), layout="constrained")
@@ -422,8 +422,6 @@ def tradeoff(rows: list[Row], note: str) -> Figure:
                 markerfacecolor=shades_of.to_rgba(100 * point["corrupted"]) if filled else row["colour"],
                 zorder=3,
             )
-            if point["name"]:
-                axis.annotate(point["name"], (x, y), (7, 5), textcoords="offset points", fontsize=7.5, color="0.3")
     axis.set(xlabel="worst-case sharpness of a member, mean  [nats]", ylabel="disagreement of two members  [%]")
     sharpness = [point["sharpness"] for point in points]
     if max(sharpness) > 3 * min(sharpness) > 0:
