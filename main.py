@@ -7,8 +7,8 @@
 Writes under --save_path (default runs/<data>_<method>): args.json, environment.json, command.txt, summary.json, and for
 each member seed_<seed>/ with checkpoint.pth.tar, model_best.pth.tar, log.jsonl, fisher.npy and sam_mask.npy.
 The same command again goes on with a run that was cut off. `--jobs K` deals the members out to K processes of this
-machine; `torchrun --nproc-per-node K main.py ...` does so on several machines. The result is the same where --threads
-is.
+machine, and the result is the same for any K; `torchrun --nproc-per-node K main.py ...` does so on several machines, with
+the same result where --threads is the same.
 """
 
 import argparse
@@ -276,9 +276,10 @@ def build_parser() -> Parser:
     group.add_argument(
         "--jobs",
         type=jobs,
-        default=1,
         metavar="K",
-        help="processes of this machine that share the members and the cores; auto: what is fastest for small networks",
+        help="processes of this machine that share the members; auto: as many as shorten the run. Without --threads a "
+        "member has the same number of threads whatever K is, so that the result is the same, bit for bit (default: "
+        "one process, all cores to each member in turn)",
     )
     add_flag(group, "overwrite", "start anew in a folder that holds a run")
     add_flag(group, "evaluate", "train nothing: print the accuracies of the run in --save_path, or of --resume")
@@ -301,32 +302,34 @@ def jobs(text: str) -> str | int:
 
 
 def best_jobs(members: int, available: int) -> int:
-    """How many processes of available // K threads train an ensemble soonest on a CPU; of equal ones the fewest.
+    """The smallest number of processes, not more than cores, that train the members in the fewest rounds."""
+    return min(range(1, min(members, available) + 1), key=lambda count: (math.ceil(members / count), count))
 
-    A member of small width takes t(n) ~ n^-0.6 with n threads: two threads are 1.5 times as fast as one. K processes
-    train the members in ceil(members / K) rounds.
-    """
 
-    def duration(count: int) -> float:
-        return math.ceil(members / count) * (available // count) ** -0.6
-
-    return min(range(1, min(members, available) + 1), key=lambda count: (round(duration(count), 9), count))
+def threads_of_jobs(members: int, available: int) -> int:
+    """Threads of each member by --jobs, whatever their number: sums of floats depend on it, in their last bits."""
+    return available // min(members, available)
 
 
 def deal_out(args: argparse.Namespace) -> None:
     """Start this command as `--jobs` processes, as torchrun does, and end as they do; return where one is enough."""
+    if args.jobs is None or args.evaluate or dist.is_torchelastic_launched():
+        return
+    on_cpu = args.device == "cpu" or (args.device == "auto" and not torch.accelerator.is_available())
     count = args.jobs
     if count == "auto":
-        on_cpu = args.device == "cpu" or (args.device == "auto" and not torch.accelerator.is_available())
         count = best_jobs(len(args.seed), cores()) if on_cpu else 1
     count = min(count, len(args.seed))
-    if count == 1 or args.evaluate or dist.is_torchelastic_launched():
-        return
-    threads = args.threads or _threads_of(args)
+    # A number of threads that the user or the run has already chosen stands.
+    told = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else None
+    threads = args.threads or _threads_of(args) or told
+    if on_cpu and not threads:
+        threads = args.threads = threads_of_jobs(len(args.seed), cores())
     if threads and threads * count > cores():
         print(f"note: {count} processes of {threads} threads share {cores()} cores", file=sys.stderr)
-    # A number of threads that the user or the run has already chosen stands.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
+    if count == 1:
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads or max(1, cores() // count)))
     # Imported here because on macOS it prints a note.
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -408,3 +411,8 @@ if __name__ == "__main__":
     arguments = parse_args()
     run(deal_out, arguments)
     run(main, arguments)
+    if dist.is_torchelastic_launched():
+        # While an interpreter ends, what is left of gloo's threads can abort it, after all work is done.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

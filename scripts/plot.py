@@ -151,8 +151,8 @@ def severity(args: argparse.Namespace) -> Figure:
     plain, corrupted = (needed(ensembles[0], *path).get("samples") for path in (("test",), ("corrupted", "mean")))
     if plain and corrupted and plain != corrupted:
         note += (
-            f" Severity 0: all {plain} test images; the others: {corrupted:g} of them, which alone raises the calibration "
-            "error that is found."
+            f" Severity 0: all {plain} test images; the others: {corrupted:g} of them. The error of calibration looks "
+            "larger on few images."
         )
     return plots.severity(rows, note)
 

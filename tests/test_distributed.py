@@ -79,10 +79,29 @@ def test_jobs_give_the_same_bytes(whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("members", "cores", "count"), [(1, 8, 1), (3, 1, 1), (3, 2, 1), (4, 2, 2), (3, 4, 3), (3, 64, 3), (9, 4, 3)]
+    ("members", "cores", "count", "threads"),
+    [(1, 8, 1, 8), (3, 1, 1, 1), (3, 2, 2, 1), (4, 2, 2, 1), (4, 3, 2, 1), (3, 4, 3, 1), (3, 64, 3, 21), (9, 4, 3, 1)],
 )
-def test_automatic_jobs(members, cores, count):
+def test_automatic_jobs(members, cores, count, threads, monkeypatch):
+    """As few processes as shorten the run; a member's threads do not depend on how many they are."""
     assert main.best_jobs(members, cores) == count
+    assert main.threads_of_jobs(members, cores) == threads
+    monkeypatch.setattr(main, "cores", lambda: cores)
+    monkeypatch.setattr("torch.distributed.run.run", lambda args: None)
+    seeds = [str(seed) for seed in range(members)]
+    found = set()
+    for jobs in ("1", "2", "auto"):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        args = main.parse_args(["--seed", *seeds, "--jobs", jobs])
+        try:
+            main.deal_out(args)
+            found.add(args.threads)
+        except SystemExit:
+            found.add(int(os.environ["OMP_NUM_THREADS"]))
+    assert found == {threads}
+    args = main.parse_args(["--seed", *seeds])
+    main.deal_out(args)
+    assert args.threads is None
 
 
 FATAL = {

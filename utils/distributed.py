@@ -87,7 +87,9 @@ def lost() -> bool:
 
 def leave() -> None:
     """Part from the other ranks."""
+    global _group, _watch
     if dist.is_initialized():
+        _group = _watch = None
         dist.destroy_process_group()
 
 

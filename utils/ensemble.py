@@ -667,7 +667,10 @@ def _save_partial(args: Namespace, data: Data, member: Member) -> None:
 
 
 class _Progress:
-    """One bar for the whole run on a terminal, and a line for each epoch and member anywhere."""
+    """One bar for the whole run on a terminal, and a line for each epoch and member anywhere.
+
+    Of several processes rank 0 has the bar: it holds as many members as any, so that its time left is the run's.
+    """
 
     HEADER = "epoch   seed      lr  train loss  train acc  val loss  val acc  SAM share     time     left"
 
