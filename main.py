@@ -7,8 +7,8 @@
 Writes under --save_path (default runs/<data>_<method>): args.json, environment.json, command.txt, summary.json, and for
 each member seed_<seed>/ with checkpoint.pth.tar, model_best.pth.tar, log.jsonl, fisher.npy and sam_mask.npy.
 The same command again goes on with a run that was cut off. `--jobs K` deals the members out to K processes of this
-machine, and the result is the same for any K; `torchrun --nproc-per-node K main.py ...` does so on several machines, with
-the same result where --threads is the same.
+machine, and the result is the same for any K; `torchrun --nproc-per-node K main.py ...` does so on several machines,
+with the same result where --threads is the same.
 """
 
 import argparse
