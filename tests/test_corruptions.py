@@ -6,11 +6,14 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, features
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.neural_network import MLPClassifier
 
 from scripts import make_corrupted
 from tests import files
@@ -119,6 +122,27 @@ def test_distance_rises_with_severity(photographs, name, size, channels):
     # At 8x8 pixelate has the same grid at severities 1 and 2, and at 3 and 4.
     steps = sorted(set(rising)) if (name, size) == ("pixelate", 8) else sorted(rising)
     assert list(dict.fromkeys(rising)) == steps
+
+
+def test_accuracy_of_a_trained_net_falls():
+    """On digits, under each corruption: from clean images to the mildest severity and from there to the strongest."""
+    data = load_data("digits")
+    training, images = (make_corrupted._pixels(part) for part in (data.train, data.test))
+    net = MLPClassifier((64,), max_iter=80, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        net.fit(training.reshape(len(training), -1) / 255, data.train.labels.numpy())
+
+    def accuracy(pictures):
+        return net.score(pictures.reshape(len(pictures), -1) / 255, data.test.labels.numpy())
+
+    clean = accuracy(images)
+    assert clean > 0.9
+    for name in CORRUPTIONS:
+        mild, strong = (accuracy(corrupt(images, name, severity)) for severity in (1, 5))
+        assert strong < clean, name
+        assert strong <= mild + 0.005, name
+        assert mild <= clean + 0.005, name
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)

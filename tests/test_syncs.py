@@ -13,6 +13,10 @@ from utils.training import sharpbalance_step, train_epoch
 WAITS = {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.masked_select.default", "aten.item.default"}
 
 
+# Methods that would copy from the device; on the CPU they do nothing that a dispatcher could see.
+COPIES = ("cpu", "numpy", "tolist", "__array__")
+
+
 class Waits(TorchDispatchMode):
     """Collects the operations whose result the host has to wait for.
 
@@ -22,6 +26,33 @@ class Waits(TorchDispatchMode):
     def __init__(self, free=()):
         super().__init__()
         self.found, self.free = [], free
+        self._patch = pytest.MonkeyPatch()
+
+    def __enter__(self):
+        for name in COPIES:
+            self._patch.setattr(torch.Tensor, name, self._watched(name, getattr(torch.Tensor, name)))
+        to = torch.Tensor.to
+        watched = self._watched("to cpu", to)
+
+        def maybe(tensor, *args, **kwargs):
+            # A device that is not named as the CPU is the one that trains, which here happens to be the CPU.
+            target = kwargs.get("device", args[0] if args else None)
+            return (watched if isinstance(target, str) and target == "cpu" else to)(tensor, *args, **kwargs)
+
+        self._patch.setattr(torch.Tensor, "to", maybe)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self._patch.undo()
+        return super().__exit__(*error)
+
+    def _watched(self, name, method):
+        def call(tensor, *args, **kwargs):
+            if tensor.dtype not in self.free:
+                self.found.append(name)
+            return method(tensor, *args, **kwargs)
+
+        return call
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = str(function)
@@ -67,3 +98,19 @@ def test_the_watch_sees_waits():
         x[x > 0]
         x.nonzero()
     assert len(waits.found) >= 3
+    for copy in (
+        lambda: x.cpu(),
+        lambda: x.numpy(),
+        lambda: x.tolist(),
+        lambda: x.to("cpu"),
+        lambda: x.to(device="cpu"),
+        lambda: np.asarray(x),
+    ):
+        with Waits() as waits:
+            copy()
+        assert waits.found
+    with Waits(free=(torch.float32,)) as waits:
+        x.cpu(), x.to(torch.float64)
+    assert waits.found == []
+    x.cpu()
+    assert waits.found == []

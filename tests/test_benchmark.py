@@ -1,0 +1,37 @@
+"""The benchmark's table, verdicts and file; its numbers are nobody's promise."""
+
+import json
+
+import pytest
+
+from scripts import benchmark
+
+
+def call(*argv):
+    benchmark.main(benchmark.parse_args([str(word) for word in argv]))
+
+
+def test_table_verdict_and_file(tmp_path, monkeypatch, capsys):
+    common = ["--repeats", 3, "--threads", 1, "--save", tmp_path, "--check"]
+    case = benchmark.CASES["theory"][0]
+    monkeypatch.setitem(benchmark.CASES, "theory", (case, {"plain": 1e9}))
+    call("--only", "theory", *common)
+    assert "theory     plain" in capsys.readouterr().out
+    # A ratio above its target; what an earlier call found stays.
+    case = benchmark.CASES["partition"][0]
+    monkeypatch.setitem(benchmark.CASES, "partition", (case, {"np.partition": 1e-9}))
+    with pytest.raises(SystemExit, match="1"):
+        call("--only", "partition", *common)
+    assert capsys.readouterr().out.count("MISSED") == 1
+    content = json.loads((tmp_path / "benchmark.json").read_text())
+    assert set(content) == {"theory", "partition"}
+    for found in content.values():
+        assert all(len(seconds) == 3 for seconds in found["seconds"].values())
+        assert found["environment"]["threads"] == 1
+        assert found["peak_memory_mib"] > 100
+    # Memory is a verdict of its own.
+    monkeypatch.setitem(benchmark.CASES, "partition", (case, {"np.partition": None}))
+    monkeypatch.setitem(benchmark.MOST_MEMORY, "partition", 1)
+    with pytest.raises(SystemExit, match="1"):
+        call("--only", "partition", *common)
+    assert capsys.readouterr().out.count("MISSED") == 1
