@@ -49,6 +49,7 @@ RECIPES = {
     "fashion_mnist": (16, 30, 128, 0.1),
     "digits": (8, 30, 64, 0.1),
 }
+USUAL_RHO = {False: 0.05, True: 0.5}  # of SAM, and of ASAM, whose rho is relative to the weights; of their papers
 CHECKPOINT_TITLES = {"last": "end of training", "best": "best validation accuracy", "averaged": "mean of the weights"}
 
 
@@ -88,7 +89,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             setattr(args, name, value)
     check_method(parser, args)
     if args.rho is None:
-        args.rho = 0.05 if args.sam else 0.0
+        args.rho = USUAL_RHO[args.sam_adaptive] if args.sam else 0.0
+    elif args.rho >= 10 * USUAL_RHO[args.sam_adaptive]:
+        usual = USUAL_RHO[args.sam_adaptive]
+        print(
+            f"note: --rho {args.rho:g} is large; {usual:g} is usual{' with --sam_adaptive' * args.sam_adaptive}",
+            file=sys.stderr,
+        )
     if args.initial_epochs is None:
         args.initial_epochs = args.epochs // 2
     if args.flat_ratio:
@@ -183,9 +190,9 @@ def build_parser() -> Parser:
         "--rho",
         type=number(float, 0),
         metavar="R",
-        help="radius of SAM's perturbation, in the norm of all weights (default: 0.05)",
+        help="radius of SAM's perturbation, in the norm of all weights (default: 0.05, with --sam_adaptive 0.5)",
     )
-    add_flag(group, "sam_adaptive", "ASAM: the perturbation of each weight is relative to its size")
+    add_flag(group, "sam_adaptive", "ASAM: the perturbation of each weight is relative to its size, and so is --rho")
     group.add_argument(
         "--flat_ratio",
         type=number(float, 0, 1),

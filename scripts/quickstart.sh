@@ -3,7 +3,7 @@
 # compares them in a table and a picture. Makes .venv on its first call. Writes runs/quickstart/ and measurements/quickstart/; given
 # again, it goes on or shows the table at once. RUNS and MEASUREMENTS name other folders.
 set -euo pipefail
-source "$(dirname "$0")/setup.sh"
+source "$(dirname "$0")/setup.sh" requirements.txt
 RUNS=${RUNS:-runs/quickstart}
 MEASUREMENTS=${MEASUREMENTS:-measurements/quickstart}
 for method in deep_ensemble deep_ensemble_sam sharpbalance; do

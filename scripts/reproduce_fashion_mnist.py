@@ -19,6 +19,7 @@ import io
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -60,6 +61,7 @@ FORWARD = 1 / 3
 GRID = {"rho": [*RHOS], "k": [*KS], "T_d": [*SPLITS]}
 SHARPNESS_BATCHES = 40
 SHARPNESS_PASSES = 20 * SHARPNESS_BATCHES * 5  # iterations, batches, images
+RESULT_FILES = {"diversity.json", "sharpness.json"}
 STARTUP = 7.0  # seconds of a command besides
 
 
@@ -435,6 +437,7 @@ class Work:
         # EoA is measured on the averages of the deep ensemble's runs, and needs none of its own.
         names = {name: name for name in (*deep, *sam)} | {"eoa": "deep_ensemble"} | found
         self.run_all(self.measuring(setting, method, name, s) for s in seeds for method, name in names.items())
+        clear(args.results / setting.name, {f"{method}_{first(s)}" for s in seeds for method in names})
         return {
             "chosen": {"rho": rho, "k": k, "T_d": t_d},
             "validation": {
@@ -605,6 +608,13 @@ def kept_settings(results: Path) -> dict[str, dict]:
     if not known:
         raise InputError(f"{path}: not of this version; give another --results, and run the experiment again")
     return settings
+
+
+def clear(folder: Path, wanted: set[str]) -> None:
+    """Remove what an earlier plan left: folders that hold nothing but result files."""
+    for path in folder.iterdir():
+        if path.is_dir() and path.name not in wanted and {p.name for p in path.iterdir()} <= RESULT_FILES:
+            shutil.rmtree(path)
 
 
 def report(results: Path) -> None:

@@ -184,7 +184,7 @@ def test_ablations(methods, tmp_path, monkeypatch):
     for name in {"random", "same"} & settings.keys():
         assert (settings[name]["select"], settings[name]["match_size"]) == (name, True)
     if "asam" in settings:
-        assert (settings["asam"]["sam_adaptive"], settings["asam"]["rho"]) == (True, 1)
+        assert (settings["asam"]["sam_adaptive"], settings["asam"]["rho"]) == (True, 0.5)
     eoa = json.loads((tmp_path / "measurements" / "eoa_13" / "diversity.json").read_text())
     assert {Path(member["path"]).name for member in eoa["members"]} == {"model_averaged.pth.tar"}
 

@@ -229,6 +229,14 @@ def test_notes(capsys):
     assert "no effect without --sam" in capsys.readouterr().err
     parse_args(["--sam", "--flat_ratio", "0.5", "--seed", "13"])
     assert "one member alone" in capsys.readouterr().err
+    assert (parse_args(["--sam"]).rho, parse_args(["--sam", "--sam_adaptive"]).rho) == (0.05, 0.5)
+    parse_args(["--sam", "--rho", "0.4"])
+    parse_args(["--sam", "--sam_adaptive", "--rho", "2"])
+    assert capsys.readouterr().err == ""
+    parse_args(["--sam", "--rho", "0.5"])
+    assert capsys.readouterr().err == "note: --rho 0.5 is large; 0.05 is usual\n"
+    parse_args(["--sam", "--sam_adaptive", "--rho", "5"])
+    assert "0.5 is usual with --sam_adaptive" in capsys.readouterr().err
 
 
 def test_help_names_type_and_default_of_every_option(capsys):

@@ -229,6 +229,16 @@ def test_report(results, monkeypatch):
         reproduce.report(results)
 
 
+def test_former_results_are_removed(tmp_path):
+    """Those of ensembles that are not in the plan; nothing else."""
+    for name in ("sam_0.1_11/diversity.json", "sam_0.1_21/sharpness.json", "notes/mine.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "table.md").write_text("")
+    reproduce.clear(tmp_path, {"sam_0.1_11"})
+    assert {path.name for path in tmp_path.iterdir()} == {"sam_0.1_11", "notes", "table.md"}
+
+
 def test_table_of_corruptions(results):
     """Means over severities and ensembles; no table without the numbers."""
     measured = {method: {} for method in ("deep_ensemble", "sam", "sharpbalance", "sharpbalance_paper", "random")}

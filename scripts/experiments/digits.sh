@@ -3,7 +3,7 @@
 # in tables and figures. About half an hour on 2 cores; given again, it goes on where it was.
 # RUNS, MEASUREMENTS, RESULTS and DATA_PATH name other folders than runs/digits, measurements/digits, results/digits, data.
 set -euo pipefail
-source "$(dirname "$0")/../setup.sh"
+source "$(dirname "$0")/../setup.sh" requirements.txt
 RUNS=${RUNS:-runs/digits}
 MEASUREMENTS=${MEASUREMENTS:-measurements/digits}
 RESULTS=${RESULTS:-results/digits}

@@ -9,7 +9,7 @@
 #           (SAM on random sets of SharpBalance's size, for each member or once for all), asam, eoa (averaged weights)
 # RUNS, MEASUREMENTS, RESULTS, DATA_PATH   other folders than runs/$DATA, measurements/$DATA, results/$DATA, data
 # RHO, FLAT_RATIO, INITIAL_EPOCHS          of SAM and SharpBalance, other than the paper's 0.2, 0.5, 100 for CIFAR-100
-# ASAM_RHO                                 of asam, 1
+# ASAM_RHO                                 of asam, 0.5
 # CHECKPOINT                               best or last; eoa, which is measured at its averages, compares with last
 # NPROC                                    processes (and GPUs, if there are as many) that train an ensemble; 1
 # SEEDS                                    of the ensembles: SEEDS="13 17 27,43 59 223"
@@ -55,7 +55,7 @@ for seeds in "${ensembles[@]}"; do
             sharpbalance) flags=("${sharpbalance[@]}" --partition released) ;;
             sharpbalance_paper) flags=("${sharpbalance[@]}" --partition paper) ;;
             random | same) flags=("${sharpbalance[@]}" --partition released --select "$method" --match_size) ;;
-            asam) flags=(--sam --sam_adaptive --rho "${ASAM_RHO:-1}") ;;
+            asam) flags=(--sam --sam_adaptive --rho "${ASAM_RHO:-0.5}") ;;
             eoa) flags=(--average_from "$INITIAL_EPOCHS") ;;
             *)
                 echo "METHODS: '$method' is none of ${known// /, }" >&2
