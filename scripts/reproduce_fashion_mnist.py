@@ -612,9 +612,9 @@ def kept_settings(results: Path) -> dict[str, dict]:
 
 def clear(folder: Path, wanted: set[str]) -> None:
     """Remove what an earlier plan left: folders that hold nothing but result files."""
-    for path in folder.iterdir():
-        if path.is_dir() and path.name not in wanted and {p.name for p in path.iterdir()} <= RESULT_FILES:
-            shutil.rmtree(path)
+    for place in folder.iterdir():
+        if place.is_dir() and place.name not in wanted and {file.name for file in place.iterdir()} <= RESULT_FILES:
+            shutil.rmtree(place)
 
 
 def report(results: Path) -> None:

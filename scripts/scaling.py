@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -22,18 +23,27 @@ from sam import SAM
 from scripts.benchmark import batch, figures_of, network, random_logits, synthetic
 from utils.cli import Parser, number, run, start_device
 from utils.fisher import per_sample_fisher
+from utils.hessian import HessianOperator
 from utils.metrics import bootstrap_weights
 from utils.partition import sharpness_aware_masks
+from utils.predictions import forward
+from utils.sharpness import worst_case_sharpness
 from utils.theory import simulate_sam
 from utils.training import sharpbalance_step, train_epoch
 
 
-def epoch_of(samples: int) -> Callable[[], object]:
-    """A plain epoch at width 8."""
-    data, model = synthetic(samples), network(8)
-    optimizer = SAM(model.parameters(), rho=0.1, lr=1e-3)
+def epochs_of(samples: int = 512, members: int = 1, epochs: int = 1) -> Callable[[], object]:
+    """Plain epochs at width 8 of members in turn."""
+    data, models = synthetic(samples), [network(8) for _ in range(members)]
+    optimizers = [SAM(model.parameters(), rho=0.1, lr=1e-3) for model in models]
     mask = torch.zeros(samples, dtype=torch.bool)
-    return lambda: train_epoch(model, optimizer, data, mask, 13, 0, 128)
+
+    def train() -> None:
+        for epoch in range(epochs):
+            for model, optimizer in zip(models, optimizers, strict=True):
+                train_epoch(model, optimizer, data, mask, 13, epoch, 128)
+
+    return train
 
 
 def step_of(width: int, share: float = 0.0) -> Callable[[], object]:
@@ -48,6 +58,25 @@ def scores_of(width: int) -> Callable[[], object]:
     """The scores of 64 samples."""
     model, (images, labels) = network(width).eval(), batch(64)
     return lambda: per_sample_fisher(model, images, labels)
+
+
+def predictions_of(samples: int) -> Callable[[], object]:
+    """The logits of one member at width 16."""
+    data, model = synthetic(samples), network(16).eval()
+    return lambda: forward(model, data, features=False)
+
+
+def sharpness_of(batches: int, iterations: int) -> Callable[[], object]:
+    """Worst-case sharpness at width 16, batches of 5."""
+    model, data = network(16).eval(), [batch(5) for _ in range(batches)]
+    return lambda: worst_case_sharpness(model, data, 0.5, n_iters=iterations)
+
+
+def hessian_of(samples: int) -> Callable[[], object]:
+    """A product with the Hessian at width 16."""
+    operator = HessianOperator(network(16).eval(), [batch(64) for _ in range(samples // 64)])
+    vector = torch.randn(operator.size)
+    return lambda: operator @ vector
 
 
 def partition_of(members: int, samples: int) -> Callable[[], object]:
@@ -69,11 +98,18 @@ def theory_of(d: int) -> Callable[[], object]:
 
 
 # part: (what grows, sizes, how a size becomes something to time, expected exponent)
-PARTS: dict[str, tuple[str, tuple[float, ...], Callable[[int], Callable[[], object]], str]] = {
-    "plain epoch": ("samples", (512, 1024, 2048), epoch_of, "1"),
+PARTS: dict[str, tuple[str, tuple[float, ...], Callable[[Any], Callable[[], object]], str]] = {
+    "training by N": ("samples", (512, 1024, 2048), epochs_of, "1"),
+    "training by M": ("members", (1, 2, 4), lambda m: epochs_of(members=m), "1"),
+    "training by E": ("epochs", (1, 2, 4), lambda e: epochs_of(epochs=e), "1"),
+    "step by 1 + s": ("passes", (1.25, 1.5, 2.0), lambda passes: step_of(16, passes - 1), "1"),
     "plain step": ("width", (16, 32, 64), step_of, "1 to 2"),
     "step, half SAM": ("width", (16, 32, 64), lambda width: step_of(width, 0.5), "1 to 2"),
     "scores": ("width", (16, 32, 64), scores_of, "1 to 2"),
+    "predictions": ("samples", (512, 1024, 2048), predictions_of, "1"),
+    "sharpness by n": ("batches", (2, 4, 8), lambda n: sharpness_of(n, 10), "1"),
+    "sharpness by i": ("iterations", (5, 10, 20), lambda i: sharpness_of(2, i), "1"),
+    "Hessian product": ("samples", (64, 128, 256), hessian_of, "1"),
     "partition by N": ("samples", (100_000, 300_000, 1_000_000), lambda n: partition_of(9, n), "1"),
     "partition by M": ("members", (10, 30, 100), lambda m: partition_of(m, 100_000), "1"),
     "diversity by N": ("samples", (2500, 5000, 10_000), lambda n: metrics_of(3, n, 10), "1"),
