@@ -10,8 +10,8 @@ of members.
 
 From run folders of main.py:
 curves: training curves. sets: what is trained with SAM, of one SharpBalance run. landscape: the loss around members,
-along random directions and along the top eigenvector of the Hessian, and between them; its numbers are kept beside the
-figure as <name>.json, which the next call, or --from, takes up.
+along random directions and along the top eigenvector of the Hessian, and between them. The numbers of the last two are
+kept beside the figure as <name>.json, of which --from draws it again; a landscape that is begun goes on from it.
 
 theory: the seven figures of theoretical_verifications.ipynb, simulated anew (about a minute), into the folder --to.
 """
@@ -34,7 +34,7 @@ from torch import nn
 from tqdm import tqdm
 
 from utils import InputError, plots
-from utils.checkpoint import find_checkpoints, write_json
+from utils.checkpoint import find_checkpoints, write_atomically, write_json
 from utils.cli import Parser, number, run, start_device
 from utils.data import Data, ImageSet, load_data, load_npy
 from utils.landscape import Batches, losses_along, losses_between, random_direction, top_direction
@@ -203,7 +203,25 @@ def sets(args: argparse.Namespace) -> Figure:
     """What is trained with SAM."""
     if len(args.folders) != 1:
         raise InputError(f"--from: {len(args.folders)} folders given; sets shows one run, name one folder")
-    one = read_run(args.folders[0])
+    (source,) = args.folders
+    if source.is_file():
+        content = read_json(source, "draw it anew from a run folder")
+    else:
+        content = compute_sets(source)
+        # In one line: with a line for each number, the pictures would take most of a megabyte.
+        write_atomically(figure_path(args.to, ".json"), (json.dumps(content) + "\n").encode())
+    try:
+        shares = {key: np.array(rows, dtype=float) for key, rows in content["shares"].items()}  # null becomes nan
+        shares["seeds"] = content["seeds"]
+        pictures = [line | {"images": np.array(line["images"]) / 255} for line in content["pictures"]]
+        return plots.sets(shares, pictures, content["note"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{source}: not the numbers of such a figure; draw it anew from a run folder") from error
+
+
+def compute_sets(folder: Path) -> dict[str, Any]:
+    """The numbers of `sets`: shares, example pictures of 256 levels, and what is said of them."""
+    one = read_run(folder)
     trained = one.content["trained"]
     if not trained["flat_ratio"] or trained["select"] not in ("flattest", "sharpest"):
         raise InputError(f"--from {one.folder}: its sets do not come from scores; name a SharpBalance run")
@@ -218,12 +236,11 @@ def sets(args: argparse.Namespace) -> Figure:
     count = int(trained["flat_ratio"] * len(train))
     picks = ranks < count if trained["select"] == "flattest" else ranks >= len(train) - count
 
-    def share(groups: list[np.ndarray]) -> np.ndarray:
-        """[M, G]: of each group, and nan where a group is empty."""
-        return np.stack([masks[:, g].mean(axis=1) if g.any() else np.full(len(masks), np.nan) for g in groups], axis=1)
+    def share(groups: list[np.ndarray]) -> list[list[float | None]]:
+        """[M, G]: of each group, and None where a group is empty."""
+        return [[float(mask[group].mean()) if group.any() else None for group in groups] for mask in masks]
 
     shares = {
-        "seeds": one.seeds,
         "classes": share([np.ones(len(train), bool), *(labels == c for c in range(train.info.num_classes))]),
         "picks": share([*picks, ~picks.any(axis=0)]),
     }
@@ -246,7 +263,7 @@ def sets(args: argparse.Namespace) -> Figure:
         f"{UNPICKED[trained['unselected']]}. "
         "Pictures are ordered by mean rank; below each: its class, and how many members train it with SAM."
     )
-    return plots.sets(shares, pictures, note)
+    return {"seeds": one.seeds, "shares": shares, "pictures": pictures, "note": note}
 
 
 def landscape(args: argparse.Namespace) -> Figure:
@@ -424,10 +441,10 @@ def data_of(one: Ensemble, device: torch.device | str = "cpu") -> Data:
     return data
 
 
-def pixels(images: ImageSet, index: np.ndarray) -> np.ndarray:
-    """Images as numbers from 0 to 1, [N, H, W, C]."""
+def pixels(images: ImageSet, index: np.ndarray) -> list:
+    """Images as whole numbers from 0 to 255, [N, H, W, C]."""
     mean, std = torch.tensor(images.info.mean), torch.tensor(images.info.std)
-    return (images.plain(index)[0].permute(0, 2, 3, 1) * std + mean).clamp(0, 1).numpy()
+    return (255 * (images.plain(index)[0].permute(0, 2, 3, 1) * std + mean)).round().clamp(0, 255).int().tolist()
 
 
 def subset(images: ImageSet) -> list[tuple[torch.Tensor, torch.Tensor]]:

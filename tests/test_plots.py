@@ -315,6 +315,9 @@ def test_sets(runs, tmp_path):
     call("sets", [runs[2]], tmp_path / "a")
     call("sets", [runs[2]], tmp_path / "b")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    # From its numbers alone.
+    call("sets", [tmp_path / "a.json"], tmp_path / "c")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "c.png").read_bytes()
 
 
 def test_landscape(runs, few_steps, tmp_path, monkeypatch):
@@ -471,6 +474,8 @@ def test_bad_runs(runs, tmp_path, capsys, monkeypatch):
     assert "args.json" in refused(capsys, "curves", [tmp_path], to)
     assert "do not come from scores" in refused(capsys, "sets", [runs[1]], to)
     assert "name one folder" in refused(capsys, "sets", runs, to)
+    (tmp_path / "y.json").write_text('{"seeds": [1], "shares": {"classes": [[0.5]]}, "pictures": [], "note": ""}')
+    assert "y.json: not the numbers of such a figure" in refused(capsys, "sets", [tmp_path / "y.json"], to)
     broken = make_run(tmp_path / "broken", SHARPBALANCE)
     (broken / "seed_2" / "sam_mask.npy").unlink()
     error = refused(capsys, "sets", [broken], to)
@@ -491,7 +496,7 @@ def test_bad_runs(runs, tmp_path, capsys, monkeypatch):
     (broken / "environment.json").unlink()
     assert "environment.json: missing" in refused(capsys, "curves", [broken], to)
     write_json(tmp_path / "x.json", {})
-    assert "x.json: not the numbers of a landscape" in refused(capsys, "landscape", [tmp_path / "x.json"], to)
+    assert "x.json: not the numbers of a landscape" in refused(capsys, "landscape", [tmp_path / "y.json"], to)
 
 
 @pytest.mark.parametrize(
