@@ -496,7 +496,7 @@ def test_bad_runs(runs, tmp_path, capsys, monkeypatch):
     (broken / "environment.json").unlink()
     assert "environment.json: missing" in refused(capsys, "curves", [broken], to)
     write_json(tmp_path / "x.json", {})
-    assert "x.json: not the numbers of a landscape" in refused(capsys, "landscape", [tmp_path / "y.json"], to)
+    assert "x.json: not the numbers of a landscape" in refused(capsys, "landscape", [tmp_path / "x.json"], to)
 
 
 @pytest.mark.parametrize(
