@@ -23,7 +23,6 @@ from utils.hessian import matching_parameters, refuse_train_mode
 NORMS = ("l2", "linf")
 MAXIMISERS = ("tight", "apgd")
 AVERAGED_STEPS = 6
-PIECE = 2**19
 SMALLEST = 1e-37  # keeps 0 / 0 from arising
 Batches = Iterable[tuple[Tensor, Tensor]]
 
