@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains a deep ensemble, a SAM ensemble and a SharpBalance ensemble of 3 networks each on scikit-learn's 8x8 digits and
-# compares them in a table and a picture. Makes .venv on its first call. Writes runs/quickstart/ and measurements/quickstart/; given
-# again, it goes on or shows the table at once. RUNS and MEASUREMENTS name other folders.
+# compares them in a table and a picture. Makes .venv on its first call. Writes runs/quickstart/ and
+# measurements/quickstart/; given again, it goes on or shows the table at once. RUNS and MEASUREMENTS name other folders.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" requirements.txt
 RUNS=${RUNS:-runs/quickstart}
