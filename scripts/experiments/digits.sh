@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Five ensembles of three members for each of four methods on digits, measured on clean and corrupted images, compared
 # in tables and figures. About half an hour on 2 cores; given again, it goes on where it was.
-# RUNS, MEASUREMENTS, RESULTS and DATA_PATH name other folders than runs/digits, measurements/digits, results/digits, data.
+# RUNS, MEASUREMENTS, RESULTS and DATA_PATH name other folders than runs/digits, measurements/digits, results/digits and
+# data.
 set -euo pipefail
 source "$(dirname "$0")/../setup.sh" requirements.txt
 RUNS=${RUNS:-runs/digits}

@@ -1,9 +1,9 @@
 # Sourced by the other scripts here but digits.sh, which set DATA: a comparison of methods by the paper's recipe.
 #
 # Trains ensembles of ResNet-18 by each method, measures them on clean and, where the -C set is found, corrupted images,
-# and writes tables and figures. By default that is the paper's comparison: 3 ensembles of 3 by 4 methods, 36 networks of
-# 200 epochs. Given again, it goes on where it was, and passes over finished ensembles. Arguments go to main.py, after
-# the recipe's own, for instance --download.
+# and writes tables and figures. By default that is the paper's comparison: 3 ensembles of 3 by 4 methods, 36 networks
+# of 200 epochs. Given again, it goes on where it was, and passes over finished ensembles. Arguments go to main.py,
+# after the recipe's own, for instance --download.
 #
 # METHODS   of deep_ensemble, sam, sharpbalance (as released), sharpbalance_paper (by the paper's text), random and same
 #           (SAM on random sets of SharpBalance's size, for each member or once for all), asam, eoa (averaged weights)
