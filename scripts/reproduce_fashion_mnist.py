@@ -676,8 +676,11 @@ def section(found: dict, measured: Measured) -> str:
     setting, chosen, tried, lines = found["setting"], found["chosen"], found["validation"], []
     name, machine = setting["name"], found["environment"]
     ball = next(iter(measured["sam"].values())).content["sharpness"]["protocol"]
-    ends = [float(rho) for rho in tried["rho"]]
-    edge = " (an end of what was tried)" if chosen["rho"] in (min(ends), max(ends)) else ""
+
+    def picked(name: str) -> str:
+        ends = [float(value) for value in tried[name]]
+        edge = " (an end of what was tried)" if chosen[name] in (min(ends), max(ends)) else ""
+        return f"{name} {chosen[name]:g}{edge}"
 
     def listed(name: str) -> str:
         return ", ".join(f"{name} {at}: {100 * value:.2f} %" for at, value in tried[name].items())
@@ -691,8 +694,8 @@ def section(found: dict, measured: Measured) -> str:
         "minutes by the estimate.",
         "",
         f"Ensemble accuracy on validation: deep ensemble {100 * tried['deep ensemble']:.2f} %; SAM, {listed('rho')}; "
-        f"SharpBalance (released), first seeds alone, {listed('k')}, {listed('T_d')}; chosen: rho {chosen['rho']:g}"
-        f"{edge}, k {chosen['k']:g}, T_d {chosen['T_d']}. One ensemble on {found['validation_images']} images has a "
+        f"SharpBalance (released), first seeds alone, {listed('k')}, {listed('T_d')}; chosen: "
+        f"{', '.join(map(picked, ('rho', 'k', 'T_d')))}. One ensemble on {found['validation_images']} images has a "
         f"standard error of {100 * math.sqrt(0.15 * 0.85 / found['validation_images']):.1f} points, so that k and T_d "
         "are hardly told apart.",
         "",

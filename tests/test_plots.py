@@ -6,10 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from models import create_model
 from scripts import plot
+from tests.test_ensemble import ROOT
 from tests.test_measure import save_member
 from utils import cli, landscape, plots
 from utils.checkpoint import load_model, write_array, write_json
@@ -241,6 +243,16 @@ def test_benchmark(three, tmp_path):
     assert "3 ensembles of 2 members" in one._supxlabel.get_text()
     clean = measure(tmp_path / "clean", SAM, corrupted=False)
     assert len(figure("benchmark", [clean]).axes) == 2
+
+
+def test_labels_are_not_cut_off(tmp_path):
+    """Of this figure the ticks, and with them the room that labels take, depend on the size of the font."""
+    folders = sorted((ROOT / "results/fashion_mnist/noisy_labels").iterdir())
+    plot.main(plot.parse_args(["benchmark", "--from", *map(str, folders), "--to", str(tmp_path / "bars")]))
+    with Image.open(tmp_path / "bars.png") as picture:
+        pixels = np.asarray(picture.convert("L"))
+    for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
+        assert edge.min() == 255
 
 
 def test_severity(three):

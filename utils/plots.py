@@ -101,8 +101,9 @@ def save(figure: Figure, path: str | Path) -> list[Path]:
     files = []
     # Constrained layout moves a little each time that it is solved, and ticks may change with the size of the panels:
     # twice is enough, and the two files agree.
-    figure.draw_without_rendering()
-    figure.draw_without_rendering()
+    with matplotlib.rc_context(STYLE):
+        figure.draw_without_rendering()
+        figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for kind, metadata in (("pdf", {"CreationDate": None, "Creator": None, "Producer": None}), ("png", {})):
         buffer = io.BytesIO()
