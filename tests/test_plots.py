@@ -294,7 +294,7 @@ def test_curves(runs):
 
 
 def test_sets(runs, tmp_path):
-    one = figure("sets", [runs[2]])
+    one = figure("sets", [runs[2]], tmp_path / "sets")
     one.draw_without_rendering()
     classes, picks, bar, flat, sharp = (axis for part in one.subfigs for axis in part.axes)
     train = load_data("digits").train
