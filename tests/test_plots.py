@@ -439,8 +439,8 @@ def test_a_method_has_one_name_and_colour(tmp_path):
     rows = plots.looks(plot.groups_of(ensembles).values())
     assert [row["label"] for row in rows] == [
         "deep ensemble",
-        r"SAM, $\rho$ = 0.2",
         r"SAM, $\rho$ = 0.1",
+        r"SAM, $\rho$ = 0.2",
         "SharpBalance",
         "SharpBalance, the paper's sets",
         "SAM on random samples",

@@ -341,14 +341,15 @@ def theory(grids: dict[str, list[Row]], points: dict[str, list[Row]]) -> dict[st
 def looks(groups: Iterable[list[Ensemble]]) -> list[Row]:
     """Name, colour, marker, line and ensembles of each group, methods always in the order of `COLOURS`.
 
-    Groups of one method get shades of its colour and a name that tells in which settings they differ.
+    Groups of one method get shades of its colour, from dark to light by rho and else in their order, and a name that
+    tells in which settings they differ.
     """
     families: dict[str, list[list[Ensemble]]] = {}
     for group in groups:
         families.setdefault(family_of(group[0]), []).append(group)
     rows: list[Row] = []
     for family in [name for name in COLOURS if name in families]:
-        alike = families[family]
+        alike = sorted(families[family], key=lambda group: (group[0].content.get("trained") or {}).get("rho") or 0)
         for group, colour in zip(alike, shades(family, len(alike)), strict=True):
             label = group[0].method if family == "other" else NAMES[family] + _differences(group, alike)
             look = {
