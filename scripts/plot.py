@@ -13,7 +13,8 @@ curves: training curves. sets: what is trained with SAM, of one SharpBalance run
 along random directions and along the top eigenvector of the Hessian, and between them. The numbers of the last two are
 kept beside the figure as <name>.json, of which --from draws it again; a landscape that is begun goes on from it.
 
-theory: the seven figures of theoretical_verifications.ipynb, simulated anew (about a minute), into the folder --to.
+theory: the seven figures of theoretical_verifications.ipynb into the folder --to, simulated anew (about a minute), or
+from the theory.json that this leaves beside them: --from results/theory/theory.json.
 """
 
 import argparse
@@ -366,13 +367,26 @@ def read_landscape(path: Path) -> dict[str, Any]:
 
 
 def theory(args: argparse.Namespace) -> None:
-    """Simulate what the theorems speak about and write the figures into the folder `--to`."""
+    """Write the figures of what the theorems speak about into the folder `--to`, and what was simulated for them."""
     try:
         args.to.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--to {args.to}: no folder can be made there ({error.strerror})") from error
-    grids = simulate_all(args.data_sets, lambda plan: tqdm(plan, "simulations", unit="setting", disable=None))
-    for name, figure in plots.theory(grids, published()).items():
+    points = published()
+    if args.folders is None:
+        grids = simulate_all(args.data_sets, lambda plan: tqdm(plan, "simulations", unit="setting", disable=None))
+        path = args.to / "theory.json"
+        write_atomically(path, (json.dumps({"data_sets": args.data_sets, "grids": grids}) + "\n").encode())
+        print(f"wrote {path}")
+        figures = plots.theory(grids, points)
+    else:
+        (source,) = args.folders
+        way_out = "leave --from out to simulate anew"
+        try:
+            figures = plots.theory(read_json(source, way_out)["grids"], points)
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{source}: not the numbers of these figures; {way_out}") from error
+    for name, figure in figures.items():
         print("wrote " + ", ".join(map(str, plots.save(figure, args.to / name))))
 
 
@@ -474,7 +488,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("kind", choices=[*KINDS, "theory"], help="which figure")
     parser.add_argument(
-        "--from", type=Path, nargs="+", dest="folders", metavar="FOLDER", help="result folders, as the kind needs them"
+        "--from", type=Path, nargs="+", dest="folders", metavar="FOLDER", help="result folders or a file, as the kind needs"
     )
     parser.add_argument(
         "--to", type=Path, required=True, metavar="FILE", help="the figure, without suffix; of theory a folder"
@@ -483,11 +497,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--data_sets", type=number(int, 2), default=20, metavar="N", help="data sets of each setting of theory"
     )
     args = parser.parse_args(argv)
-    if (args.folders is None) != (args.kind == "theory"):
+    if args.kind != "theory" and args.folders is None:
+        parser.error(f"argument --from: {args.kind} is drawn from result folders, name them")
+    if args.kind == "theory" and args.folders is not None and len(args.folders) != 1:
         parser.error(
-            "argument --from: theory is simulated, leave it out"
-            if args.folders
-            else f"argument --from: {args.kind} is drawn from result folders, name them"
+            f"argument --from: {len(args.folders)} given; theory is drawn from one theory.json, or simulated without "
+            "--from"
         )
     return args
 

@@ -182,10 +182,47 @@ def test_a_table():
 def test_the_script_draws_the_same_figures(grids, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plot, "simulate_all", lambda data_sets, progress: grids if data_sets == 2 else None)
     cli.run(plot.main, plot.parse_args(["theory", "--to", str(tmp_path / "new/figures"), "--data-sets", "2"]))
-    assert capsys.readouterr().out.count("wrote") == 7
+    assert capsys.readouterr().out.count("wrote") == 8
     for path in plots.save(plots.published(published()), tmp_path / "published"):
         assert (tmp_path / "new/figures" / path.name).read_bytes() == path.read_bytes()
-    assert len(list((tmp_path / "new/figures").iterdir())) == 14
+    assert len(list((tmp_path / "new/figures").iterdir())) == 15
+
+
+def test_the_numbers_in_the_repository_draw_its_figure(tmp_path):
+    path = ROOT / "results/theory/theory.json"
+    plot.main(plot.parse_args(["theory", "--from", str(path), "--to", str(tmp_path)]))
+    assert (tmp_path / "tradeoff.png").read_bytes() == (path.parent / "tradeoff.png").read_bytes()
+    assert not (tmp_path / path.name).exists()
+
+
+def test_the_file_holds_what_was_simulated(grids, tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "simulate_all", lambda data_sets, progress: grids)
+    plot.main(plot.parse_args(["theory", "--to", str(tmp_path / "a"), "--data_sets", "2"]))
+    assert json.loads((tmp_path / "a/theory.json").read_text()) == {"data_sets": 2, "grids": grids}
+    monkeypatch.setattr(plot, "simulate_all", None)
+    plot.main(plot.parse_args(["theory", "--from", str(tmp_path / "a/theory.json"), "--to", str(tmp_path / "b")]))
+    drawn = sorted((tmp_path / "b").iterdir())
+    assert len(drawn) == 14
+    for path in drawn:
+        assert path.read_bytes() == (tmp_path / "a" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [None, "", "[]", "{}", '{"grids": 3}', '{"grids": {"theorem_1_rho": [{"rho": 1}]}}', '{"grids": {"trained": []}}'],
+)
+def test_a_bad_file_of_numbers(text, tmp_path, capsys):
+    path = tmp_path / "theory.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit) as end:
+        cli.run(plot.main, plot.parse_args(["theory", "--from", str(path), "--to", str(tmp_path / "x")]))
+    assert end.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert str(path) in error
+    assert "leave --from out" in error
+    assert "\n" not in error
+    assert not list((tmp_path / "x").iterdir())
 
 
 @pytest.mark.parametrize(

@@ -515,7 +515,7 @@ def test_bad_runs(runs, tmp_path, capsys, monkeypatch):
     ("words", "message"),
     [
         (["sets", "--to", "x"], "sets is drawn from result folders"),
-        (["theory", "--from", "a", "--to", "x"], "theory is simulated"),
+        (["theory", "--from", "a", "b", "--to", "x"], "argument --from: 2 given; theory is drawn from one theory.json"),
     ],
 )
 def test_bad_words(words, message, capsys):
