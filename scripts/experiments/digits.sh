@@ -28,7 +28,17 @@ for seeds in "11 12 13" "21 22 23" "31 32 33" "41 42 43" "51 52 53"; do
     done
 done
 mkdir -p "$RESULTS"
-python scripts/summarize.py "$MEASUREMENTS"/* --format markdown --to "$RESULTS/tables.md"
+# Of what was measured, what tables and figures need goes to RESULTS, small enough for git.
+python - "$MEASUREMENTS" "$RESULTS/measurements" <<'END'
+import sys
+from pathlib import Path
+
+from scripts.reproduce_fashion_mnist import keep
+
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    keep(folder, Path(sys.argv[2]) / folder.name)
+END
+python scripts/summarize.py "$RESULTS"/measurements/* --format markdown --to "$RESULTS/tables.md"
 for figure in tradeoff benchmark; do
-    python scripts/plot.py "$figure" --from "$MEASUREMENTS"/* --to "$RESULTS/$figure"
+    python scripts/plot.py "$figure" --from "$RESULTS"/measurements/* --to "$RESULTS/$figure"
 done
