@@ -488,7 +488,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("kind", choices=[*KINDS, "theory"], help="which figure")
     parser.add_argument(
-        "--from", type=Path, nargs="+", dest="folders", metavar="FOLDER", help="result folders or a file, as the kind needs"
+        "--from", type=Path, nargs="+", dest="folders", metavar="FOLDER", help="result folders, or a file of numbers"
     )
     parser.add_argument(
         "--to", type=Path, required=True, metavar="FILE", help="the figure, without suffix; of theory a folder"
