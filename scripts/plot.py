@@ -52,6 +52,7 @@ from utils.results import (
     read_ensemble,
     read_json,
     read_run,
+    setting_of,
 )
 from utils.verification import published, simulate_all
 
@@ -94,7 +95,7 @@ def tradeoff(args: argparse.Namespace) -> Figure:
     protocol = ensembles[0].content["sharpness"]["protocol"]
     kind = "adaptive worst-case" if protocol.get("adaptive") else "worst-case"
     note = (
-        f"{about(ensembles[0])}. A point is an ensemble; {how_many(rows)}. Sharpness: {kind}, l2, radius "
+        f"{setting_of(ensembles[0].content)}. A point is an ensemble; {how_many(rows)}. Sharpness: {kind}, l2, radius "
         f"{protocol.get('rho0')}."
     )
     if any(point["interval"] for row in rows for point in row["points"]):
@@ -113,15 +114,13 @@ def benchmark(args: argparse.Namespace) -> Figure:
             group: list[Ensemble] = row["ensembles"]
             row[name] = {
                 bar: estimate([e.values[prefix + bar] for e in group], group[0].intervals.get(prefix + bar))
-                for bar in ("member", "ensemble")
+                for bar in ("member", "ensemble", "gain")
             }
-            pair = [group[0].by_sample.get(prefix + bar) for bar in ("ensemble", "member")]
-            over_images = len(group) == 1 and all(part is not None for part in pair)
-            row[name]["gain"] = estimate(
-                [e.values[f"{prefix}ensemble"] - e.values[f"{prefix}member"] for e in group],
-                paired_bootstrap(pair[0].double() - pair[1].double()) if over_images else None,
-            )
-    note = f"{about(ensembles[0])}; {how_many(rows)}. {intervals(rows)} The accuracy axis does not begin at 0."
+            gains = group[0].by_sample.get(f"{prefix}gain")
+            if len(group) == 1 and gains is not None:
+                row[name]["gain"] = estimate([group[0].values[f"{prefix}gain"]], paired_bootstrap(gains.double()))
+    what = setting_of(ensembles[0].content)
+    note = f"{what}; {how_many(rows)}. {intervals(rows)} The accuracy axis does not begin at 0."
     return plots.benchmark(rows, note)
 
 
@@ -148,7 +147,8 @@ def severity(args: argparse.Namespace) -> Figure:
                 "ensemble": [estimate(v, i.get(f"ensemble_{key}")) for v, i in zip(whole, edges, strict=True)],
             }
     corruptions = len(ensembles[0].content["protocol"]["corruptions"])
-    note = f"{about(ensembles[0])}; {how_many(rows)}. Means over {corruptions} corruptions. {intervals(rows)}"
+    what = setting_of(ensembles[0].content)
+    note = f"{what}; {how_many(rows)}. Means over {corruptions} corruptions. {intervals(rows)}"
     plain, corrupted = (needed(ensembles[0], *path).get("samples") for path in (("test",), ("corrupted", "mean")))
     if plain and corrupted and plain != corrupted:
         note += (
@@ -178,7 +178,8 @@ def ensemble_size(args: argparse.Namespace) -> Figure:
                 ]
                 for key in ("accuracy", "nll", "ece")
             }
-    note = f"{about(ensembles[0])}; {how_many(rows)}. Points: means over subsets of members. {intervals(rows)}"
+    what = setting_of(ensembles[0].content)
+    note = f"{what}; {how_many(rows)}. Points: means over subsets of members. {intervals(rows)}"
     if min(len(row["ensembles"]) for row in rows) == 1:
         note += " Of a single ensemble, only the ends have one."
     return plots.ensemble_size(rows, note)
@@ -194,8 +195,8 @@ def curves(args: argparse.Namespace) -> Figure:
         trained = row["ensembles"][0].content["trained"]
         row["split"] = trained["initial_epochs"] if trained["sam"] and trained["flat_ratio"] else None
     note = (
-        f"{about(runs[0])}; {how_many(rows)}. Faint: a member; strong: their mean. Training: augmented images, at the "
-        "weights before each step. Until its sets are made, SharpBalance is SAM."
+        f"{setting_of(runs[0].content)}; {how_many(rows)}. Faint: a member; strong: their mean. Training: augmented "
+        "images, at the weights before each step. Until its sets are made, SharpBalance is SAM."
     )
     return plots.curves(rows, note)
 
@@ -258,7 +259,7 @@ def compute_sets(folder: Path) -> dict[str, Any]:
         )
     ]
     note = (
-        f"{about(one)}; 1 ensemble of {len(masks)} members, {len(train)} training images, scored before epoch "
+        f"{setting_of(one.content)}; 1 ensemble of {len(masks)} members, scored before epoch "
         f"{trained['initial_epochs'] + 1}. A member picks its {count} {trained['select']} images ($k$ = "
         f"{trained['flat_ratio']:g}) by squared gradient norm; those that nobody picked are trained with SAM by "
         f"{UNPICKED[trained['unselected']]}. "
@@ -290,8 +291,8 @@ def landscape(args: argparse.Namespace) -> Figure:
         "all filters), the higher side at the right; the loss may leave the panel. "
     )
     note = (
-        f"{about(runs[0])}; {how_many(rows)}; {settings['images']} validation images. Faint: a member (its mean over "
-        f"{settings['directions']} random filter-normalised directions) or a pair; strong: their mean. "
+        f"{setting_of(runs[0].content)}; {how_many(rows)}; {settings['images']} validation images. Faint: a member "
+        f"(its mean over {settings['directions']} random filter-normalised directions) or a pair; strong: their mean. "
         f"{top if any(row['top'] for row in rows) else ''}BatchNorm's statistics stay; between members, they are taken "
         f"anew from {settings['training_images']} training images."
     )
@@ -394,13 +395,10 @@ def measured(folders: list[Path]) -> list[Ensemble]:
     """The ensembles of measurement folders, which must be comparable."""
     ensembles = [read_ensemble(folder) for folder in folders]
     check_alike(ensembles)
+    if any("corrupted" in one.content["result"] for one in ensembles):
+        for one in ensembles:
+            needed(one, "corrupted", "mean")
     return ensembles
-
-
-def about(one: Ensemble) -> str:
-    """Data and network, for the note below a figure."""
-    data, network = one.content["data"], one.content["network"]
-    return f"{data['dataset']}, {network['model']} of width {network['width']}"
 
 
 def intervals(rows: list[Row]) -> str:

@@ -16,7 +16,6 @@ makes tables, figures and verdicts anew from the result files alone.
 
 import argparse
 import io
-import json
 import math
 import os
 import shutil
@@ -45,7 +44,7 @@ from utils.cli import Parser, add_flag, cores, number, path, run, start_device
 from utils.data import load_data
 from utils.ensemble import environment
 from utils.metrics import crossed_interval, t_interval
-from utils.results import Ensemble, read_ensemble
+from utils.results import Ensemble, keep, read_ensemble
 from utils.training import sharpbalance_step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -274,7 +273,11 @@ def choose(args: argparse.Namespace) -> dict[Setting, dict]:
     begun = dict(filter(None, (begun_plan(args.runs / name) for name in names)))
     names = [name for name in names if all(setting.name != name for setting in begun)]
     if begun:
-        print(f"going on with {describe(begun)}")
+        minutes = sum(about["estimated_seconds"] for about in begun.values()) / 60
+        print(
+            f"going on with {describe(begun)}: by the estimate of its beginning about {minutes:.0f} minutes in all, "
+            "whatever --minutes says"
+        )
     plans = [tuple(setting for setting in plan if setting.name in names) for plan in PLANS]
     if not any(plans):
         return begun
@@ -582,16 +585,6 @@ def validation(folder: Path) -> float:
     return load_json(folder / "summary.json")["last"]["ensemble"]["val_acc"]
 
 
-def keep(folder: Path, kept: Path) -> None:
-    """Copy the result files; of each of the 75 parts, which are nine tenths of them, the accuracies only."""
-    kept.mkdir(parents=True, exist_ok=True)
-    content = load_json(folder / "diversity.json")
-    parts = content["result"]["corrupted"]["parts"]
-    content["result"]["corrupted"]["parts"] = {name: {"rates": part["rates"]} for name, part in parts.items()}
-    write_atomically(kept / "diversity.json", (json.dumps(content) + "\n").encode())
-    write_atomically(kept / "sharpness.json", (json.dumps(load_json(folder / "sharpness.json")) + "\n").encode())
-
-
 def kept_settings(results: Path) -> dict[str, dict]:
     """What plan.json among the results says of each setting."""
     path = results / "plan.json"
@@ -637,7 +630,10 @@ def report(results: Path) -> None:
         table = [*map(str, folders), "--format", "markdown", "--to", str(results / f"{name}.md")]
         summarize.main(summarize.parse_args(table))
         for kind in FIGURES:
-            words = [kind, "--from", *map(str, folders), "--to", str(results / f"{name}_{kind}")]
+            # Two lines for each method: of eight, none could be told from the others.
+            few = ("deep_ensemble", sam, RELEASED, PAPER) if kind == "severity" else methods
+            shown = [str(results / name / f"{method}_{first}") for method in few for first in firsts]
+            words = [kind, "--from", *shown, "--to", str(results / f"{name}_{kind}")]
             with redirect_stdout(io.StringIO()):
                 plot.main(plot.parse_args(words))
             (results / f"{name}_{kind}.pdf").unlink(missing_ok=True)
@@ -677,6 +673,8 @@ def section(found: dict, measured: Measured) -> str:
     setting, chosen, tried, lines = found["setting"], found["chosen"], found["validation"], []
     name, machine = setting["name"], found["environment"]
     ball = next(iter(measured["sam"].values())).content["sharpness"]["protocol"]
+    ensembles = [one for by_seeds in measured.values() for one in by_seeds.values()]
+    commits = sorted({one.content["environment"]["commit"] or "no clone" for one in ensembles})
 
     def picked(name: str) -> str:
         ends = [float(value) for value in tried[name]]
@@ -692,7 +690,7 @@ def section(found: dict, measured: Measured) -> str:
         f"{setting['samples']} training images, {100 * setting['label_noise']:g} % of them with a wrong label "
         f"(training only); corrupted copies of {setting['corrupted']} test images. {found['jobs']} single-thread "
         f"processes on {machine['cpus']} cores, torch {machine['torch']}; about {found['estimated_seconds'] / 60:.0f} "
-        "minutes by the estimate.",
+        f"minutes by the estimate. Measured by the code of {' and '.join(commits)} (-dirty: and files changed since).",
         "",
         f"Ensemble accuracy on validation: deep ensemble {100 * tried['deep ensemble']:.2f} %; SAM, {listed('rho')}; "
         f"SharpBalance (released), first seeds alone, {listed('k')}, {listed('T_d')}; chosen: "
@@ -736,32 +734,34 @@ def section(found: dict, measured: Measured) -> str:
 
 
 def by_corruption(measured: Measured) -> list[str]:
-    """A table of the ensembles' accuracy under each corruption, mean over severities and ensembles."""
+    """A table of accuracy under each corruption, mean over ensembles: of all severities, and of SAM at each."""
     methods = ("deep_ensemble", "sam", RELEASED, PAPER, RANDOM)
     parts = {
         method: [e.content["result"].get("corrupted", {}).get("parts", {}) for e in measured[method].values()]
         for method in methods
     }
-    names = dict.fromkeys(part.rpartition("-")[0] for one in parts["sam"] for part in one)
-    if not names:
+    found = [part.rpartition("-") for one in parts["sam"] for part in one]
+    names, severities = dict.fromkeys(name for name, _, _ in found), sorted({step for _, _, step in found})
+    if not all(one for rows in parts.values() for one in rows):
         return []
+
+    def mean(method: str, name: str, steps: list[str]) -> str:
+        values = (one[f"{name}-{step}"]["rates"]["ensemble_accuracy"] for one in parts[method] for step in steps)
+        return f"{100 * statistics.mean(values):.1f}"
+
     lines = [
-        "Ensemble accuracy in % under each corruption, mean over its severities and the ensembles:",
+        "Ensemble accuracy in % under each corruption, mean over the ensembles and all severities, and SAM's at each "
+        "severity:",
         "",
-        "| | deep ensemble | SAM | SharpBalance (released) | SharpBalance (paper) | random |",
-        "|---|---|---|---|---|---|",
+        "| | deep ensemble | SAM | SharpBalance (released) | SharpBalance (paper) | random | "
+        + " | ".join(f"SAM, {step}" for step in severities)
+        + " |",
+        "|---" * (1 + len(methods) + len(severities)) + "|",
     ]
     for name in names:
-        means = (
-            statistics.mean(
-                part["rates"]["ensemble_accuracy"]
-                for one in parts[method]
-                for key, part in one.items()
-                if key.rpartition("-")[0] == name
-            )
-            for method in methods
-        )
-        lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(f"{100 * mean:.1f}" for mean in means) + " |")
+        cells = [mean(method, name, severities) for method in methods]
+        cells += [mean("sam", name, [step]) for step in severities]
+        lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 
 

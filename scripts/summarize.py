@@ -25,22 +25,33 @@ from utils.checkpoint import write_atomically
 from utils.cli import Parser, run
 from utils.ensemble import NEUTRAL
 from utils.metrics import crossed_interval, paired_bootstrap, t_interval
-from utils.results import Ensemble, check_alike, family_of, groups_of, protocol_of, read_ensemble
+from utils.results import Ensemble, check_alike, family_of, groups_of, protocol_of, read_ensemble, setting_of
 
 # Title, factor, digits, and whether the value is one of test samples (for the paired bootstrap).
 COLUMNS = {
     "member": ("member acc. %", 100, 2),
     "ensemble": ("ensemble acc. %", 100, 2),
-    "disagreement": ("disagreement %", 100, 2),
-    "der": ("DER", 1, 3),
+    "gain": ("gain, points", 100, 2),
     "eir": ("EIR", 1, 3),
+    "der": ("DER", 1, 3),
+    "disagreement": ("disagreement %", 100, 2),
+    "variance": ("variance", 1, 4),
     "nll": ("ensemble NLL", 1, 4),
     "ece": ("ensemble ECE %", 100, 2),
     "corrupted_member": ("member acc. % (corrupted)", 100, 2),
     "corrupted_ensemble": ("ensemble acc. % (corrupted)", 100, 2),
+    "corrupted_gain": ("gain, points (corrupted)", 100, 2),
+    "corrupted_eir": ("EIR (corrupted)", 1, 3),
     "corrupted_disagreement": ("disagreement % (corrupted)", 100, 2),
     "corrupted_nll": ("ensemble NLL (corrupted)", 1, 4),
+    "corrupted_ece": ("ensemble ECE % (corrupted)", 100, 2),
     "sharpness": ("sharpness (worst, l2)", 1, 4),
+    "sharpness_linf": ("sharpness (worst, linf)", 1, 4),
+    "sharpness_average": ("sharpness (average, l2)", 1, 4),
+    "hessian_trace": ("trace of Hessian", 1, 1),
+    "hessian_top": ("top eigenvalue", 1, 2),
+    "fisher": ("Fisher trace", 1, 3),
+    "ntk": ("log det NTK", 1, 1),
 }
 
 SOURCES = ("measured by", "and", "trained with", "seeds", "commit", "weights")
@@ -127,8 +138,8 @@ def tables(ensembles: list[Ensemble], form: str) -> str:
         cells = (_difference_cell(column, found[column]) for column in shown)
         pairs_body.append([name, baseline, str(len(pairs)), over if pairs else "no same seeds", *cells])
     notes = [
-        f"{first['data']['dataset']}, {first['network']['model']} of width {first['network']['width']}, checkpoints "
-        f"'{protocol_of(ensembles[0], 'checkpoint')}', test set of {first['data']['test']} images. "
+        f"{setting_of(first)}, checkpoints '{protocol_of(ensembles[0], 'checkpoint')}', test set of "
+        f"{first['data']['test']} images. "
         "±: standard deviation over ensembles, or over the members of a single one; [ ]: 95 % interval."
     ]
     if any(row[3] == BOTH for row in pairs_body):
@@ -177,7 +188,13 @@ def _cell(column: str, values: list[float | None], rows: list[Ensemble]) -> str:
         mean += f" ± {factor * statistics.stdev(values):.{digits}f}"
     elif column in rows[0].spread:
         mean += f" ± {factor * rows[0].spread[column]:.{digits}f}"
-    return mean + _interval(t_interval(values) if len(values) > 1 else rows[0].intervals.get(column), factor, digits)
+    if len(values) > 1:
+        edges = t_interval(values)
+    else:
+        edges = rows[0].intervals.get(column)
+        if edges is None and column in rows[0].by_sample:
+            edges = paired_bootstrap(rows[0].by_sample[column].double())
+    return mean + _interval(edges, factor, digits)
 
 
 def _difference_cell(column: str, found: tuple[float, list[float] | None, str] | None) -> str:

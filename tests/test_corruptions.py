@@ -124,8 +124,15 @@ def test_distance_rises_with_severity(photographs, name, size, channels):
     assert list(dict.fromkeys(rising)) == steps
 
 
+# Steps at which accuracy rises, for the same reason: other flakes, a smaller shift of the whole image.
+REGAINED = {("snow", 5), ("elastic_transform", 2), ("elastic_transform", 5)}
+
+
 def test_accuracy_of_a_trained_net_falls():
-    """On digits, under each corruption: from clean images to the mildest severity and from there to the strongest."""
+    """On digits, under each corruption: from clean images to the mildest severity, to the strongest, and at each step.
+
+    By chance and by constants that hardly differ, up to 1.5 points are regained.
+    """
     data = load_data("digits")
     training, images = (make_corrupted._pixels(part) for part in (data.train, data.test))
     net = MLPClassifier((64,), max_iter=80, random_state=0)
@@ -139,10 +146,12 @@ def test_accuracy_of_a_trained_net_falls():
     clean = accuracy(images)
     assert clean > 0.9
     for name in CORRUPTIONS:
-        mild, strong = (accuracy(corrupt(images, name, severity)) for severity in (1, 5))
-        assert strong < clean, name
-        assert strong <= mild + 0.005, name
-        assert mild <= clean + 0.005, name
+        found = {severity: accuracy(corrupt(images, name, severity)) for severity in SEVERITIES}
+        assert found[5] < clean, name
+        assert found[5] <= found[1] + 0.005, name
+        assert found[1] <= clean + 0.005, name
+        rises = {(name, s) for s in SEVERITIES[1:] if found[s] > found[s - 1] + 0.015}
+        assert rises == {step for step in REGAINED if step[0] == name}
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)

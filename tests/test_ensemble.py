@@ -560,3 +560,24 @@ def test_scores_that_are_not_finite(tmp_path, monkeypatch):
     with pytest.raises(RunError, match="seed 13, epoch 2: 809 sharpness scores are not finite"):
         run(tmp_path / "run")
     assert not list(tmp_path.glob("run/seed_*/fisher.npy"))
+
+
+def test_the_commit_is_dirty_by_code_not_by_results(tmp_path, monkeypatch):
+    """Measuring changes result files that git holds."""
+
+    def git(*words):
+        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True)
+
+    for name in ("utils", "results"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "one")
+    monkeypatch.setattr(utils.ensemble, "__file__", str(tmp_path / "utils" / "file"))
+    commit = utils.ensemble.environment(torch.device("cpu"))["commit"]
+    assert re.fullmatch("[0-9a-f]{7,}", commit)
+    (tmp_path / "results" / "file").write_text("other")
+    assert utils.ensemble.environment(torch.device("cpu"))["commit"] == commit
+    (tmp_path / "utils" / "file").write_text("other")
+    assert utils.ensemble.environment(torch.device("cpu"))["commit"] == f"{commit}-dirty"

@@ -341,7 +341,7 @@ def test_landscape(runs, few_steps, tmp_path, monkeypatch):
     dotted, strong = middle.get_lines()[0], left.get_lines()[2]
     assert dotted.get_xydata().tolist() == strong.get_xydata().tolist()
     assert middle.get_xlim() == pytest.approx((-0.0105, 0.0105))
-    assert "Top eigenvector" in one._supxlabel.get_text()
+    assert "Top eigenvector" in " ".join(one._supxlabel.get_text().split())
     path = tmp_path / "a.json"
     content = json.loads(path.read_text())
     data = load_data("digits")
@@ -475,6 +475,11 @@ def test_bad_measurements(three, tmp_path, capsys):
     error = refused(capsys, "tradeoff", three, to)
     assert "sam/sharpness.json: holds no APGD_worst-l2 of all members" in error
     assert "measure_sharpness.py" in error
+    content = json.loads((three[1] / "diversity.json").read_text())
+    del content["result"]["corrupted"]
+    write_json(three[1] / "diversity.json", content)
+    for folders in (three, three[::-1]):
+        assert "no corrupted set was measured" in refused(capsys, "benchmark", folders, to)
     assert "is a folder" in refused(capsys, "benchmark", three, tmp_path)
     (tmp_path / "file").write_text("")
     assert "--to" in refused(capsys, "benchmark", three, tmp_path / "file" / "x")

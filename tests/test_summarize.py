@@ -25,7 +25,7 @@ from utils.metrics import (
     t_interval,
     unpack_counts,
 )
-from utils.results import read_ensemble
+from utils.results import keep, read_ensemble
 
 SAM = {"sam": True, "rho": 0.1, "sam_adaptive": False, "flat_ratio": 0.0, "select": None, "unselected": None}
 SHARPBALANCE = SAM | {"flat_ratio": 0.5, "select": "flattest", "unselected": "one", "initial_epochs": 15}
@@ -192,6 +192,51 @@ def test_ratios_by_sample(tmp_path):
         assert found.by_sample[name].mean().item() == pytest.approx(found.values[name])
         expected = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
         assert paired_bootstrap(found.by_sample[name]) == pytest.approx(expected, abs=0.01)
+
+
+def test_gain_and_all_parts_of_sharpness(tmp_path, capsys):
+    """The gain is of images as well, and so has an interval; of what was not measured there is no line."""
+    folder = write(tmp_path / "sam", SAM, (1, 2), 0.9, sharpness=2.0)
+    content = json.loads((folder / "sharpness.json").read_text())
+    for i, part in enumerate(("APGD_average-l2", "hessian_t", "hessian_e", "fisher", "NTK")):
+        content["result"][part] = {"mean": i + 1.25, "std": 0.5, "n": 2}
+    content["result"]["NTK"]["n"] = 1  # cut off
+    write_json(folder / "sharpness.json", content)
+    call(folder)
+    out = capsys.readouterr().out
+    rows = {line.split("  ")[0]: line for line in out.splitlines()}
+    assert "5.00 [" in rows["gain, points"]
+    assert "1.2500 ± 0.5000" in rows["sharpness (average, l2)"]
+    assert "2.2 ± 0.5" in rows["trace of Hessian"]
+    assert "3.25 ± 0.50" in rows["top eigenvalue"]
+    assert "4.250 ± 0.500" in rows["Fisher trace"]
+    assert not {"log det NTK", "sharpness (worst, linf)"} & set(rows)
+    one = read_ensemble(folder)
+    assert one.by_sample["gain"].mean() == pytest.approx((one.by_sample["ensemble"] - one.by_sample["member"]).mean())
+
+
+def test_the_data_are_named(tmp_path, capsys):
+    data = {"dataset": "digits", "test": IMAGES, "sha256_of_arrays_and_split": "d", "train": 7, "label_noise": 0.2}
+    call(write(tmp_path / "sam", SAM, (1, 2), 0.9, data=data))
+    text = capsys.readouterr().out
+    assert "resnet18 of width 8, 7 training images, 20 % of their labels wrong, checkpoints" in text
+
+
+def test_kept_files_give_the_same_table(tmp_path, capsys):
+    """`keep` leaves out what no table needs."""
+    folder = write(tmp_path / "a" / "sam", SAM, (1, 2), 0.9, sharpness=2.0)
+    content = json.loads((folder / "diversity.json").read_text())
+    part = content["result"]["test"]
+    content["result"]["corrupted"] = {"mean": part, "parts": {"fog-1": part}}
+    write_json(folder / "diversity.json", content)
+    keep(folder, tmp_path / "b" / "sam")
+    kept = json.loads((tmp_path / "b" / "sam" / "diversity.json").read_text())
+    assert kept["result"]["corrupted"]["parts"] == {"fog-1": {"rates": part["rates"]}}
+    tables = []
+    for name in "ab":
+        call(tmp_path / name / "sam")
+        tables.append(capsys.readouterr().out.replace(str(tmp_path / name), ""))
+    assert tables[0] == tables[1]
 
 
 def test_bad_input(tmp_path, capsys):

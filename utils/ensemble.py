@@ -462,8 +462,14 @@ def environment(device: torch.device) -> dict:
     """Versions, hardware and the repository's commit."""
     commit = None
     try:
-        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        git = ["git", "-C", str(Path(__file__).parent)]
+        commit = subprocess.run(
+            [*git, "describe", "--always"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        # Not by results/, which measuring itself changes.
+        changed = [*git, "diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)results"]
+        if subprocess.run(changed, capture_output=True).returncode:
+            commit += "-dirty"
     except (OSError, subprocess.CalledProcessError):
         pass  # not a clone, or no git
     return {

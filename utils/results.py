@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from utils import InputError
-from utils.checkpoint import CHECKPOINTS, load_json, read_settings
+from utils.checkpoint import CHECKPOINTS, load_json, read_settings, write_atomically
 from utils.ensemble import FREE_SETTINGS, NEUTRAL
 from utils.metrics import t_interval, unpack_counts
 from utils.partition import DRAWN, PICKED
@@ -27,7 +27,20 @@ INTERVALS = {
 }
 # What has to be the same in all files of a table.
 SAME = ("average", "bins", "checkpoint", "split", "corruptions", "severities")
-SAME_SHARPNESS = ("rho0", "adaptive", "n_iters", "maximiser", "eval_batch_size", "batch_num", "subset_seed", "split")
+SAME_SHARPNESS = (
+    *("rho0", "adaptive", "n_iters", "maximiser", "eval_batch_size", "batch_num", "subset_seed", "split"),
+    *("hessian_samples", "ntk_samples", "params"),
+)
+# The parts of sharpness.json by the names of their values.
+SHARPNESS = {
+    "sharpness": "APGD_worst-l2",
+    "sharpness_linf": "APGD_worst-linf",
+    "sharpness_average": "APGD_average-l2",
+    "hessian_trace": "hessian_t",
+    "hessian_top": "hessian_e",
+    "fisher": "fisher",
+    "ntk": "NTK",
+}
 
 
 @dataclass
@@ -83,18 +96,29 @@ def read_ensemble(folder: Path) -> Ensemble:
         ) from error
     if (folder / "sharpness.json").is_file():
         sharpness = read_result(folder / "sharpness.json", "python measure_sharpness.py")
-        found = sharpness.get("result", {}).get("APGD_worst-l2", {})
-        # A measurement that was cut off is of some members only.
-        whole = found.get("n", len(seeds)) == len(seeds)
-        values["sharpness"] = found.get("mean") if whole else None
-        if whole and found.get("std") is not None:
-            spread["sharpness"] = found["std"]
+        for name, part in SHARPNESS.items():
+            found = sharpness.get("result", {}).get(part, {})
+            # A measurement that was cut off is of some members only.
+            whole = found.get("n", len(seeds)) == len(seeds)
+            values[name] = found.get("mean") if whole else None
+            if whole and found.get("std") is not None:
+                spread[name] = found["std"]
         if "members" in sharpness and weights_of(sharpness) != weights_of(content):
             raise InputError(
                 f"{folder / 'sharpness.json'}: of other weights than diversity.json beside it; measure one of them anew"
             )
         content["sharpness"] = sharpness
     return Ensemble(folder, method, seeds, values, spread, intervals, by_sample, content)
+
+
+def keep(folder: Path, kept: Path) -> None:
+    """Copy the result files of an ensemble; of each part of a corrupted set the accuracies only."""
+    kept.mkdir(parents=True, exist_ok=True)
+    content = load_json(folder / "diversity.json")
+    parts = content["result"]["corrupted"]["parts"]
+    content["result"]["corrupted"]["parts"] = {name: {"rates": part["rates"]} for name, part in parts.items()}
+    write_atomically(kept / "diversity.json", (json.dumps(content) + "\n").encode())
+    write_atomically(kept / "sharpness.json", (json.dumps(load_json(folder / "sharpness.json")) + "\n").encode())
 
 
 def weights_of(content: dict[str, Any]) -> list[str]:
@@ -131,7 +155,9 @@ def _values(row: dict[str, Any]) -> dict[str, float | None]:
     return {
         "member": row["rates"]["member_accuracy"],
         "ensemble": row["rates"]["ensemble_accuracy"],
+        "gain": row["rates"]["ensemble_accuracy"] - row["rates"]["member_accuracy"],
         "disagreement": row["rates"].get("disagreement"),
+        "variance": row.get("variance_of_probabilities"),
         "der": row.get("der"),
         "eir": row.get("eir"),
         "nll": ensemble.get("nll"),
@@ -146,13 +172,13 @@ def _by_sample(row: dict[str, Any], members: int) -> dict[str, torch.Tensor]:
     for name, text in row["right_of_samples"].items():
         value, most = units[name]
         found[value] = torch.from_numpy(unpack_counts(text)) / (most * row["parts"])
-    if {"member", "ensemble"} <= found.keys() and row.get("eir") is not None:
+    if {"member", "ensemble"} <= found.keys():
+        found["gain"] = found["ensemble"] - found["member"]
         wrong = 1 - found["member"]
-        gains = {"eir": found["ensemble"] - found["member"], "der": found.get("disagreement")}
-        for name, gain in gains.items():
-            if gain is not None:
+        for name, part in {"eir": found["gain"], "der": found.get("disagreement")}.items():
+            if part is not None and row.get(name) is not None:
                 # The ratio of two means r = a/b moves with sample x by (a_x - r b_x) / b.
-                found[name] = row[name] + (gain - row[name] * wrong) / wrong.mean()
+                found[name] = row[name] + (part - row[name] * wrong) / wrong.mean()
     return found
 
 
@@ -256,6 +282,15 @@ def check_alike(ensembles: list[Ensemble]) -> None:
         if key in folders and ensemble.content.get("trained"):
             raise InputError(f"{ensemble.folder} and {folders[key]} are the same method and seeds; give each once")
         folders[key] = ensemble.folder
+
+
+def setting_of(content: dict[str, Any]) -> str:
+    """Data and network of a result file or a run, in words."""
+    data, network = content["data"], content["network"]
+    text = f"{data['dataset']}, {network['model']} of width {network['width']}"
+    if data.get("train"):
+        text += f", {data['train']} training images"
+    return text + (f", {100 * data['label_noise']:g} % of their labels wrong" if data.get("label_noise") else "")
 
 
 def protocol_of(ensemble: Ensemble, key: str) -> Any:

@@ -33,7 +33,7 @@ python - "$MEASUREMENTS" "$RESULTS/measurements" <<'END'
 import sys
 from pathlib import Path
 
-from scripts.reproduce_fashion_mnist import keep
+from utils.results import keep
 
 for folder in sorted(Path(sys.argv[1]).iterdir()):
     keep(folder, Path(sys.argv[2]) / folder.name)
