@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import statistics
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from tests.test_ensemble import ROOT
 from tests.test_summarize import SAM, write
 from utils import InputError, RunError
 from utils.metrics import crossed_interval
-from utils.results import Ensemble
+from utils.results import Ensemble, read_ensemble
 
 SPEED = {8: 1000.0, 16: 400.0}
 
@@ -264,6 +265,36 @@ def test_the_report_in_the_repository_is_that_of_its_result_files(tmp_path, monk
     reproduce.report(Path("results/fashion_mnist"))
     for path in sorted((ROOT / "results" / "fashion_mnist").glob("*.md")):
         assert (tmp_path / path.relative_to(ROOT)).read_text() == path.read_text(), path.name
+
+
+def test_tables_of_the_readme_are_those_of_the_result_files():
+    names = {
+        "deep ensemble": "deep_ensemble",
+        "averaged weights (EoA)": "eoa",
+        "SAM on random samples, as many": "random",
+    }
+    names |= {"SharpBalance, released": "sharpbalance", "SharpBalance, paper": "sharpbalance_paper"}
+    tables, rows = re.split(r"\| \| member, clean .*\n", (ROOT / "README.md").read_text())[1:], 0
+    for setting, table in zip(reproduce.NAMES, tables, strict=True):
+        for line in table.partition("\n\n")[0].splitlines()[1:]:
+            label, *cells = line.strip("| ").split(" | ")
+            label = label.removesuffix(" (chosen on validation)")
+            method = (
+                label.replace("SAM, rho ", "sam_") if label.startswith("SAM, rho") else names[label.split(", rho")[0]]
+            )
+            folders = (ROOT / "results" / "fashion_mnist" / setting).glob(f"{method}_[1-9]*")
+            found = [
+                read_ensemble(folder).values for folder in folders if folder.name.count("_") == method.count("_") + 1
+            ]
+            for value, cell in zip(("member", "ensemble", "corrupted_ensemble", "disagreement"), cells, strict=True):
+                values = [100 * one[value] for one in found]
+                assert cell == f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} %", (
+                    setting,
+                    label,
+                    value,
+                )
+            rows += 1
+    assert rows == 16
 
 
 @pytest.mark.slow

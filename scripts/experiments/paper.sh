@@ -1,4 +1,5 @@
-# Sourced by the other scripts here but digits.sh, which set DATA: a comparison of methods by the paper's recipe.
+# Sourced by the other scripts here (but digits.sh and regime.sh), which set DATA: a comparison of methods by the
+# paper's recipe.
 #
 # Trains ensembles of ResNet-18 by each method, measures them on clean and, where the -C set is found, corrupted images,
 # and writes tables and figures. By default that is the paper's comparison: 3 ensembles of 3 by 4 methods, 36 networks
@@ -80,7 +81,7 @@ for seeds in "${ensembles[@]}"; do
         [ "$method" != eoa ] || measured+=(--checkpoint averaged)
         python measure_diversity.py "${measured[@]}" --split $splits $MEASURE_FLAGS
         python measure_diversity_variance.py "${measured[@]}" --split $splits $MEASURE_FLAGS
-        python measure_sharpness.py "${measured[@]}" --mode APGD_worst,APGD_average,hessian_t,hessian_e,fisher \
+        python measure_sharpness.py "${measured[@]}" --mode APGD_worst,APGD_average,hessian_t,hessian_e,fisher,NTK \
             $SHARPNESS_FLAGS
         mkdir -p "$to"
         echo "$wanted" >"$to/finished"
