@@ -17,7 +17,7 @@ from tests.test_readme import call
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ["main.py", "measure_diversity.py", "measure_diversity_variance.py", "measure_sharpness.py"]
 TINY = ("--width", "2", "--epochs", "2", "--initial_epochs", "1", "--batch_size", "16")
-SHARPNESS = "--batch_num 1 --n_iters 1 --n_draws 4 --hessian_samples 4 --probes 2 --top_k 1"
+SHARPNESS = "--batch_num 1 --n_iters 1 --n_draws 4 --hessian_samples 4 --probes 2 --top_k 1 --ntk_samples 4"
 
 
 def write_data(folder, data, corrupted=True):
@@ -202,6 +202,30 @@ def test_members(tmp_path, monkeypatch):
     found = json.loads((tmp_path / "measurements" / "sharpbalance_13" / "diversity.json").read_text())
     assert len(found["members"]) == 9
     assert set(found["result"]["test"]["ensemble_by_size"]) == set("123456789")
+
+
+@pytest.mark.slow
+def test_regime(tmp_path):
+    """A row for each ensemble, of the numbers that its run wrote; the folder's name has a space."""
+    folder = tmp_path / "a place"
+    files.write_fashion_mnist(folder / "data" / "fashion-mnist", train=4600)
+    run("regime", folder)
+    train, val = (set(np.load(folder / "runs" / f"{name}.npy").tolist()) for name in ("train", "val"))
+    assert (len(train), len(val), len(train & val)) == (2000, 2000, 0)
+    rows = [line.strip("| ").split(" | ") for line in (folder / "results" / "regime.md").read_text().splitlines()]
+    rows = [row for row in rows if row[0] in ("8", "16")]
+    assert [row[:3] for row in rows] == [
+        [width, augmentation, rho]
+        for width, augmentation in (("16", "flip"), ("8", "flip"), ("8", "standard"))
+        for rho in ("0", "0.05", "0.1")
+    ]
+    for width, augmentation, rho, _, member, ensemble, *_ in rows:
+        place = folder / "runs" / f"width_{width}_{augmentation}_rho_{rho}"
+        settings = json.loads((place / "args.json").read_text())
+        assert (settings["augmentation"], settings["rho"]) == (augmentation, float(rho))
+        last = json.loads((place / "summary.json").read_text())["last"]
+        assert ensemble == f"{100 * last['ensemble']['val_acc']:.1f} %"
+        assert member.startswith(f"{100 * np.mean([one['val_acc'] for one in last['members']]):.1f} ± ")
 
 
 @pytest.mark.slow

@@ -11,13 +11,17 @@ export RUNS=${RUNS:-runs/regime} RESULTS=${RESULTS:-results/fashion_mnist} OMP_N
 DATA_PATH=${DATA_PATH:-data}
 
 mkdir -p "$RUNS" "$RESULTS"
-python - <<'END'
+python - "$DATA_PATH" <<'END'
 import os
+import sys
 
 import numpy as np
 
-order = np.random.RandomState(0).permutation(60_000)  # the first 500 are the reproduction's validation images
-np.save(f"{os.environ['RUNS']}/train.npy", np.sort(order[500:2500]))
+from utils.data import load_data
+
+data = load_data("fashion_mnist", sys.argv[1])
+order = np.random.RandomState(0).permutation(len(data.train) + len(data.val))
+np.save(f"{os.environ['RUNS']}/train.npy", np.sort(order[500:2500]))  # before them: the reproduction's validation images
 np.save(f"{os.environ['RUNS']}/val.npy", np.sort(order[-2000:]))
 END
 for regime in "16 flip" "8 flip" "8 standard"; do
