@@ -648,7 +648,7 @@ def opening(settings: dict[str, dict]) -> list[str]:
     return [
         "# The paper's claims on Fashion-MNIST",
         "",
-        "`bash scripts/reproduce_fashion_mnist.sh --minutes N` trains and measures; with `--redraw` it makes this "
+        "`bash scripts/reproduce_fashion_mnist.sh --minutes 600` trains and measures; with `--redraw` it makes this "
         "page, the tables and the figures from the JSON files beside it.",
         "",
         f"Ensembles of 3 members; ResNet-18, batch {BATCH}, learning rate 0.1 in steps, no augmentation but mirroring; "

@@ -183,11 +183,11 @@ def _cell(column: str, values: list[float | None], rows: list[Ensemble]) -> str:
     _, factor, digits = COLUMNS[column]
     if any(value is None for value in values):
         return "-"
-    mean = f"{factor * statistics.mean(values):.{digits}f}"
+    mean = _number(factor * statistics.mean(values), digits)
     if len(values) > 1:
-        mean += f" ± {factor * statistics.stdev(values):.{digits}f}"
+        mean += f" ± {_number(factor * statistics.stdev(values), digits)}"
     elif column in rows[0].spread:
-        mean += f" ± {factor * rows[0].spread[column]:.{digits}f}"
+        mean += f" ± {_number(factor * rows[0].spread[column], digits)}"
     if len(values) > 1:
         edges = t_interval(values)
     else:
@@ -199,11 +199,16 @@ def _cell(column: str, values: list[float | None], rows: list[Ensemble]) -> str:
 
 def _difference_cell(column: str, found: tuple[float, list[float] | None, str] | None) -> str:
     _, factor, digits = COLUMNS[column]
-    return "-" if found is None else f"{factor * found[0]:+.{digits}f}" + _interval(found[1], factor, digits)
+    return "-" if found is None else _number(factor * found[0], digits, "+") + _interval(found[1], factor, digits)
 
 
 def _interval(interval: list[float] | None, factor: float, digits: int) -> str:
-    return "" if interval is None else " [" + ", ".join(f"{factor * edge:.{digits}f}" for edge in interval) + "]"
+    return "" if interval is None else " [" + ", ".join(_number(factor * edge, digits) for edge in interval) + "]"
+
+
+def _number(value: float, digits: int, sign: str = "") -> str:
+    """With so many digits after the point; worst-case sharpness in linf may be beyond 1e9."""
+    return f"{value:{sign}.3g}" if abs(value) >= 1e5 else f"{value:{sign}.{digits}f}"
 
 
 def _csv(rows: list[list[str]]) -> str:

@@ -19,7 +19,8 @@ from tests import files
 from utils import cli
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / name for name in ("README.md", "INSTALL.md", "CONTRIBUTING.md")] + sorted(ROOT.glob("docs/*.md"))
+DOCUMENTS = [ROOT / name for name in ("README.md", "INSTALL.md", "CONTRIBUTING.md")]
+DOCUMENTS += sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("results/*/README.md")])
 CODE = re.compile(
     r"^ *```(?P<language>\w*)\n(?P<block>.*?)^ *```"
     r"|^ {4}(?P<indented>(?:python|bash|torchrun) [^\n]*)"

@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from utils.metrics import (
 )
 from utils.results import keep, read_ensemble
 
+ROOT = Path(__file__).resolve().parent.parent
 SAM = {"sam": True, "rho": 0.1, "sam_adaptive": False, "flat_ratio": 0.0, "select": None, "unselected": None}
 SHARPBALANCE = SAM | {"flat_ratio": 0.5, "select": "flattest", "unselected": "one", "initial_epochs": 15}
 IMAGES = 200
@@ -237,6 +239,27 @@ def test_kept_files_give_the_same_table(tmp_path, capsys):
         call(tmp_path / name / "sam")
         tables.append(capsys.readouterr().out.replace(str(tmp_path / name), ""))
     assert tables[0] == tables[1]
+
+
+def test_the_table_of_digits_is_that_of_its_result_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    place = Path("results/digits")
+    call(*sorted(place.glob("measurements/*")), "--format", "markdown", "--to", tmp_path / "tables.md")
+    table = (tmp_path / "tables.md").read_text()
+    assert table == (place / "tables.md").read_text()
+    report = (place / "README.md").read_text()
+    cells = re.findall(
+        r"[+-]\d\.\d\d \[-?\d\.\d\d, \d\.\d\d\]", report.replace("| worst-case", "\n\n").partition("\n\n\n")[0]
+    )
+    assert len(cells) == 12
+    assert all(f" {cell} " in table for cell in cells)
+
+
+def test_large_numbers_are_short(tmp_path, capsys):
+    """Worst-case sharpness in linf may be anything."""
+    folder = write(tmp_path / "sam", SAM, (1, 2), 0.9, sharpness=4841839502.9)
+    call(folder)
+    assert re.search(r"sharpness \(worst, l2\) +4\.84e\+09 ± 0\.1000$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_bad_input(tmp_path, capsys):
