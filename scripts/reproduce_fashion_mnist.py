@@ -675,6 +675,8 @@ def section(found: dict, measured: Measured) -> str:
     ball = next(iter(measured["sam"].values())).content["sharpness"]["protocol"]
     ensembles = [one for by_seeds in measured.values() for one in by_seeds.values()]
     commits = sorted({one.content["environment"]["commit"] or "no clone" for one in ensembles})
+    if any(commit.endswith("-dirty") for commit in commits):
+        commits[-1] += " (-dirty: with files changed)"
 
     def picked(name: str) -> str:
         ends = [float(value) for value in tried[name]]
@@ -690,7 +692,7 @@ def section(found: dict, measured: Measured) -> str:
         f"{setting['samples']} training images, {100 * setting['label_noise']:g} % of them with a wrong label "
         f"(training only); corrupted copies of {setting['corrupted']} test images. {found['jobs']} single-thread "
         f"processes on {machine['cpus']} cores, torch {machine['torch']}; about {found['estimated_seconds'] / 60:.0f} "
-        f"minutes by the estimate. Measured by the code of {' and '.join(commits)} (-dirty: and files changed since).",
+        f"minutes by the estimate. Measured by the code of {' and '.join(commits)}.",
         "",
         f"Ensemble accuracy on validation: deep ensemble {100 * tried['deep ensemble']:.2f} %; SAM, {listed('rho')}; "
         f"SharpBalance (released), first seeds alone, {listed('k')}, {listed('T_d')}; chosen: "
