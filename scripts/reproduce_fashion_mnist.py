@@ -210,16 +210,18 @@ def first(seeds: str) -> str:
     return seeds.split()[0]
 
 
-def verdict(gaps: list[float] | list[torch.Tensor]) -> tuple[str, float, list[float]]:
+def verdict(gaps: list[float | torch.Tensor]) -> tuple[str, float, list[float]]:
     """supported, contradicted or undecided, by the 95 % interval of the mean; the mean, and that interval.
 
-    Over ensembles and test images where the differences are given by image, else Student's over ensembles.
+    Over ensembles and test images where all differences are given by image, else Student's over ensembles.
     """
-    if isinstance(gaps[0], torch.Tensor):
-        by_image = torch.stack(gaps)
-        mean, interval = by_image.mean().item(), crossed_interval(by_image)
+    by_image = [gap for gap in gaps if isinstance(gap, torch.Tensor)]
+    if len(by_image) == len(gaps):
+        table = torch.stack(by_image)
+        mean, interval = table.mean().item(), crossed_interval(table)
     else:
-        mean, interval = statistics.mean(gaps), t_interval(gaps)
+        values = [float(gap.mean()) if isinstance(gap, torch.Tensor) else gap for gap in gaps]
+        mean, interval = statistics.mean(values), t_interval(values)
     if interval[0] > 0:
         return "supported", mean, interval
     return ("contradicted" if interval[1] < 0 else "undecided"), mean, interval
@@ -674,6 +676,7 @@ def section(found: dict, measured: Measured) -> str:
     name, machine = setting["name"], found["environment"]
     ball = next(iter(measured["sam"].values())).content["sharpness"]["protocol"]
     ensembles = [one for by_seeds in measured.values() for one in by_seeds.values()]
+    known = all("disagreement" in one.by_sample for one in ensembles)
     commits = sorted({one.content["environment"]["commit"] or "no clone" for one in ensembles})
     if any(commit.endswith("-dirty") for commit in commits):
         commits[-1] += " (-dirty: with files changed)"
@@ -702,7 +705,8 @@ def section(found: dict, measured: Measured) -> str:
         "",
         f"Sharpness: the rise of the loss in the worst case within {'an adaptive' if ball['adaptive'] else 'a'} l2 "
         f"ball of radius {ball['rho0']:g}, mean over {ball['batch_num']} batches of {ball['eval_batch_size']} training "
-        f"images, by '{ball['maximiser']}' in {ball['n_iters']} iterations.",
+        f"images, by '{ball['maximiser']}' in {ball['n_iters']} iterations."
+        + ("" if known else " Intervals of disagreement: over ensembles only (not known by image for all)."),
         "",
         "| claim | | mean | 95 % interval | n | verdict |",
         "|---|---|---|---|---|---|",

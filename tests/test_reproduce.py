@@ -39,6 +39,9 @@ def test_verdict():
     images[:3] = 1
     assert reproduce.verdict([0.003, 0.003, 0.003])[0] == "supported"
     assert reproduce.verdict([images] * 3)[:2] == ("undecided", pytest.approx(0.003))
+    # Where one of them is not known by image, over ensembles.
+    some = reproduce.verdict([images, 0.002, images])
+    assert some == reproduce.verdict([images.mean().item(), 0.002, images.mean().item()])
     assert reproduce.verdict([-images - 1] * 3)[0] == "contradicted"
 
 
