@@ -281,6 +281,21 @@ def test_bad_input(tmp_path, capsys):
     content = json.loads((b / "sharpness.json").read_text())
     write_json(b / "sharpness.json", content | {"protocol": {"rho0": 0.1}})
     assert "--rho0 of the sharpness differs (0.1, 0.5)" in refused(capsys, a, b)
+    write_json(b / "sharpness.json", content | {"protocol": content["protocol"] | {"params": "conv"}})
+    one = json.loads((a / "sharpness.json").read_text())
+    write_json(a / "sharpness.json", one | {"protocol": one["protocol"] | {"params": "fc"}})
+    assert "--params of the sharpness differs (conv, fc)" in refused(capsys, a, b)
+    # What a part that was not measured depends on does not matter.
+    for part, key in (("hessian_t", "hessian_samples"), ("NTK", "ntk_samples")):
+        for folder, value in ((a, 4), (b, 8)):
+            write_json(folder / "sharpness.json", content | {"protocol": content["protocol"] | {key: value}})
+        call(a, b)
+        for folder, value in ((a, 4), (b, 8)):
+            changed = {"protocol": content["protocol"] | {key: value}, "result": {part: {"mean": 1.0}}}
+            write_json(folder / "sharpness.json", content | changed)
+        assert f"--{key} of the sharpness differs (8, 4)" in refused(capsys, a, b)
+    write_json(a / "sharpness.json", content)
+    write_json(b / "sharpness.json", content | {"protocol": {"rho0": 0.1}})
     # Also if the first one has no sharpness.
     c = write(tmp_path / "c", SAM, (3, 4), 0.8)
     assert "--rho0 of the sharpness differs (0.1, 0.5)" in refused(capsys, c, a, b)
@@ -362,6 +377,15 @@ def test_intervals_over_ensembles_and_images_cover(spread):
     assert (low + high) / 2 == pytest.approx(2.5)
     assert (high - low) / 2 == pytest.approx(stats.t.ppf(0.975, degrees) * math.sqrt(variance))
     assert crossed_interval(torch.ones(2, 3)) == [1, 1]
+
+
+@pytest.mark.parametrize(("ensembles", "share"), [(3, 0.83), (7, 0.57)])
+def test_students_interval_over_few_ensembles_covers_too_little(ensembles, share):
+    """The shares that README names, where the images matter."""
+    random = np.random.default_rng(0)
+    parts = [(0.05, (ensembles, 1)), (1, (1, 300)), (0.5, (ensembles, 300))]
+    found = [t_interval(sum(a * random.normal(size=n) for a, n in parts).mean(axis=1)) for _ in range(2000)]
+    assert np.mean([low <= 0 <= high for low, high in found]) == pytest.approx(share, abs=0.02)
 
 
 def test_intervals_of_the_calibration_error_cover():

@@ -28,9 +28,11 @@ INTERVALS = {
 # What has to be the same in all files of a table.
 SAME = ("average", "bins", "checkpoint", "split", "corruptions", "severities")
 SAME_SHARPNESS = (
-    *("rho0", "adaptive", "n_iters", "maximiser", "eval_batch_size", "batch_num", "subset_seed", "split"),
-    *("hessian_samples", "ntk_samples", "params"),
+    *("rho0", "adaptive", "n_iters", "maximiser", "eval_batch_size", "batch_num", "subset_seed", "split", "params"),
+    *("hessian_samples", "ntk_samples"),
 )
+# Of these only where such a part was measured.
+PARTS_OF = {"hessian_samples": {"hessian_t", "hessian_e"}, "ntk_samples": {"NTK"}}
 # The parts of sharpness.json by the names of their values.
 SHARPNESS = {
     "sharpness": "APGD_worst-l2",
@@ -301,7 +303,9 @@ def protocol_of(ensemble: Ensemble, key: str) -> Any:
 
 def _sharpness_protocol(ensemble: Ensemble, key: str) -> Any:
     sharpness = ensemble.content.get("sharpness")
-    return None if sharpness is None else sharpness["protocol"].get(key)
+    if sharpness is None or (key in PARTS_OF and not PARTS_OF[key] & sharpness.get("result", {}).keys()):
+        return None
+    return sharpness["protocol"].get(key)
 
 
 def _short(value: object) -> str:
