@@ -6,40 +6,26 @@
 
 Writes under --save_path (default runs/<data>_<method>): args.json, environment.json, command.txt, summary.json, and for
 each member seed_<seed>/ with checkpoint.pth.tar, model_best.pth.tar, log.jsonl, fisher.npy and sam_mask.npy.
-The same command again goes on with a run that was cut off. `--jobs K` deals the members out to K processes of this
-machine, and the result is the same for any K; `torchrun --nproc-per-node K main.py ...` does so on several machines,
-with the same result where --threads is the same.
+Re-run the same command to resume an interrupted run. `--jobs K` trains the members in K processes of this machine, with
+the same result for any K; `torchrun --nproc-per-node K main.py ...` does so on several machines, with the same result
+where --threads is the same.
 """
 
 import argparse
-import logging
-import math
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from models import MODELS, create_model
-from utils import InputError, distributed
-from utils.checkpoint import find_checkpoints, read_settings, run_of
-from utils.cli import (
-    Parser,
-    Seeds,
-    add_checkpoint_options,
-    add_data_options,
-    add_flag,
-    cores,
-    fail,
-    number,
-    path,
-    run,
-    start_device,
-)
-from utils.data import AUGMENTATIONS, DATASETS, load_data
-from utils.ensemble import evaluate_members, train_ensemble
-from utils.partition import DRAWN, PICKED, SELECT, UNSELECTED
+from utils import InputError, cli, distributed
+from utils.datasets import AUGMENTATIONS, DATASETS, load_data
+from utils.ensemble import train_ensemble
+from utils.partition import PARTITION_RULE, SCORE_FREE, UNSELECTED
+from utils.run import Run, Settings, read_settings
 
 # The paper's recipe for the colour sets, small ones for the others: (width, epochs, batch_size, lr).
 RECIPES = {
@@ -49,249 +35,173 @@ RECIPES = {
     "fashion_mnist": (16, 30, 128, 0.1),
     "digits": (8, 30, 64, 0.1),
 }
-USUAL_RHO = {False: 0.05, True: 0.5}  # of SAM, and of ASAM, whose rho is relative to the weights; of their papers
+USUAL_RHO = {False: 0.05, True: 0.5}  # of SAM, and of ASAM, whose rho is relative to the weights; from their papers
+READINGS = ("released", "paper")  # of --partition, the two of the method
 CHECKPOINT_TITLES = {"last": "end of training", "best": "best validation accuracy", "averaged": "mean of the weights"}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line and fill in what depends on the data set.
+    """Parse the command line, and fill in what depends on the run that is resumed and on the data set.
 
-    A bad or contradicting setting ends the program with one line and status 2, before any data is read.
+    A bad or contradictory setting ends the program with one line and status 2, before any data is read.
     """
     parser = build_parser()
-    given = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(given)
-    if args.evaluate:
-        # Of the run, unless given: by another split, training images would count as validation.
-        run_folder = run_of(args.resume[0] if args.resume else args.save_path or default_folder(args))
-        try:
-            settings = read_settings(run_folder) if run_folder else {}
-        except InputError as error:
-            parser.error(str(error))
-        told = {name: settings.get(name) for name in ("data", "data_path", "train_idx_path", "val_idx_path")}
-        args = parser.parse_args([*words_of(told), *given])
-    elif args.resume:
-        if len(args.resume) > 1 or not (args.resume[0] / "args.json").is_file():
-            parser.error(
-                f"argument --resume: {args.resume[0]} is not a run folder with args.json, which training needs"
-            )
-        try:
-            settings = read_settings(args.resume[0])
-        except InputError as error:
-            parser.error(str(error))
-        # Flags that are given stand; if they contradict the run they are refused where it is opened.
-        resume = args.resume
-        args = parser.parse_args([*words_of(settings), *given])
-        args.save_path, args.resume, args.overwrite, args.evaluate = resume[0], None, False, False
+    given, recorded = parser.parse_given(argv), {}
+    if "resume" in given:
+        # Options that are given stand; the run's folder refuses those that contradict it.
+        recorded = parser.parse_given(words_of(parser, given["resume"]))
+        given["save_path"] = given["resume"]
+        if given.get("overwrite"):
+            parser.error("--overwrite: given with --resume; leave one of the two out")
+    args = argparse.Namespace(**(parser.defaults() | recorded | given))
 
     for name, value in zip(("width", "epochs", "batch_size", "lr"), RECIPES[args.data], strict=True):
         if getattr(args, name) is None:
             setattr(args, name, value)
     check_method(parser, args)
+    usual = USUAL_RHO[args.sam_adaptive]
     if args.rho is None:
-        args.rho = USUAL_RHO[args.sam_adaptive] if args.sam else 0.0
-    elif args.rho >= 10 * USUAL_RHO[args.sam_adaptive]:
-        usual = USUAL_RHO[args.sam_adaptive]
-        print(
-            f"note: --rho {args.rho:g} is large; {usual:g} is usual{' with --sam_adaptive' * args.sam_adaptive}",
-            file=sys.stderr,
-        )
+        args.rho = usual if args.sam else 0.0
+    elif args.rho >= 10 * usual:
+        note(f"--rho {args.rho:g} is large; {usual:g} is usual{' with --sam_adaptive' * args.sam_adaptive}")
     if args.initial_epochs is None:
         args.initial_epochs = args.epochs // 2
-    if args.flat_ratio:
+    # Whose samples that nobody picked matter: those of a reading, or of the one whose sizes are drawn.
+    reading = args.match_size or (args.partition if args.partition in READINGS else None)
+    if args.flat_ratio and reading:
         released = "others" if args.data == "cifar10" else "one"
-        args.select = args.select or PICKED[args.partition]
-        args.unselected = args.unselected or (released if args.partition == "released" else "normal")
+        args.unselected = args.unselected or (released if reading == "released" else "normal")
+    else:
+        args.unselected = None
     if args.save_path is None:
-        args.save_path = default_folder(args)
+        args.save_path = Path("runs") / f"{args.data}_{settings_of(args).method}"
 
     info = DATASETS[args.data]
     try:
         with torch.device("meta"):  # no memory, no random numbers
-            create_model(args.model, info.num_classes, args.width, info.image_size, len(info.mean))
+            create_model(args.model, info.num_classes, args.width, info.image_size, info.channels)
     except ValueError as error:
-        parser.error(f"argument --{error}")
+        parser.error(f"--{error}")
     return args
 
 
-def words_of(settings: dict) -> list[str]:
-    """The settings of an args.json as the words of a command line, so that they are checked as those are."""
+def words_of(parser: cli.Parser, folder: Path) -> list[str]:
+    """The settings of a run as the words of a command line, so that they are checked as those are."""
+    if not (folder / "args.json").is_file():
+        parser.error(f"--resume: expected a run folder with args.json, got {folder}")
+    try:
+        settings = read_settings(folder)
+    except InputError as error:
+        parser.error(str(error))
     words = []
     for name, value in settings.items():
-        if value is not None:
+        if value is not None and name not in ("resume", "checkpoint", "overwrite", "evaluate"):
             text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
             words.append(f"--{name}={text}")
     return words
 
 
-def check_method(parser: Parser, args: argparse.Namespace) -> None:
-    """Refuse settings that contradict each other."""
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The settings of a run, as everything below this script takes them."""
+    return Settings(**{name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")})
+
+
+def check_method(parser: cli.Parser, args: argparse.Namespace) -> None:
+    """Refuse settings that contradict each other, and note those that have no effect."""
+    drawn = PARTITION_RULE[args.partition] in SCORE_FREE
     if args.flat_ratio and not args.sam:
-        parser.error(
-            f"argument --flat_ratio: {args.flat_ratio} given without --sam, so that no sample could have SAM; "
-            "add --sam, or leave --flat_ratio out"
-        )
+        way_out = "so that no sample could have SAM; add --sam, or leave --flat_ratio out"
+        parser.error(f"--flat_ratio: {args.flat_ratio} given without --sam, {way_out}")
     if args.sam_adaptive and not args.sam:
-        parser.error("argument --sam_adaptive: given without --sam; add --sam, or leave it out")
-    for name in ("select", "unselected"):
-        if getattr(args, name) and not args.flat_ratio:
-            parser.error(f"argument --{name}: {getattr(args, name)} given without a --flat_ratio above 0; add one")
-    if args.match_size and args.select not in DRAWN:
-        parser.error("argument --match_size: given without --select random or same, whose sets it sizes")
+        parser.error("--sam_adaptive: given without --sam; add --sam, or leave it out")
+    for name, value in (("unselected", args.unselected), ("partition", args.partition if drawn else None)):
+        if value and not args.flat_ratio:
+            parser.error(f"--{name}: {value} given without a --flat_ratio above 0; add one")
+    if args.match_size and not drawn:
+        parser.error("--match_size: given without --partition random or same, whose sets it sizes")
     if args.average_from is not None and args.average_from >= args.epochs:
-        parser.error(
-            f"argument --average_from: {args.average_from} given with --epochs {args.epochs}: no step would be averaged"
-        )
+        parser.error(f"--average_from: expected less than --epochs {args.epochs}, got {args.average_from}")
     if args.flat_ratio and args.initial_epochs is not None and args.initial_epochs >= args.epochs:
-        parser.error(
-            f"argument --initial_epochs: {args.initial_epochs} given with --epochs {args.epochs}: the split would "
-            f"never come; give at most {args.epochs - 1}, or leave --flat_ratio out for SAM on all samples"
-        )
+        way_out = "else samples are never assigned; leave --flat_ratio out for SAM on all samples"
+        limit = f"expected at most {args.epochs - 1} with --epochs {args.epochs}, got {args.initial_epochs}"
+        parser.error(f"--initial_epochs: {limit}: {way_out}")
+    drawn = drawn and not args.match_size
     if args.rho and not args.sam:
-        print(f"note: --rho {args.rho} has no effect without --sam", file=sys.stderr)
-    drawn = args.select in DRAWN and not args.match_size
+        note(f"--rho {args.rho} has no effect without --sam")
     if args.unselected and drawn:
-        print(f"note: --unselected {args.unselected} has no effect with --select {args.select}", file=sys.stderr)
-    if args.augmentation == "flip" and not DATASETS[args.data].flip:
-        print(f"note: images of {args.data} are never mirrored: --augmentation flip is none", file=sys.stderr)
+        note(f"--unselected {args.unselected} has no effect with --partition {args.partition}")
+    if args.augmentation == "flip" and not DATASETS[args.data].preprocessing.flip:
+        note(f"images of {args.data} are never mirrored: --augmentation flip does nothing")
     if args.flat_ratio and len(args.seed) == 1 and not drawn:
-        print("note: one member alone: there are no others whose samples it could take over", file=sys.stderr)
+        note("one member alone: there are no others whose samples it could take over")
 
 
-def method(args: argparse.Namespace) -> str:
-    """deep_ensemble, deep_ensemble_sam or sharpbalance."""
-    if not args.sam:
-        return "deep_ensemble"
-    return "sharpbalance" if args.flat_ratio else "deep_ensemble_sam"
+def note(text: str) -> None:
+    """Say what does not stop the program."""
+    print(f"note: {text}", file=sys.stderr)
 
 
-def default_folder(args: argparse.Namespace) -> Path:
-    """Where a run goes without --save_path."""
-    return Path("runs") / f"{args.data}_{method(args)}"
-
-
-def build_parser() -> Parser:
+def build_parser() -> cli.Parser:
     """All options, in groups."""
-    parser = Parser(__doc__)
-    add_data_options(parser)
-
+    parser = cli.Parser(__doc__)
+    cli.add_data_options(parser)
     group = parser.add_argument_group("network")
-    group.add_argument("--model", choices=MODELS, default="resnet18", help="network of every member")
-    group.add_argument(
-        "--width", type=number(int, 1), metavar="N", help=f"64 is the published size of every network ({_by_data(0)})"
-    )
-
-    group = parser.add_argument_group("ensemble")
-    group.add_argument(
-        "--seed", nargs="+", action=Seeds, default=[13, 17, 27], metavar="N", help="one seed for each member"
-    )
-    add_flag(group, "sam", "train with sharpness-aware minimization (SAM)")
-    group.add_argument(
-        "--rho",
-        type=number(float, 0),
-        metavar="R",
-        help="radius of SAM's perturbation, in the norm of all weights (default: 0.05, with --sam_adaptive 0.5)",
-    )
-    add_flag(group, "sam_adaptive", "ASAM: the perturbation of each weight is relative to its size, and so is --rho")
-    group.add_argument(
-        "--flat_ratio",
-        type=number(float, 0, 1),
-        default=0.0,
-        metavar="K",
-        help="share of the samples that each member picks by sharpness, 0 to 1; above 0 is SharpBalance",
-    )
-    group.add_argument(
-        "--initial_epochs",
-        type=number(int, 0),
-        metavar="N",
-        help="epochs with SAM on all samples, before the scores are exchanged (default: half of --epochs)",
-    )
-    group.add_argument(
-        "--partition",
-        choices=("released", "paper"),
-        default="released",
-        help="released: as the authors' code (select flattest; unselected others on cifar10, one elsewhere); "
-        "paper: as its text (select sharpest, unselected normal)",
-    )
-    group.add_argument("--select", choices=SELECT, help="which samples a member picks (default: by --partition)")
-    group.add_argument(
-        "--unselected",
-        choices=UNSELECTED,
-        help="samples that nobody picked: normal steps for all, SAM at one member, or SAM at all others but one "
-        "(default: by --partition)",
-    )
-    add_flag(
-        group,
-        "match_size",
-        "with --select random or same: sets of the size that SharpBalance's would have at the split, by --partition",
-    )
-    group.add_argument(
-        "--bn_perturbed",
-        choices=("update", "freeze"),
-        default="update",
-        help="running statistics of BatchNorm in SAM's pass at the perturbed weights",
-    )
-
-    group = parser.add_argument_group("optimization")
-    group.add_argument(
-        "--epochs", type=number(int, 1), metavar="N", help=f"passes over the training set ({_by_data(1)})"
-    )
-    group.add_argument("--batch_size", type=number(int, 2), metavar="N", help=f"samples a step ({_by_data(2)})")
-    group.add_argument("--lr", type=number(float, 0), metavar="R", help=f"learning rate at the start ({_by_data(3)})")
-    group.add_argument("--momentum", type=number(float, 0, 1), default=0.9, metavar="R", help="momentum of SGD")
-    group.add_argument(
-        "--weight_decay", type=number(float, 0), default=5e-4, metavar="R", help="weight decay, on all parameters"
-    )
-    group.add_argument(
-        "--schedule",
-        choices=("step", "cosine"),
-        default="step",
-        help="learning rate: times 0.1 at 1/2 and 3/4 of the epochs, or a cosine to 0",
-    )
-    group.add_argument(
-        "--augmentation",
-        choices=AUGMENTATIONS,
-        default="standard",
-        help="of training images; standard: crop and, but for digits, flip",
-    )
-    group.add_argument(
-        "--label_noise",
-        type=number(float, 0, 1),
-        default=0.0,
-        metavar="P",
-        help="share of the training labels that are replaced by wrong ones, always the same",
-    )
-    group.add_argument(
-        "--average_from",
-        type=number(int, 0),
-        metavar="N",
-        help="EoA: also keep the mean of a member's weights after each step from this epoch on",
-    )
-    group.add_argument("--amp", choices=("none", "bf16"), default="none", help="autocast of the forward passes")
-
+    cli.add_choice(group, "model", "network of every member", MODELS, default="resnet18")
+    cli.add_option(group, "width", f"64 is the published size of every network ({_by_data(0)})", cli.COUNT, "N")
+    add_ensemble_options(parser.add_argument_group("ensemble"))
+    add_optimization_options(parser.add_argument_group("optimization"))
     group = parser.add_argument_group("run")
-    group.add_argument(
-        "--save_path", type=path, metavar="DIR", help="folder of the run (default: runs/<data>_<method>)"
-    )
-    group.add_argument(
-        "--save_every",
-        type=number(float, 0),
-        default=600.0,
-        metavar="SECONDS",
-        help="save within an epoch as well, where it takes longer than this; the end of an epoch is always saved",
-    )
-    group.add_argument(
-        "--jobs",
-        type=jobs,
-        metavar="K",
-        help="processes of this machine that share the members; auto: as many as shorten the run. Without --threads a "
-        "member has the same number of threads whatever K is, so that the result is the same, bit for bit (default: "
-        "one process, all cores to each member in turn)",
-    )
-    add_flag(group, "overwrite", "start anew in a folder that holds a run")
-    add_flag(group, "evaluate", "train nothing: print the accuracies of the run in --save_path, or of --resume")
-    add_checkpoint_options(parser)
+    cli.add_option(group, "save_path", "folder of the run (default: runs/<data>_<method>)", cli.path, "DIR")
+    cli.add_option(group, "resume", "resume the run in this folder by its own settings", cli.path, "RUN")
+    text = "also save within an epoch that takes longer than this; the end of an epoch is always saved"
+    cli.add_option(group, "save_every", text, cli.POSITIVE, "SECONDS", default=600.0)
+    text = "processes of this machine that share the members; auto: as many as shorten the run. Without --threads a "
+    text += "member has the same number of threads for any K, so that the result is the same, bit for bit (default: "
+    cli.add_option(group, "jobs", text + "one process, all cores for each member in turn)", cli.job_count, "K")
+    cli.add_flag(group, "overwrite", "start anew in a folder that holds a run")
     return parser
+
+
+def add_ensemble_options(group: Any) -> None:
+    """The members, SAM, and which samples each member trains with it."""
+    seeds = [13, 17, 27]
+    group.add_argument("--seed", nargs="+", action=cli.Seeds, default=seeds, metavar="N", help="one for each member")
+    cli.add_flag(group, "sam", "train with sharpness-aware minimization (SAM)")
+    text = "radius of SAM's perturbation, in the norm of all weights (default: 0.05, with --sam_adaptive 0.5)"
+    cli.add_option(group, "rho", text, cli.POSITIVE, "R")
+    cli.add_flag(group, "sam_adaptive", "ASAM: the perturbation of each weight, and so --rho, is relative to its size")
+    text = "share of the samples that each member picks by sharpness, 0 to 1; above 0 is SharpBalance"
+    cli.add_option(group, "flat_ratio", text, cli.SHARE, "K", default=0.0)
+    text = "epochs with SAM on all samples, before the scores are exchanged (default: half of --epochs)"
+    cli.add_option(group, "initial_epochs", text, cli.NATURAL, "N")
+    text = "released: as in the authors' code (a member picks its flattest samples; --unselected others on cifar10, "
+    text += "one elsewhere); paper: as in its text (its sharpest samples; --unselected normal); random, same: sets "
+    text += "drawn for each member, or one for all"
+    cli.add_choice(group, "partition", text, PARTITION_RULE, default="released")
+    text = "samples that nobody picked: normal steps for all, SAM at one member, or SAM at all others but one "
+    cli.add_choice(group, "unselected", text + "(default: by --partition)", UNSELECTED)
+    text = "with --partition random or same: sets of the size that SharpBalance's would have, of this reading"
+    cli.add_option(group, "match_size", text, match_size, "|".join(READINGS), nargs="?", const="released")
+    text = "running statistics of BatchNorm in SAM's pass at the perturbed weights"
+    cli.add_choice(group, "bn_perturbed", text, ("update", "freeze"), default="update")
+
+
+def add_optimization_options(group: Any) -> None:
+    """The recipe of each member."""
+    cli.add_option(group, "epochs", f"passes over the training set ({_by_data(1)})", cli.COUNT, "N")
+    cli.add_option(group, "batch_size", f"samples per step ({_by_data(2)})", cli.number(int, 2), "N")
+    cli.add_option(group, "lr", f"initial learning rate ({_by_data(3)})", cli.POSITIVE, "R")
+    cli.add_option(group, "momentum", "momentum of SGD", cli.SHARE, "R", default=0.9)
+    cli.add_option(group, "weight_decay", "weight decay, on all parameters", cli.POSITIVE, "R", default=5e-4)
+    text = "learning rate: times 0.1 at 1/2 and 3/4 of the epochs, or a cosine to 0"
+    cli.add_choice(group, "schedule", text, ("step", "cosine"), default="step")
+    text = "of training images; standard: crop and, except on digits, flip"
+    cli.add_choice(group, "augmentation", text, AUGMENTATIONS, default="standard")
+    text = "share of the training labels that are replaced by wrong ones, always the same"
+    cli.add_option(group, "label_noise", text, cli.SHARE, "P", default=0.0)
+    text = "EoA: also save the mean of a member's weights after each step from this epoch on"
+    cli.add_option(group, "average_from", text, cli.NATURAL, "N")
+    cli.add_choice(group, "amp", "autocast of the forward passes", ("none", "bf16"), default="none")
 
 
 def _by_data(column: int) -> str:
@@ -303,58 +213,13 @@ def _by_data(column: int) -> str:
     return "default: " + ", ".join(f"{value} on {'/'.join(names)}" for value, names in values.items())
 
 
-def jobs(text: str) -> str | int:
-    """An argument type: auto, or how many processes."""
-    return text if text == "auto" else number(int, 1, 1024)(text)
-
-
-def best_jobs(members: int, available: int) -> int:
-    """The smallest number of processes, not more than cores, that train the members in the fewest rounds."""
-    return min(range(1, min(members, available) + 1), key=lambda count: (math.ceil(members / count), count))
-
-
-def threads_of_jobs(members: int, available: int) -> int:
-    """Threads of each member by --jobs, whatever their number: sums of floats depend on it, in their last bits."""
-    return available // min(members, available)
-
-
-def deal_out(args: argparse.Namespace) -> None:
-    """Start this command as `--jobs` processes, as torchrun does, and end as they do; return where one is enough."""
-    if args.jobs is None or args.evaluate or dist.is_torchelastic_launched():
-        return
-    on_cpu = args.device == "cpu" or (args.device == "auto" and not torch.accelerator.is_available())
-    count = args.jobs
-    if count == "auto":
-        count = best_jobs(len(args.seed), cores()) if on_cpu else 1
-    count = min(count, len(args.seed))
-    # A number of threads that the user or the run has already chosen stands.
-    told = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else None
-    threads = args.threads or _threads_of(args) or told
-    if on_cpu and not threads:
-        threads = args.threads = threads_of_jobs(len(args.seed), cores())
-    if threads and threads * count > cores():
-        print(f"note: {count} processes of {threads} threads share {cores()} cores", file=sys.stderr)
-    if count == 1:
-        return
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads or max(1, cores() // count)))
-    # Imported here because on macOS it prints a note.
-    from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    # The reports of torchrun and of gloo on a failure, which the process that failed has told in a line.
-    logging.disable(logging.ERROR)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
-    try:
-        torchrun.run(torchrun.parse_args(["--standalone", "--nproc-per-node", str(count), *sys.argv]))
-    except ChildFailedError as error:
-        which, failure = error.get_first_failure()
-        if failure.exitcode < 0:  # killed, for instance for its memory: it could not tell
-            fail(f"rank {which} was ended by signal {-failure.exitcode}; the same command goes on", 1)
-        sys.exit(failure.exitcode)
-    except SignalException as error:
-        sys.exit(128 + error.sigval)
-    sys.exit(0)
+def match_size(text: str) -> str | None:
+    """An argument type: the reading whose sizes drawn sets have; True stands for the released one, False for none."""
+    if text in READINGS:
+        return text
+    if text.lower() in ("true", "false"):
+        return "released" if text.lower() == "true" else None
+    raise argparse.ArgumentTypeError(f"expected one of {', '.join(READINGS)}, got '{text}'")
 
 
 def print_summary(rows: dict) -> None:
@@ -362,41 +227,27 @@ def print_summary(rows: dict) -> None:
     print(f"{'member':>10}  {'epochs':>6}  {'val acc':>8}  {'val NLL':>8}  {'test acc':>8}  {'test NLL':>8}")
     for row in [*rows["members"], rows["ensemble"]]:
         seed, epoch = ("ensemble", "") if "seed" not in row else (f"seed {row['seed']}", row["epoch"])
-        print(
-            f"{seed:>10}  {epoch!s:>6}  {row['val_acc']:8.2%}  {row['val_loss']:8.4f}  {row['test_acc']:8.2%}"
-            f"  {row['test_loss']:8.4f}"
-        )
+        val = f"{row['val_acc']:8.2%}  {row['val_loss']:8.4f}"
+        print(f"{seed:>10}  {epoch!s:>6}  {val}  {row['test_acc']:8.2%}  {row['test_loss']:8.4f}")
     if "test_disagreement" in rows["ensemble"]:
         print(f"mean disagreement of two members on test: {rows['ensemble']['test_disagreement']:.2%}")
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train, or evaluate, as the settings say."""
-    if args.threads is None and not args.evaluate:
-        args.threads = _threads_of(args)
-    device = start_device(args.device, args.threads)
-    paths = find_checkpoints(args.resume or [args.save_path], args.checkpoint) if args.evaluate else []
-    if not args.evaluate:
-        distributed.join(device, args.seed, args.save_path)
-        args.threads = distributed.agree(torch.get_num_threads())
-        torch.set_num_threads(args.threads)
-    data = load_data(
-        args.data,
-        args.data_path,
-        device,
-        args.train_idx_path,
-        args.val_idx_path,
-        args.download,
-        args.label_noise,
-        args.augmentation,
-    )
-    if args.evaluate:
-        print_summary(evaluate_members(paths, data))
-        return
+    """Train, and print the accuracies of members and ensemble."""
+    args.threads = args.threads or threads_of_run(args)
+    device = distributed.start_device(args.device, args.threads)
+    distributed.join(device, args.seed, args.save_path)
+    args.threads = distributed.broadcast(torch.get_num_threads())
+    torch.set_num_threads(args.threads)
+    split = args.train_idx_path, args.val_idx_path
+    training = args.label_noise, args.augmentation
+    data = load_data(args.data, args.data_path, device, *split, args.download, *training)
+    settings = settings_of(args)
     if not distributed.rank():
         what = f"{len(args.seed)} x {args.model} (width {args.width}) on {args.data}"
-        print(f"{method(args)} of {what}, in {args.save_path}")
-    summary = train_ensemble(args, data)
+        print(f"{settings.method} of {what}, in {args.save_path}")
+    summary = train_ensemble(Run(settings, data, args.overwrite))
     distributed.leave()
     if summary is None:
         return
@@ -406,8 +257,13 @@ def main(args: argparse.Namespace) -> None:
     print(f"\nwrote {args.save_path}")
 
 
-def _threads_of(args: argparse.Namespace) -> int | None:
-    """The number that the run in this folder began with: sums of floats depend on it, in their last bits."""
+def launch(args: argparse.Namespace) -> None:
+    """Start `--jobs` processes of this command, and end as they do; return where this one is enough."""
+    args.threads = distributed.launch(args.jobs, len(args.seed), args.device, args.threads or threads_of_run(args))
+
+
+def threads_of_run(args: argparse.Namespace) -> int | None:
+    """The number that the run in this folder began with: the last bits of sums of floats depend on it."""
     if args.overwrite or not (args.save_path / "args.json").is_file():
         return None
     threads = read_settings(args.save_path).get("threads")
@@ -416,10 +272,10 @@ def _threads_of(args: argparse.Namespace) -> int | None:
 
 if __name__ == "__main__":
     arguments = parse_args()
-    run(deal_out, arguments)
-    run(main, arguments)
+    cli.run(launch, arguments)
+    cli.run(main, arguments)
     if dist.is_torchelastic_launched():
-        # While an interpreter ends, what is left of gloo's threads can abort it, after all work is done.
+        # While an interpreter exits, gloo's remaining threads can abort it, after all work is done.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

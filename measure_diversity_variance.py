@@ -15,37 +15,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.cli import Choices, Parser, add_checkpoint_options, add_data_options, add_measure_options, run
-from utils.diversity import bias_and_variance, ensemble_variance
-from utils.predictions import Measurement, mean_of
+from utils import cli, diversity
+from utils.metrics import mean_of
+from utils.predictions import Measurement, measure_settings
 
 MODES = ("variance", "variance_mse", "variance_mse_c")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = Parser(__doc__)
-    add_data_options(parser, measuring=True)
-    add_checkpoint_options(parser, measuring=True)
-    add_measure_options(parser)
+    parser = cli.Parser(__doc__)
+    cli.add_measure_options(parser)
     group = parser.add_argument_group("variance")
-    group.add_argument(
-        "--mode", action=Choices, among=MODES, default=["variance", "variance_mse"], help="what to measure"
-    )
-    return parser.parse_args(argv)
+    group.add_argument("--mode", action=cli.Choices, among=MODES, default=list(MODES[:2]), help="what to measure")
+    args = parser.parse_args(argv)
+    args.split = args.split or ["test"]
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
     """Measure, print a table, and write variance.json."""
-    if args.split is None:
-        args.split = ["test"]
-    measurement = Measurement(args, at_least=2, why="a variance compares members")
+    measurement = Measurement(measure_settings(args), at_least=2, why="a variance compares members")
     splits = list(args.split) if set(args.mode) & {"variance", "variance_mse"} else []
     if "variance_mse_c" in args.mode and "corrupted" not in splits:
         splits.append("corrupted")
     results: dict[str, Any] = {
-        "note": "the variance of logits grows with their scale, which SAM makes smaller: between methods, compare the "
-        "variance of probabilities"
+        "note": "the variance of logits grows with their scale, which SAM reduces: compare methods by the variance of "
+        "probabilities"
     }
     for split in splits:
         parts = measurement.parts(split)
@@ -60,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
             "by_severity": {s: mean_of([found[part.name] for part in parts if part.severity == s]) for s in severities},
             "parts": found,
         }
-    path = measurement.write("variance.json", results)
+    path = measurement.write("variance.json", results, vars(args))
     print(f"{'':24} variance of logits   of probabilities   squared bias   mean squared error")
     for split in splits:
         rows = {split: results[split]}
@@ -75,15 +71,15 @@ def main(args: argparse.Namespace) -> None:
 
 
 def decompose(logits: Tensor, labels: Tensor, modes: set[str]) -> dict[str, float]:
-    """The figures of one part, from logits [M, N, C] and labels [N]."""
+    """The metrics of one part, from logits [M, N, C] and labels [N]."""
     probs = torch.softmax(logits.double(), dim=2)
-    row = {"variance_of_probabilities": ensemble_variance(probs)}
+    row = {"variance_of_probabilities": diversity.ensemble_variance(probs)}
     if "variance" in modes:
-        row["variance_of_logits"] = ensemble_variance(logits)
+        row["variance_of_logits"] = diversity.ensemble_variance(logits)
     if modes & {"variance_mse", "variance_mse_c"}:
-        row |= bias_and_variance(probs, labels)
+        row |= diversity.bias_and_variance(probs, labels)
     return row
 
 
 if __name__ == "__main__":
-    run(main, parse_args())
+    cli.run(main, parse_args())

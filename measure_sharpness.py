@@ -6,11 +6,12 @@ APGD_worst: worst-case sharpness. APGD_average: average-case sharpness. hessian_
 eigenvalues of the Hessian. fisher: per-sample squared gradient norms. NTK: log-determinant and condition of the neural
 tangent kernel. --protocol prints on what and how, and stops.
 
-Writes sharpness.json under --save (default measurements/<run>), and each finished part of it under sharpness/, which
-the next call finds again.
+Writes sharpness.json under --save (default measurements/<run>), and each finished part of it under sharpness/, so that
+a later call does not repeat it.
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 from collections.abc import Callable
@@ -21,22 +22,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils import InputError
-from utils.checkpoint import load_json, write_json
-from utils.cli import (
-    Choices,
-    Parser,
-    add_checkpoint_options,
-    add_data_options,
-    add_flag,
-    add_measure_options,
-    number,
-    run,
-)
+from utils import InputError, cli
 from utils.data import ImageSet
+from utils.files import load_json, write_json
 from utils.fisher import ntk_gram, per_sample_fisher
 from utils.hessian import hessian_trace, matching_parameters, top_eigenpairs
-from utils.predictions import Measurement, SavedMember
+from utils.predictions import Measurement, SavedMember, measure_settings
 from utils.sharpness import MAXIMISERS, NORMS, average_sharpness, worst_case_sharpness
 
 MODES = ("APGD_worst", "APGD_average", "hessian_t", "hessian_e", "fisher", "NTK")
@@ -56,55 +47,34 @@ QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = Parser(__doc__)
-    add_data_options(parser, measuring=True)
-    add_checkpoint_options(parser, measuring=True)
-    add_measure_options(parser, parts=False)
+    parser = cli.Parser(__doc__)
+    cli.add_measure_options(parser, parts=False)
     group = parser.add_argument_group("sharpness")
-    group.add_argument("--mode", action=Choices, among=MODES, default=["APGD_worst"], help="what to measure")
-    add_flag(group, "protocol", "print on what and how the modes measure, and stop")
-    group.add_argument("--split", choices=("train", "val", "test"), default="train", help="images, never augmented")
-    group.add_argument(
-        "--subset_seed", type=number(int, 0, 2**32 - 1), default=13, metavar="N", help="seed that shuffles the images"
-    )
-    group.add_argument(
-        "--eval_batch_size",
-        "--eval_batch",
-        type=number(int, 1),
-        default=5,
-        metavar="M",
-        help="images a batch: the m of m-sharpness",
-    )
-    group.add_argument(
-        "--batch_num", type=number(int, 1), default=100, metavar="N", help="batches, of the first images"
-    )
-    group.add_argument(
-        "--rho0", "--gamma", type=number(float, 0, open_low=True), default=0.5, metavar="R", help="radius of the ball"
-    )
-    group.add_argument("--norms", action=Choices, among=NORMS, default=list(NORMS), help="of the ball")
-    add_flag(group, "adaptive", "ball relative to the size of each weight", default=True)
-    group.add_argument("--n_iters", type=number(int, 1), default=20, metavar="N", help="iterations of APGD_worst")
-    group.add_argument(
-        "--maximiser", choices=MAXIMISERS, default="tight", help="tight finds more; apgd is the authors' schedule"
-    )
-    group.add_argument("--n_draws", type=number(int, 4), default=100, metavar="N", help="perturbations of APGD_average")
-    group.add_argument(
-        "--hessian_samples", type=number(int, 1), default=4096, metavar="N", help="images of the Hessian's loss"
-    )
-    group.add_argument(
-        "--trace_method", choices=("hutchinson", "hutch++"), default="hutchinson", help="estimator of hessian_t"
-    )
-    group.add_argument("--probes", type=number(int, 2), default=30, metavar="N", help="products with H of hessian_t")
-    group.add_argument("--top_k", type=number(int, 1), default=5, metavar="K", help="eigenvalues of hessian_e")
-    group.add_argument("--ntk_samples", type=number(int, 2), default=100, metavar="N", help="images of the NTK")
-    group.add_argument(
-        "--params", metavar="REGEX", help="only parameters whose name it is found in (default: all; NTK: weight$)"
-    )
+    group.add_argument("--mode", action=cli.Choices, among=MODES, default=["APGD_worst"], help="what to measure")
+    cli.add_flag(group, "protocol", "print on what and how the modes measure, and stop")
+    cli.add_choice(group, "split", "images, never augmented", ("train", "val", "test"), default="train")
+    cli.add_option(group, "subset_seed", "seed of the images' order", cli.number(int, 0, 2**32 - 1), "N", default=13)
+    text = "images a batch: the m of m-sharpness"
+    group.add_argument("--eval_batch_size", "--eval_batch", type=cli.COUNT, default=5, metavar="M", help=text)
+    cli.add_option(group, "batch_num", "batches, of the first images", cli.COUNT, "N", default=100)
+    radius = cli.number(float, 0, open_low=True)
+    group.add_argument("--rho0", "--gamma", type=radius, default=0.5, metavar="R", help="radius of the ball")
+    group.add_argument("--norms", action=cli.Choices, among=NORMS, default=list(NORMS), help="of the ball")
+    cli.add_flag(group, "adaptive", "ball relative to the size of each weight", default=True)
+    cli.add_option(group, "n_iters", "iterations of APGD_worst", cli.COUNT, "N", default=20)
+    cli.add_choice(group, "maximiser", "tight finds larger maxima; apgd is the authors'", MAXIMISERS, default="tight")
+    cli.add_option(group, "n_draws", "perturbations of APGD_average", cli.number(int, 4), "N", default=100)
+    cli.add_option(group, "hessian_samples", "images of the Hessian's loss", cli.COUNT, "N", default=4096)
+    cli.add_choice(group, "trace_method", "estimator of hessian_t", ("hutchinson", "hutch++"), default="hutchinson")
+    cli.add_option(group, "probes", "products with H of hessian_t", cli.number(int, 2), "N", default=30)
+    cli.add_option(group, "top_k", "eigenvalues of hessian_e", cli.COUNT, "K", default=5)
+    cli.add_option(group, "ntk_samples", "images of the NTK", cli.number(int, 2), "N", default=100)
+    cli.add_option(group, "params", "only parameters whose names match (default: all; NTK: weight$)", str, "REGEX")
     args = parser.parse_args(argv)
     if args.n_draws % 2:
-        parser.error(f"argument --n_draws: {args.n_draws} given, draws come in pairs: an even number is needed")
+        parser.error(f"--n_draws: expected an even number, since draws come in pairs, got {args.n_draws}")
     if args.trace_method == "hutch++" and args.probes < 6:
-        parser.error(f"argument --probes: {args.probes} given, hutch++ needs 6 or more")
+        parser.error(f"--probes: expected 6 or more for hutch++, got {args.probes}")
     return args
 
 
@@ -113,40 +83,39 @@ def main(args: argparse.Namespace) -> None:
     if args.protocol:
         print_protocol(args)
         return
-    measurement = Measurement(args)
-    images: ImageSet = getattr(measurement.data, args.split)
-    for member in measurement.members:
+    measurement = Measurement(measure_settings(args))
+    members, images = measurement.members, getattr(measurement.data, args.split)
+    for member in members:
         try:
             matching_parameters(member.model, args.params)
         except ValueError as error:
             raise InputError(f"--{error}") from error
     names = [name for mode in args.mode for name in part_names(mode, args.norms)]
-    todo = [(member, name) for member in measurement.members for name in names]
-    key = images.digest()
     found: dict[str, dict[str, dict]] = {name: {} for name in names}
-    paths = {(m.digest, name): args.save / "sharpness" / m.digest[:16] / f"{name}.json" for m, name in todo}
-    abouts = {(m.digest, name): about(args, name, m, key) for m, name in todo}
-    for member, name in todo:
-        part = read_part(paths[member.digest, name], abouts[member.digest, name])
-        if part is not None:
+    todo, digest = [], images.digest()
+    for member, name in itertools.product(members, names):
+        path = measurement.settings.save / "sharpness" / member.digest[:16] / f"{name}.json"
+        about = about_part(args, name, member, digest)
+        part = read_part(path, about)
+        if part is None:
+            todo.append((member, name, path, about))
+        else:
             found[name][member.digest] = part
-    left = [(m, name) for m, name in todo if m.digest not in found[name]]
-    total = sum(passes_of(args, name, len(images)) for _, name in left)
+    total = sum(passes_of(args, name, len(images)) for _, name, _, _ in todo)
     bar = tqdm(total=total, disable=not sys.stderr.isatty(), unit="pass", unit_scale=True, dynamic_ncols=True)
     done = 0
-    for member, name in left:
+    for member, name, path, about in todo:
         bar.set_description(f"{member.path.parent.name} {name}")
-        member.model.to(measurement.data.train.device, memory_format=torch.channels_last)
+        member.model.to(images.device, memory_format=torch.channels_last)
         found[name][member.digest] = measure(args, name, member, images, bar.update)
         done += passes_of(args, name, len(images))
         bar.update(done - bar.n)
-        path = paths[member.digest, name]
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"about": abouts[member.digest, name], "result": found[name][member.digest]})
-        measurement.write("sharpness.json", collect(measurement.members, names, found))
+        write_json(path, {"about": about, "result": found[name][member.digest]})
+        measurement.write("sharpness.json", collect(members, names, found), vars(args))
     bar.close()
-    path = measurement.write("sharpness.json", collect(measurement.members, names, found))
-    print_table(measurement.members, names, found)
+    path = measurement.write("sharpness.json", collect(members, names, found), vars(args))
+    print_table(members, names, found)
     print(f"wrote {path}")
 
 
@@ -155,8 +124,8 @@ def part_names(mode: str, norms: list[str]) -> list[str]:
     return [f"{mode}-{norm}" for norm in norms] if mode.startswith("APGD") else [mode]
 
 
-def about(args: argparse.Namespace, name: str, member: SavedMember, images: str) -> dict[str, Any]:
-    """All that the value of a part depends on."""
+def about_part(args: argparse.Namespace, name: str, member: SavedMember, images: str) -> dict[str, Any]:
+    """All that the value of a part depends on; `images` is their digest."""
     settings = {key: getattr(args, key) for key in PROTOCOL[name.split("-")[0]]}
     return {"part": name, "weights": member.digest, "images": images, **settings}
 
@@ -171,13 +140,8 @@ def read_part(path: Path, expected: dict[str, Any]) -> dict | None:
         return None
 
 
-def chosen(args: argparse.Namespace, images: ImageSet, count: int) -> np.ndarray:
-    """The first images of the shuffled split; all of them if there are fewer."""
-    return np.random.RandomState(args.subset_seed).permutation(len(images))[:count]
-
-
 def passes_of(args: argparse.Namespace, name: str, samples: int) -> int:
-    """About how many passes of one image a part takes: what the bar counts."""
+    """Roughly how many passes of one image a part takes: what the bar counts."""
     subset = min(args.eval_batch_size * args.batch_num, samples)
     whole = min(args.hessian_samples, samples)
     return {
@@ -197,50 +161,43 @@ def measure(
     images: ImageSet,
     progress: Callable[[int], object] = lambda passes: None,
 ) -> dict[str, Any]:
-    """One part of one member; `progress` is told of the passes that were made."""
+    """One part of one member; `progress` is called with the passes that were made."""
     model, (mode, _, norm) = member.model, name.partition("-")
 
-    def batches(count: int, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        index = chosen(args, images, count)
-        return [images.plain(index[i : i + size]) for i in range(0, len(index), size)]
+    def batches(count: int, size: int = BATCH) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The first images of the shuffled split; all of them if there are fewer."""
+        index = np.random.RandomState(args.subset_seed).permutation(len(images))[:count]
+        return [images.batch(index[i : i + size]) for i in range(0, len(index), size)]
 
+    count = args.eval_batch_size * args.batch_num
     if mode in ("APGD_worst", "APGD_average"):
-        subset = batches(args.eval_batch_size * args.batch_num, args.eval_batch_size)
+        subset = batches(count, args.eval_batch_size)
         common: dict[str, Any] = {"rho": args.rho0, "norm": norm, "adaptive": args.adaptive, "params": args.params}
         if mode == "APGD_worst":
             each = args.eval_batch_size * (args.n_iters + 1)
-            found = worst_case_sharpness(
-                model,
-                subset,
-                n_iters=args.n_iters,
-                maximiser=args.maximiser,
-                progress=lambda: progress(each),
-                **common,
-            )
+            common |= {"n_iters": args.n_iters, "maximiser": args.maximiser}
+            found = worst_case_sharpness(model, subset, progress=lambda: progress(each), **common)
         else:
-            each = sum(len(labels) for _, labels in subset) // 2  # a pass forward only
+            each = sum(len(labels) for _, labels in subset) // 2  # forward passes only
             found = average_sharpness(model, subset, n_draws=args.n_draws, progress=lambda: progress(each), **common)
-        spread = statistics.stdev(found["loss_by_batch"]) if len(subset) > 1 else float("nan")
-        found["loss_standard_error_over_batches"] = spread / len(subset) ** 0.5 if len(subset) > 1 else None
+        spread = statistics.stdev(found["loss_by_batch"]) if len(subset) > 1 else None
+        found["loss_standard_error_over_batches"] = None if spread is None else spread / len(subset) ** 0.5
         return {"value": found["loss"], **found, "images": sum(len(labels) for _, labels in subset)}
     if mode == "hessian_t":
-        subset = batches(args.hessian_samples, BATCH)
-        found = hessian_trace(model, subset, args.probes, args.trace_method, args.params)
+        found = hessian_trace(model, batches(args.hessian_samples), args.probes, args.trace_method, args.params)
         return {"value": found["trace"], **found}
     if mode == "hessian_e":
-        subset = batches(args.hessian_samples, BATCH)
-        values, _, residuals = top_eigenpairs(model, subset, args.top_k, args.params)
+        values, _, residuals = top_eigenpairs(model, batches(args.hessian_samples), args.top_k, args.params)
         return {"value": values[0].item(), "eigenvalues": values.tolist(), "residuals": residuals.tolist()}
     if mode == "fisher":
-        subset = batches(args.eval_batch_size * args.batch_num, BATCH)
-        scores = torch.cat([per_sample_fisher(model, *batch) for batch in subset]).double().cpu()
+        scores = torch.cat([per_sample_fisher(model, *batch) for batch in batches(count)]).double().cpu()
         points = torch.quantile(scores, torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
         quantiles = dict(zip(map(str, QUANTILES), points, strict=True))
         error = scores.std().item() / len(scores) ** 0.5 if len(scores) > 1 else None
         return {"value": scores.mean().item(), "standard_error": error, "quantiles": quantiles, "images": len(scores)}
     (pictures, _), *_ = batches(args.ntk_samples, args.ntk_samples)
     values = torch.linalg.eigvalsh(ntk_gram(model, pictures, args.params or r"weight$"))
-    # float32 gradients carry the small eigenvalues down to this share of the largest.
+    # float32 gradients resolve eigenvalues down to this share of the largest.
     full_rank = bool(values[0] > 1e-7 * values[-1])
     log_det = values.log().sum().item() if full_rank else None
     condition = (values[-1] / values[0]).item() if full_rank else None
@@ -248,7 +205,7 @@ def measure(
 
 
 def collect(members: list[SavedMember], names: list[str], found: dict[str, dict[str, dict]]) -> dict[str, Any]:
-    """The result: each part by member, with mean and standard deviation over members, and what is missing."""
+    """The result: each part by member, with mean and standard deviation over members, and which parts are missing."""
     result: dict[str, Any] = {"missing": []}
     for name in names:
         rows = [found[name].get(member.digest) for member in members]
@@ -277,12 +234,11 @@ def print_table(members: list[SavedMember], names: list[str], found: dict[str, d
 
 def print_protocol(args: argparse.Namespace) -> None:
     """What the chosen modes depend on."""
-    common: Callable[[str], str] = lambda key: f"--{key} {getattr(args, key)}"  # noqa: E731
     print("All modes: eval mode, images without augmentation, all members; cross-entropy.")
     for mode in args.mode:
         norms = f" --norms {','.join(args.norms)}" if mode.startswith("APGD") else ""
-        print(f"{mode}: {' '.join(common(key) for key in PROTOCOL[mode])}{norms}")
+        print(f"{mode}: " + " ".join(f"--{key} {getattr(args, key)}" for key in PROTOCOL[mode]) + norms)
 
 
 if __name__ == "__main__":
-    run(main, parse_args())
+    cli.run(main, parse_args())

@@ -55,7 +55,7 @@ class SAM(torch.optim.Optimizer):
         super().__init__(params, {"rho": rho, "adaptive": adaptive})
         for group in self.param_groups:
             if not 0 <= group["rho"] < float("inf"):
-                raise ValueError(f"rho: {group['rho']} given, a finite number of 0 or more is needed")
+                raise ValueError(f"rho: expected a finite number >= 0, got {group['rho']}")
         self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
         self.defaults.update(self.base_optimizer.defaults)
         self._share()
@@ -137,10 +137,8 @@ class SAM(torch.optim.Optimizer):
             RuntimeError: without a closure.
         """
         if closure is None:
-            raise RuntimeError(
-                "step: SAM evaluates the loss twice and needs a closure for it; "
-                "pass one, or call first_step and second_step with a backward pass before each"
-            )
+            way_out = "pass one, or call first_step and second_step with a backward pass before each"
+            raise RuntimeError(f"step: expected a closure, since SAM evaluates the loss twice; {way_out}")
         closure = torch.enable_grad()(closure)
         loss = closure()
         # A tensor that the second call changes in place would change the loss at w as well.

@@ -1,4 +1,7 @@
-"""The networks. `create_model` builds every one of them from its name."""
+"""The networks. `create_model` builds each of them from its name."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -26,26 +29,39 @@ def create_model(name: str, num_classes: int, width: int = 64, image_size: int =
         A module that maps images [B, in_channels, image_size, image_size] to logits [B, num_classes].
 
     Raises:
-        ValueError: for an unknown name or a size that the network cannot take; the message names the argument.
+        ValueError: for an unknown name or a size that the network does not support; the message names the argument.
     """
     if name not in MODELS:
-        raise ValueError(f"model: unknown network '{name}'; choose one of {', '.join(MODELS)}")
+        raise ValueError(f"model: expected one of {', '.join(MODELS)}, got '{name}'")
     if num_classes < 2:
-        raise ValueError(f"num_classes: {num_classes} given, 2 or more are needed")
+        raise ValueError(f"num_classes: expected 2 or more, got {num_classes}")
     if width < 1:
-        raise ValueError(f"width: {width} given, 1 or more is needed")
+        raise ValueError(f"width: expected 1 or more, got {width}")
     if image_size < 8:
-        raise ValueError(f"image_size: {image_size} given, the networks need 8 or more")
+        raise ValueError(f"image_size: expected 8 or more, got {image_size}")
     if in_channels < 1:
-        raise ValueError(f"in_channels: {in_channels} given, 1 or more is needed")
+        raise ValueError(f"in_channels: expected 1 or more, got {in_channels}")
     if name.startswith("resnet"):
         form = TinyResNet if image_size >= 64 else ResNet
         return form(int(name.removeprefix("resnet")), num_classes, width, in_channels)
     if name.startswith("wrn"):
         if width % 4:
-            raise ValueError(f"width: {width} given, {name} needs a multiple of 4 (its stem has width / 4 channels)")
+            why = f"for {name}, whose stem has width / 4 channels"
+            raise ValueError(f"width: expected a multiple of 4 {why}, got {width}")
         depth, widen_factor = (int(part) for part in name.split("-")[1:])
         return WideResNet(depth, widen_factor, num_classes, width // 4, in_channels)
     if image_size % PATCHES:
-        raise ValueError(f"image_size: {image_size} given, {name} needs a multiple of {PATCHES}")
+        raise ValueError(f"image_size: expected a multiple of {PATCHES} for {name}, got {image_size}")
     return VisionTransformer(num_classes, width, image_size, in_channels)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode; afterwards each of its modules is back in its own mode."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

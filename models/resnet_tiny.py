@@ -3,7 +3,7 @@
 It differs from `models/resnet.py` in its names and in one place of its arithmetic: an identity shortcut carries a
 learnable scale for each channel. Convolutions start from Kaiming's normal distribution with fan-out.
 The names in the state_dict (conv1.0, conv2_x.0.residual_function.0, ..., shortcut.weight, fc) are those of the
-authors' checkpoints, whose `*weight_mask` buffers of ones are not needed here.
+authors' checkpoints, whose `*weight_mask` buffers of ones are ignored here.
 """
 
 import torch

@@ -1,61 +1,76 @@
-"""What the scripts' command lines share: a parser, argument types, groups of options, and how errors end."""
+"""What the scripts' command lines share: a parser, argument types, groups of options, and how errors end a program."""
 
 import argparse
-import ctypes
 import difflib
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
 from models import MODELS
 from utils import InputError, RunError
-from utils.data import CORRUPTIONS, DATASETS, SEVERITIES, SPLITS
+from utils.datasets import CORRUPTIONS, DATASETS, SEVERITIES, SPLITS
+
+UNSET = object()
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors (exit status 2), and no difference between - and _ in option names."""
+    """argparse with one-line errors (exit status 2), in which - and _ in option names are the same."""
 
     def __init__(self, doc: str):
-        super().__init__(
-            description=doc, formatter_class=_Help, allow_abbrev=False, argument_default=None, add_help=True
-        )
+        super().__init__(description=doc, formatter_class=_Help, allow_abbrev=False)
 
     def parse_args(
         self, args: list[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
-        """As argparse's; a misspelt option is answered with the nearest one."""
+        """As argparse's; the error for a misspelt option names the nearest one."""
         words = sys.argv[1:] if args is None else args
         for word in words:
-            if word.startswith("--") and word.endswith("=--"):  # argparse would drop the value, and not look at it
-                self.error(f"argument {word[:-3]}: '--' given, which is no value")
-        parsed, unknown = self.parse_known_args([_underscored(word) for word in words], namespace)
+            if word.startswith("--") and word.endswith("=--"):  # argparse would drop the value without checking it
+                self.error(f"{word[:-3]}: expected a value, got '--'")
+        parsed, unknown = self.parse_known_args(words, namespace)
         if unknown:
             near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
             self.error(f"{unknown[0]}: no such option" + (f"; did you mean {near[0]}?" if near else "; see --help"))
         return parsed
 
+    def parse_known_args(self, args: list[str], namespace: argparse.Namespace | None = None) -> tuple:
+        """As argparse's, with - for _ in option names."""
+        return super().parse_known_args([_underscored(word) for word in args], namespace)
+
+    def parse_given(self, args: list[str] | None = None) -> dict[str, Any]:
+        """The options that are given, by name, without the defaults of the others."""
+        blank = argparse.Namespace(**{action.dest: UNSET for action in self._actions})
+        return {name: value for name, value in vars(self.parse_args(args, blank)).items() if value is not UNSET}
+
+    def defaults(self) -> dict[str, Any]:
+        """The default of every option, by name."""
+        return {action.dest: action.default for action in self._actions if action.dest != "help"}
+
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with status 2."""
-        fail(message, status=2)
+        message = re.sub(
+            r"^argument (\S+): invalid choice: (.*) \(choose from (.*)\)$",
+            lambda match: f"{match[1]}: expected one of {match[3].replace(chr(39), '')}, got {match[2]}",
+            message,
+        )
+        fail(message.removeprefix("argument "), status=2)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, where they are not None, and keeps the line breaks of the description."""
+    """Shows defaults, except None, and leaves the line breaks of the description alone."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 def _underscored(word: str) -> str:
-    if not word.startswith("--"):
-        return word
     name, *value = word.split("=", 1)
+    if not name.startswith("--") or " " in name:  # with a space it is a value, for argparse as well
+        return word
     return "=".join(["--" + name[2:].replace("-", "_"), *value])
 
 
@@ -63,15 +78,15 @@ def fail(message: str, status: int) -> NoReturn:
     """Print `<script>: error: <message>` as one line on stderr and exit."""
     script = Path(sys.argv[0]).name or "python"
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(1)  # torchrun ends the other ranks once one has failed: what all would say is said once
-    # The message may hold what stands in a file: that must not steer the terminal.
+        time.sleep(1)  # torchrun ends the other ranks once one has failed: a message that all share is printed once
+    # The message may quote a file, which must not be able to control the terminal.
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
     print(f"{script}: error: {line}", file=sys.stderr)
     sys.exit(status)
 
 
 def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Call a script's main and turn what the user can mend into one line: bad input status 2, a failed run status 1."""
+    """Call a script's main; an error that the user can fix becomes one line: bad input status 2, a failed run 1."""
     try:
         main(args)
     except InputError as error:
@@ -82,30 +97,25 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise
         fail("out of memory; a smaller --width, --batch_size or number of images needs less", status=1)
-    except OSError as error:  # where nothing expects one: a disk that fails, rights that were taken away
+    except OSError as error:  # unexpected ones: a failing disk, permissions that were taken away
         fail(f"{error.filename or 'a file'}: {error.strerror or error}", status=1)
     except KeyboardInterrupt:
-        fail("interrupted; the same command goes on after the last finished epoch", status=130)
+        fail("interrupted; re-run the same command to resume after the last finished epoch", status=130)
 
 
 def boolean(text: str) -> bool:
-    """true, yes, 1 and false, no, 0 in any case."""
+    """An argument type: true, yes, 1 or false, no, 0, in any case."""
     if text.lower() in ("true", "yes", "1"):
         return True
     if text.lower() in ("false", "no", "0"):
         return False
-    raise argparse.ArgumentTypeError(f"'{text}' is neither True nor False")
-
-
-def cores() -> int:
-    """How many CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    raise argparse.ArgumentTypeError(f"expected True or False, got '{text}'")
 
 
 def path(text: str) -> Path:
     """An argument type: a path, at which there may be nothing yet."""
     if not text:
-        raise argparse.ArgumentTypeError("an empty path given")
+        raise argparse.ArgumentTypeError("expected a path, got an empty one")
     try:
         os.stat(text)
     except (FileNotFoundError, NotADirectoryError):
@@ -116,28 +126,25 @@ def path(text: str) -> Path:
 
 
 def number(kind: type, low: float, high: float = float("inf"), open_low: bool = False) -> Callable[[str], Any]:
-    """An argument type: int or float from low to high, finite; `open_low` leaves low itself out."""
+    """An argument type: a finite int or float from low to high; with `open_low`, not low itself."""
 
     def convert(text: str) -> Any:
         try:
             value = kind(text) if text.isascii() else None
         except ValueError:
             value = None
-        ok = (
-            value is not None and low <= value <= high and abs(value) < float("inf") and not (open_low and value == low)
-        )
-        if not ok:
+        if value is None or not low <= value <= high or abs(value) == float("inf") or (open_low and value == low):
             what = "a whole number" if kind is int else "a number"
-            above = f"above {low:g}" if open_low else f"of {low:g} or more"
+            above = f"> {low:g}" if open_low else f">= {low:g}"
             span = above if high == float("inf") else f"from {low:g} to {high:g}"
-            raise argparse.ArgumentTypeError(f"'{text}' given, {what} {span} is needed")
+            raise argparse.ArgumentTypeError(f"expected {what} {span}, got '{text}'")
         return value
 
     return convert
 
 
 class Seeds(argparse.Action):
-    """One seed a member: `--seed 13 17 27`, `--seed "13 17 27"`."""
+    """One seed for each member: `--seed 13 17 27`, `--seed "13 17 27"`."""
 
     def __call__(  # noqa: D102
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
@@ -145,13 +152,13 @@ class Seeds(argparse.Action):
         seeds = []
         for text in " ".join(values).replace(",", " ").split():
             if not (text.isascii() and text.isdigit()) or len(text) > 20 or int(text) >= 2**32:
-                parser.error(f"argument {option}: '{text}' given, whole numbers from 0 to {2**32 - 1} are needed")
+                parser.error(f"{option}: expected whole numbers from 0 to {2**32 - 1}, got '{text}'")
             seeds.append(int(text))
         twice = next((seed for seed in seeds if seeds.count(seed) > 1), None)
         if twice is not None:
-            parser.error(f"argument {option}: {twice} given twice, two members of one seed are the same network")
+            parser.error(f"{option}: {twice} given twice, two members with one seed are the same network")
         if not seeds:
-            parser.error(f"argument {option}: no seed given, one is needed for each member")
+            parser.error(f"{option}: expected one seed for each member, got none")
         setattr(namespace, self.dest, seeds)
 
 
@@ -168,117 +175,71 @@ class Choices(argparse.Action):
         words = " ".join(values).replace(",", " ").split()
         if words == ["all"]:
             words = list(self.among)
-        for word in words:
-            if word not in self.among:
-                parser.error(f"argument {option}: '{word}' given, choose of {', '.join(self.among)}")
-        if not words:
-            parser.error(f"argument {option}: nothing given, choose of {', '.join(self.among)}")
+        unknown = next((f"'{word}'" for word in words if word not in self.among), None if words else "nothing")
+        if unknown:
+            parser.error(f"{option}: expected some of {', '.join(self.among)}, got {unknown}")
         # Each once, in the order of `among`.
         setattr(namespace, self.dest, [value for word, value in self.among.items() if word in words])
 
 
+COUNT, NATURAL = number(int, 1), number(int, 0)
+POSITIVE, SHARE = number(float, 0), number(float, 0, 1)
+THREADS = number(int, 1, 1024)
+
+
+def job_count(text: str) -> str | int:
+    """An argument type: auto, or how many processes."""
+    try:
+        return text if text == "auto" else THREADS(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(str(error).replace(", got", ", or auto, got")) from None
+
+
+def add_option(group: Any, name: str, text: str, kind: Callable[[str], Any], metavar: str, **more: Any) -> None:
+    """An option with a value."""
+    group.add_argument(f"--{name}", help=text, type=kind, metavar=metavar, **more)
+
+
+def add_choice(group: Any, name: str, text: str, choices: Iterable[str], **more: Any) -> None:
+    """An option whose value is one of a few words."""
+    group.add_argument(f"--{name}", help=text, choices=choices, **more)
+
+
 def add_flag(group: Any, name: str, text: str, default: bool = False) -> None:
     """A boolean option: --name, --name True, --name False."""
-    group.add_argument(
-        f"--{name}", type=boolean, nargs="?", const=True, default=default, metavar="True|False", help=text
-    )
+    add_option(group, name, text, boolean, "True|False", nargs="?", const=True, default=default)
 
 
 def add_data_options(parser: Parser, measuring: bool = False) -> None:
     """Which data set, where it lies, and on what it is computed; when measuring, what the run does not say itself."""
     group = parser.add_argument_group("data and device")
-    told = " (default: what the checkpoint or the run says)" if measuring else ""
-    group.add_argument(
-        "--data", "--dataset", choices=DATASETS, default=None if measuring else "digits", help="data set" + told
-    )
-    group.add_argument(
-        "--data_path",
-        type=path,
-        default=None if measuring else Path("data"),
-        metavar="DIR",
-        help="folder that holds the data sets" + told,
-    )
-    group.add_argument(
-        "--train_idx_path", type=path, metavar="FILE", help=".npy of the indices to train on, in the official order"
-    )
-    group.add_argument("--val_idx_path", type=path, metavar="FILE", help=".npy of the indices to validate on")
+    known = " (default: what the checkpoint or the run says)" if measuring else ""
+    data, data_path = (None, None) if measuring else ("digits", Path("data"))
+    group.add_argument("--data", "--dataset", choices=DATASETS, default=data, help="data set" + known)
+    add_option(group, "data_path", "folder that holds the data sets" + known, path, "DIR", default=data_path)
+    add_option(group, "train_idx_path", ".npy of the indices to train on, in the official order", path, "FILE")
+    add_option(group, "val_idx_path", ".npy of the indices to validate on", path, "FILE")
     add_flag(group, "download", "fetch a missing data set through torchvision (not tiny_imgnet)")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
-    group.add_argument(
-        "--threads", type=number(int, 1, 1024), metavar="N", help="CPU threads of a process (default: its cores)"
-    )
-
-
-def add_checkpoint_options(parser: Parser, measuring: bool = False) -> None:
-    """Which saved members."""
-    group = parser.add_argument_group("saved members")
-    group.add_argument(
-        "--resume",
-        type=path,
-        nargs="+",
-        required=measuring,
-        metavar="PATH",
-        help="a run folder, member folders, or checkpoint files",
-    )
-    group.add_argument(
-        "--checkpoint",
-        choices=("best", "last", "averaged"),
-        default="best",
-        help="which checkpoint of a folder counts; averaged is there after --average_from",
-    )
+    add_choice(group, "device", "where to compute", ("auto", "cpu", "cuda", "mps"), default="auto")
+    add_option(group, "threads", "CPU threads of a process (default: its cores)", THREADS, "N")
 
 
 def add_measure_options(parser: Parser, parts: bool = True) -> None:
-    """What is measured and where the result goes; `parts`: on which splits, corruptions and severities."""
+    """Saved members, their data, and where the result goes; `parts`: on which splits, corruptions and severities."""
+    add_data_options(parser, measuring=True)
+    group = parser.add_argument_group("saved members")
+    text = "a run folder, member folders, or checkpoint files"
+    add_option(group, "resume", text, path, "PATH", nargs="+", required=True)
+    text = "which checkpoint of a folder to take; averaged is there after --average_from"
+    add_choice(group, "checkpoint", text, ("best", "last", "averaged"), default="best")
+    known = "default: what the checkpoint says; another value is refused"
+    add_choice(group, "model", f"network of the members ({known})", MODELS)
+    add_option(group, "width", f"its width ({known})", number(int, 1, 2**16), "N")
     group = parser.add_argument_group("measurement")
-    told = "default: what the checkpoint says; another value is refused"
-    group.add_argument("--model", choices=MODELS, help=f"network of the members ({told})")
-    group.add_argument("--width", type=number(int, 1, 2**16), metavar="N", help=f"its width ({told})")
-    group.add_argument(
-        "--save", type=path, metavar="DIR", help="folder of the results (default: measurements/<name of the run>)"
-    )
-    if not parts:
-        return
-    group.add_argument(
-        "--split",
-        action=Choices,
-        among=SPLITS,
-        help="images to measure on (default: test; in measure_diversity.py also corrupted where its folder is found)",
-    )
-    group.add_argument(
-        "--corruptions", action=Choices, among=CORRUPTIONS, default=list(CORRUPTIONS), help="of the corrupted set"
-    )
-    group.add_argument(
-        "--severities", action=Choices, among=SEVERITIES, default=list(SEVERITIES), help="of the corrupted set"
-    )
-
-
-def start_device(name: str, threads: int | None) -> torch.device:
-    """The device for `--device`, and the CPU's settings: threads, and memory that is kept once it was used.
-
-    Raises:
-        InputError: if the device is not there.
-    """
-    if threads is not None:
-        torch.set_num_threads(threads)
-    # The two parts of a batch have ever other sizes, and oneDNN compiles its kernels for each; its cache of 1024 is too
-    # small for a ResNet's. It reads this at the first convolution.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
-    _keep_freed_memory()
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(device for device in available if available[device])
-    if not available[name]:
-        raise InputError(f"--device {name}: torch finds none here; use --device cpu")
-    return torch.device(name)
-
-
-def _keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory: large tensors are otherwise unmapped and faulted in again at every step."""
-    m_trim_threshold, m_mmap_threshold, largest = -1, -3, 2**30
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(m_mmap_threshold, largest)
-        libc.mallopt(m_trim_threshold, largest)
-    except (OSError, AttributeError):
-        pass  # another C library, which has its own ways
+    add_option(group, "save", "folder of the results (default: measurements/<name of the run>)", path, "DIR")
+    if parts:
+        text = "images (default: test; in measure_diversity.py also corrupted where its folder is found)"
+        group.add_argument("--split", action=Choices, among=SPLITS, help=text)
+        for name, among in (("corruptions", CORRUPTIONS), ("severities", SEVERITIES)):
+            default = list(among)
+            group.add_argument(f"--{name}", action=Choices, among=among, default=default, help="of the corrupted set")

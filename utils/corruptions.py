@@ -1,17 +1,17 @@
 """The 15 corruptions of Hendrycks and Dietterich in 5 severities, on images of 8x8 to 64x64 pixels, grey or colour.
 
 D. Hendrycks and T. Dietterich, Benchmarking Neural Network Robustness to Common Corruptions and Perturbations, ICLR
-2019. This is an implementation of our own on numpy, scipy and Pillow. Its severities are the published constants, those
-of CIFAR-10-C for images of up to 32x32 and those of Tiny-ImageNet-C above, but its images are not the published ones:
+2019. This is our own implementation on numpy, scipy and Pillow. Its severities are the published constants: those of
+CIFAR-10-C for images of up to 32x32 pixels, those of Tiny-ImageNet-C above. Its images are not the published ones:
 
 - All 15 are seeded by image, and values are rounded to the nearest of the 256 levels, not cut off.
-- Frost is drawn by the computer (see `_ice`); the published sets blend in photographs.
-- Glass blur exchanges pixels, as the paper says; the published code only copies one of the two over the other.
+- Frost is synthetic (see `_ice`); the published sets blend in photographs.
+- Glass blur exchanges pixels, as the paper says; the published code copies one of the two over the other.
 - Zooms and warps interpolate linearly at exact positions; the published ones crop whole pixels or interpolate twice.
 
-At other sizes than 32x32 and 64x64, what is a share of the image's size (zooms, warps, the grid of pixelate, the map of
-the fog) stays that share, and what is a length in pixels (blurs, streaks of snow, exchanged neighbours) stays that many
-pixels: at 8x8 a quarter of a blur of 0.3 to 1.5 pixels would change nothing.
+At sizes other than 32x32 and 64x64, lengths that are a share of the image (zooms, warps, the grid of pixelate, the map
+of the fog) scale with it, and lengths in pixels (blurs, streaks of snow, exchanged neighbours) do not: at 8x8 a quarter
+of a blur of 0.3 to 1.5 pixels would change nothing.
 """
 
 import io
@@ -20,90 +20,29 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 import numpy as np
+import scipy  # not its submodules: all scripts import this file for its names, and they would take a fifth of a second
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
-from scipy import ndimage, sparse
 
+SEVERITIES = (1, 2, 3, 4, 5)
 SIZES = (8, 64)
 CHUNK = 128  # images in float64 at once, so that memory does not grow with the number of images
 
-# By corruption: the constants of severities 1 to 5, of CIFAR-10-C and of Tiny-ImageNet-C.
-CONSTANTS = {
-    # standard deviation of pixels in [0, 1]
-    "gaussian_noise": ((0.04, 0.06, 0.08, 0.09, 0.10), (0.04, 0.08, 0.12, 0.15, 0.18)),
-    # photons of a white pixel
-    "shot_noise": ((500, 250, 100, 75, 50), (250, 100, 50, 30, 15)),
-    # share of the values that become black or white
-    "impulse_noise": ((0.01, 0.02, 0.03, 0.05, 0.07), (0.01, 0.02, 0.05, 0.08, 0.14)),
-    # radius of the disc, deviation of the Gaussian that smooths its edge
-    "defocus_blur": (
-        ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),
-        ((0.5, 0.6), (1, 0.1), (1.5, 0.1), (2.5, 0.01), (3, 0.1)),
-    ),
-    # deviation of the Gaussian, largest distance of exchanged pixels, passes
-    "glass_blur": (
-        ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)),
-        ((0.1, 1, 1), (0.5, 1, 1), (0.6, 1, 2), (0.7, 2, 1), (0.9, 2, 2)),
-    ),
-    # radius and deviation of the trace
-    "motion_blur": (
-        ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),
-        ((10, 1), (10, 1.5), (10, 2), (10, 2.5), (12, 3)),
-    ),
-    # where the zoom factors 1, 1.01, 1.02, ... end
-    "zoom_blur": ((1.06, 1.11, 1.16, 1.21, 1.26), (1.06, 1.11, 1.16, 1.21, 1.26)),
-    # mean, deviation, zoom and threshold of the flakes, radius and deviation of their trace, share of the plain image
-    "snow": (
-        (
-            (0.1, 0.2, 1, 0.6, 8, 3, 0.95),
-            (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
-            (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
-            (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
-            (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
-        ),
-        (
-            (0.1, 0.2, 1, 0.6, 8, 3, 0.8),
-            (0.1, 0.2, 1, 0.5, 10, 4, 0.8),
-            (0.15, 0.3, 1.75, 0.55, 10, 4, 0.7),
-            (0.25, 0.3, 2.25, 0.6, 12, 6, 0.65),
-            (0.3, 0.3, 1.25, 0.65, 14, 12, 0.6),
-        ),
-    ),
-    # share of the image, share of the ice
-    "frost": (
-        ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)),
-        ((1, 0.3), (0.9, 0.4), (0.8, 0.45), (0.75, 0.5), (0.7, 0.55)),
-    ),
-    # thickness, smoothness
-    "fog": (
-        ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
-        ((0.4, 3), (0.7, 3), (1, 2.5), (1.5, 2), (2, 1.75)),
-    ),
-    # added to the value of HSV
-    "brightness": ((0.05, 0.1, 0.15, 0.2, 0.3), (0.1, 0.2, 0.3, 0.4, 0.5)),
-    # what remains of the distance to the mean
-    "contrast": ((0.75, 0.5, 0.4, 0.3, 0.15), (0.4, 0.3, 0.2, 0.1, 0.05)),
-    # as shares of the image's size: displacement, deviation of its Gaussian, shift of the affine map's three points
-    "elastic_transform": (
-        ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),
-        ((0, 0, 0.08), (0.05, 0.3, 0.06), (0.1, 0.08, 0.06), (0.1, 0.03, 0.03), (0.16, 0.03, 0.02)),
-    ),
-    # share of the resolution
-    "pixelate": ((0.95, 0.9, 0.85, 0.75, 0.65), (0.9, 0.8, 0.7, 0.6, 0.5)),
-    # quality of the JPEG file
-    "jpeg_compression": ((80, 65, 58, 50, 40), (65, 58, 50, 40, 25)),
-}
-
 Draws = list[np.random.RandomState]
+
+# By corruption, in the published order: its function, and its constants for severities 1 to 5, of CIFAR-10-C and of
+# Tiny-ImageNet-C. Filled by `_register`.
+FUNCTIONS: dict[str, Callable] = {}
+CONSTANTS: dict[str, tuple[tuple, tuple]] = {}
 
 
 def corrupt(
     images: np.ndarray, name: str, severity: int, seed: int = 0, indices: Iterable[int] | None = None
 ) -> np.ndarray:
-    """One corruption at one severity of a batch of images.
+    """Apply one corruption at one severity to a batch of images.
 
-    What is random is drawn for each image from a generator of its own, seeded by (seed, name, severity, index), so that
-    an image's result does not depend on the other images of the batch, on their order or on who computes it.
+    Each image has its own random generator, seeded by (seed, name, severity, index): its result does not depend on the
+    other images of the batch, on their order, or on the process that computes it.
 
     Args:
         images: uint8 [N, H, W, C], H = W from 8 to 64, C = 1 (grey) or 3 (RGB).
@@ -116,34 +55,33 @@ def corrupt(
         uint8 [N, H, W, C], the values 0 to 255 rounded to the nearest.
 
     Raises:
-        ValueError: naming the argument and what it has to be.
+        ValueError: naming the argument, what was expected and what was given.
     """
-    shape, low, high = np.shape(images), *SIZES
+    shape, (low, high) = np.shape(images), SIZES
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4:
         found = f"{images.dtype} {list(shape)}" if isinstance(images, np.ndarray) else type(images).__name__
-        raise ValueError(f"images: {found} given, a uint8 array [N, H, W, C] is needed")
+        raise ValueError(f"images: expected uint8 [N, H, W, C], got {found}")
     if shape[1] != shape[2] or not low <= shape[1] <= high or shape[3] not in (1, 3):
-        raise ValueError(
-            f"images: {list(shape)} given, square images of {low} to {high} pixels and 1 or 3 channels are needed"
-        )
+        raise ValueError(f"images: expected squares of {low} to {high} pixels, 1 or 3 channels, got {list(shape)}")
     if name not in CONSTANTS:
-        raise ValueError(f"name: {name!r} given, choose of {', '.join(CONSTANTS)}")
-    if severity not in (1, 2, 3, 4, 5):
-        raise ValueError(f"severity: {severity!r} given, a whole number from 1 to 5 is needed")
+        raise ValueError(f"name: expected one of {', '.join(CONSTANTS)}, got {name!r}")
+    if severity not in SEVERITIES:
+        raise ValueError(f"severity: expected a whole number from 1 to 5, got {severity!r}")
     if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed: {seed!r} given, a whole number from 0 to 2^32 - 1 is needed")
+        raise ValueError(f"seed: expected a whole number from 0 to 2^32 - 1, got {seed!r}")
     indices = np.arange(len(images)) if indices is None else np.asarray(indices)
     if indices.shape != shape[:1] or (indices.dtype.kind not in "iu" and len(indices)):
-        raise ValueError(f"indices: {indices.dtype} {list(indices.shape)} given, {shape[0]} whole numbers are needed")
+        raise ValueError(f"indices: expected {shape[0]} whole numbers, got {indices.dtype} {list(indices.shape)}")
     if len(indices) and (indices.min() < 0 or indices.max() >= 2**32):
-        raise ValueError(f"indices: {indices.min()} to {indices.max()} given, they must be from 0 to 2^32 - 1")
+        raise ValueError(f"indices: expected 0 to 2^32 - 1, got {indices.min()} to {indices.max()}")
 
     constants = CONSTANTS[name][shape[1] > 32][int(severity) - 1]
+    constants = constants if isinstance(constants, tuple) else (constants,)
     result = np.empty_like(images)
     for start in range(0, len(images), CHUNK):
         part = slice(start, start + CHUNK)
         random = [_generator(seed, name, severity, index) for index in indices[part]]
-        result[part] = _bytes(FUNCTIONS[name](images[part] / 255, constants, random))
+        result[part] = _bytes(FUNCTIONS[name](images[part] / 255, random, *constants))
     return result
 
 
@@ -154,8 +92,19 @@ def _generator(seed: int, name: str, severity: int, index: int) -> np.random.Ran
     return np.random.RandomState(np.random.Philox(key=sum(int(n) << 32 * i for i, n in enumerate(numbers))))
 
 
-# From here on: x is float64 [N, S, S, C] in [0, 1], c are the constants, random holds a generator for each image.
-# Results may leave [0, 1]: `corrupt` clips them.
+def _register(cifar: tuple, tiny: tuple) -> Callable[[Callable], Callable]:
+    """Enter a function in the tables, with its constants for severities 1 to 5 in the two published sets."""
+
+    def enter(function: Callable) -> Callable:
+        name = function.__name__.removeprefix("_")
+        FUNCTIONS[name], CONSTANTS[name] = function, (cifar, tiny)
+        return function
+
+    return enter
+
+
+# From here on: x is float64 [N, S, S, C] in [0, 1], random holds a generator for each image, and what follows are the
+# constants of a severity. Results may leave [0, 1]: `corrupt` clips them.
 
 
 def _bytes(x: np.ndarray) -> np.ndarray:
@@ -163,31 +112,45 @@ def _bytes(x: np.ndarray) -> np.ndarray:
     return np.floor(np.clip(x, 0, 1) * 255 + (0.5 + 1e-7)).astype(np.uint8)
 
 
-def _gaussian_noise(x: np.ndarray, c: float, random: Draws) -> np.ndarray:
-    return x + np.stack([r.normal(0, c, x.shape[1:]) for r in random])
+@_register((0.04, 0.06, 0.08, 0.09, 0.10), (0.04, 0.08, 0.12, 0.15, 0.18))
+def _gaussian_noise(x: np.ndarray, random: Draws, deviation: float) -> np.ndarray:
+    """`deviation` is the standard deviation of pixels in [0, 1]."""
+    return x + np.stack([r.normal(0, deviation, x.shape[1:]) for r in random])
 
 
-def _shot_noise(x: np.ndarray, c: float, random: Draws) -> np.ndarray:
-    return np.stack([r.poisson(c * image) / c for r, image in zip(random, x, strict=True)])
+@_register((500, 250, 100, 75, 50), (250, 100, 50, 30, 15))
+def _shot_noise(x: np.ndarray, random: Draws, photons: int) -> np.ndarray:
+    """`photons` of a white pixel."""
+    return np.stack([r.poisson(photons * image) / photons for r, image in zip(random, x, strict=True)])
 
 
-def _impulse_noise(x: np.ndarray, c: float, random: Draws) -> np.ndarray:
+@_register((0.01, 0.02, 0.03, 0.05, 0.07), (0.01, 0.02, 0.05, 0.08, 0.14))
+def _impulse_noise(x: np.ndarray, random: Draws, share: float) -> np.ndarray:
+    """`share` of the values become black or white."""
     u = np.stack([r.uniform(size=x.shape[1:]) for r in random])
-    return np.where(u < c, u < c / 2, x)
+    return np.where(u < share, u < share / 2, x)
 
 
-def _defocus_blur(x: np.ndarray, c: tuple, random: Draws) -> np.ndarray:
-    radius, softness = c
+@_register(
+    ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),
+    ((0.5, 0.6), (1, 0.1), (1.5, 0.1), (2.5, 0.01), (3, 0.1)),
+)
+def _defocus_blur(x: np.ndarray, random: Draws, radius: float, softness: float) -> np.ndarray:
+    """A disc of this radius, its edge smoothed by a Gaussian of standard deviation `softness`."""
     reach = int(radius) + 1  # one more than the disc: its edge is smoothed over 3x3 pixels
     at = np.arange(-reach, reach + 1)
     disc = (at[:, None] ** 2 + at**2 <= radius**2).astype(float)
     edge = np.exp(-(np.array([-1.0, 0, 1]) ** 2) / (2 * softness**2))
-    kernel = ndimage.convolve(disc / disc.sum(), np.outer(edge, edge) / edge.sum() ** 2, mode="constant")
-    return ndimage.convolve(x, kernel[None, :, :, None], mode="mirror")
+    kernel = scipy.ndimage.convolve(disc / disc.sum(), np.outer(edge, edge) / edge.sum() ** 2, mode="constant")
+    return scipy.ndimage.convolve(x, kernel[None, :, :, None], mode="mirror")
 
 
-def _glass_blur(x: np.ndarray, c: tuple, random: Draws) -> np.ndarray:
-    sigma, reach, passes = c
+@_register(
+    ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)),
+    ((0.1, 1, 1), (0.5, 1, 1), (0.6, 1, 2), (0.7, 2, 1), (0.9, 2, 2)),
+)
+def _glass_blur(x: np.ndarray, random: Draws, sigma: float, reach: int, passes: int) -> np.ndarray:
+    """`passes` exchanges of pixels up to `reach` apart, between two Gaussian blurs."""
     n, size = len(x), x.shape[1]
     x = _smooth(x, sigma)
     inner = range(size - reach, reach, -1)
@@ -199,19 +162,18 @@ def _glass_blur(x: np.ndarray, c: tuple, random: Draws) -> np.ndarray:
         pixels = (row * size + column for row in inner for column in inner)
         for pixel, (down, right) in zip(pixels, shift, strict=True):
             other = pixel + down * size + right
-            kept = source[pixel].copy()
-            source[pixel] = source[other, every]
-            source[other, every] = kept
+            source[pixel], source[other, every] = source[other, every], source[pixel].copy()
     shuffled = np.take_along_axis(x.reshape(n, size**2, -1), source.T[:, :, None], axis=1)
     return _smooth(shuffled.reshape(x.shape), sigma)
 
 
 def _smooth(x: np.ndarray, sigma: float) -> np.ndarray:
-    return ndimage.gaussian_filter(x, (0, sigma, sigma, 0), mode="nearest")
+    return scipy.ndimage.gaussian_filter(x, (0, sigma, sigma, 0), mode="nearest")
 
 
-def _motion_blur(x: np.ndarray, c: tuple, random: Draws) -> np.ndarray:
-    return _trace(x, *c, np.array([r.uniform(-45, 45) for r in random]))
+@_register(((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)), ((10, 1), (10, 1.5), (10, 2), (10, 2.5), (12, 3)))
+def _motion_blur(x: np.ndarray, random: Draws, radius: int, sigma: float) -> np.ndarray:
+    return _trace(x, radius, sigma, np.array([r.uniform(-45, 45) for r in random]))
 
 
 def _trace(x: np.ndarray, radius: int, sigma: float, degrees: np.ndarray, border: str = "edge") -> np.ndarray:
@@ -230,8 +192,10 @@ def _trace(x: np.ndarray, radius: int, sigma: float, degrees: np.ndarray, border
     return result.transpose(0, 2, 3, 1)
 
 
-def _zoom_blur(x: np.ndarray, c: float, random: Draws) -> np.ndarray:
-    return _zoom(x, (1.0, *np.arange(1, c, 0.01)))
+@_register((1.06, 1.11, 1.16, 1.21, 1.26), (1.06, 1.11, 1.16, 1.21, 1.26))
+def _zoom_blur(x: np.ndarray, random: Draws, end: float) -> np.ndarray:
+    """Zoom factors 1, 1.01, 1.02, ... up to `end`."""
+    return _zoom(x, (1.0, *np.arange(1, end, 0.01)))
 
 
 def _zoom(x: np.ndarray, factors: tuple) -> np.ndarray:
@@ -242,32 +206,49 @@ def _zoom(x: np.ndarray, factors: tuple) -> np.ndarray:
 
 
 @lru_cache
-def _zoom_matrix(size: int, factors: tuple) -> sparse.csr_array:
+def _zoom_matrix(size: int, factors: tuple) -> "scipy.sparse.csr_array":
     """Sparse [S^2, S^2]. A zoom interpolates linearly along rows and columns, a Kronecker product of two [S, S]."""
     middle, total = (size - 1) / 2, 0
     for factor in factors:
         at = middle + (np.arange(size) - middle) / factor
         low = np.minimum(at.astype(int), size - 2)
-        rows, part = np.arange(size), at - low
-        line = sparse.csr_array(
-            (np.concatenate([1 - part, part]), (np.tile(rows, 2), np.concatenate([low, low + 1]))), (size, size)
-        )
-        total = total + sparse.kron(line, line, format="csr") / len(factors)
+        values, columns = np.concatenate([1 - (at - low), at - low]), np.concatenate([low, low + 1])
+        line = scipy.sparse.csr_array((values, (np.tile(np.arange(size), 2), columns)), (size, size))
+        total = total + scipy.sparse.kron(line, line, format="csr") / len(factors)
     return total
 
 
-def _snow(x: np.ndarray, c: tuple, random: Draws) -> np.ndarray:
-    mean, deviation, zoom, threshold, radius, sigma, plain = c
+# Mean, deviation, zoom and threshold of the flakes, radius and deviation of their trace; the same at both sizes.
+FLAKES = (
+    (0.1, 0.2, 1, 0.6, 8, 3),
+    (0.1, 0.2, 1, 0.5, 10, 4),
+    (0.15, 0.3, 1.75, 0.55, 10, 4),
+    (0.25, 0.3, 2.25, 0.6, 12, 6),
+    (0.3, 0.3, 1.25, 0.65, 14, 12),
+)
+
+
+@_register(
+    tuple((*flake, original) for flake, original in zip(FLAKES, (0.95, 0.9, 0.9, 0.85, 0.8), strict=True)),
+    tuple((*flake, original) for flake, original in zip(FLAKES, (0.8, 0.8, 0.7, 0.65, 0.6), strict=True)),
+)
+def _snow(x: np.ndarray, random: Draws, *constants: float) -> np.ndarray:
+    """Flakes on a paler image: a row of `FLAKES`, and the share of the image as it was."""
+    mean, deviation, zoom, threshold, radius, sigma, original = constants
     flakes = _zoom(np.stack([r.normal(mean, deviation, (*x.shape[1:3], 1)) for r in random]), (float(zoom),))
     flakes = np.clip(np.where(flakes < threshold, 0, flakes), 0, 1)
     flakes = _trace(flakes, radius, sigma, np.array([r.uniform(-135, -45) for r in random]))
     grey = (x * [0.299, 0.587, 0.114]).sum(axis=3) if x.shape[3] == 3 else x[..., 0]
     bleached = np.maximum(x, grey[..., None] * 1.5 + 0.5)
-    return plain * x + (1 - plain) * bleached + flakes + flakes[:, ::-1, ::-1]
+    return original * x + (1 - original) * bleached + flakes + flakes[:, ::-1, ::-1]
 
 
-def _frost(x: np.ndarray, c: tuple, random: Draws) -> np.ndarray:
-    image, ice = c
+@_register(
+    ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)),
+    ((1, 0.3), (0.9, 0.4), (0.8, 0.45), (0.75, 0.5), (0.7, 0.55)),
+)
+def _frost(x: np.ndarray, random: Draws, image: float, ice: float) -> np.ndarray:
+    """`image` and `ice` are the shares of the two."""
     tint = np.array([0.85, 0.95, 1.0]) if x.shape[3] == 3 else 0.95
     return image * x + ice * tint * _ice(x.shape[1], random)
 
@@ -285,8 +266,8 @@ def _ice(size: int, random: Draws) -> np.ndarray:
     return np.clip(patches * 0.7 + needles * (0.2 + 0.6 * patches), 0, 1)
 
 
-def _fog(x: np.ndarray, c: tuple, random: Draws) -> np.ndarray:
-    thickness, smoothness = c
+@_register(((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)), ((0.4, 3), (0.7, 3), (1, 2.5), (1.5, 2), (2, 1.75)))
+def _fog(x: np.ndarray, random: Draws, thickness: float, smoothness: float) -> np.ndarray:
     brightest = x.max(axis=(1, 2, 3), keepdims=True)
     fogged = x + thickness * _plasma(x.shape[1], smoothness, random)
     return fogged * brightest / (brightest + thickness)
@@ -317,30 +298,38 @@ def _plasma(size: int, smoothness: float, random: Draws) -> np.ndarray:
     return cloud[:, :size, :size, None]
 
 
-def _brightness(x: np.ndarray, c: float, random: Draws) -> np.ndarray:
+@_register((0.05, 0.1, 0.15, 0.2, 0.3), (0.1, 0.2, 0.3, 0.4, 0.5))
+def _brightness(x: np.ndarray, random: Draws, rise: float) -> np.ndarray:
+    """`rise` is added to the value of HSV."""
     # HSV with the same hue and saturation and another value is RGB times the ratio of the values.
     value = x.max(axis=3, keepdims=True)
-    raised = np.minimum(value + c, 1)
+    raised = np.minimum(value + rise, 1)
     return np.where(value > 0, x * (raised / np.where(value > 0, value, 1)), raised)
 
 
-def _contrast(x: np.ndarray, c: float, random: Draws) -> np.ndarray:
+@_register((0.75, 0.5, 0.4, 0.3, 0.15), (0.4, 0.3, 0.2, 0.1, 0.05))
+def _contrast(x: np.ndarray, random: Draws, share: float) -> np.ndarray:
+    """`share` remains of the distance to the mean."""
     mean = x.mean(axis=(1, 2), keepdims=True)
-    return mean + c * (x - mean)
+    return mean + share * (x - mean)
 
 
-def _elastic_transform(x: np.ndarray, c: tuple, random: Draws) -> np.ndarray:
+@_register(
+    ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),
+    ((0, 0, 0.08), (0.05, 0.3, 0.06), (0.1, 0.08, 0.06), (0.1, 0.03, 0.03), (0.16, 0.03, 0.02)),
+)
+def _elastic_transform(x: np.ndarray, random: Draws, displacement: float, sigma: float, shift: float) -> np.ndarray:
+    """Shares of the size: displacement, sigma of the Gaussian that smooths it, shift of the affine map's points."""
     size = x.shape[1]
-    displacement, sigma, shift = (size * share for share in c)
+    displacement, sigma, shift = size * displacement, size * sigma, size * shift
     middle, arm = size // 2, size // 3
     ends = np.array([[middle + arm, middle + arm], [middle + arm, middle - arm], [middle - arm, middle - arm]])
     starts = ends + np.stack([r.uniform(-shift, shift, (3, 2)) for r in random])
     # The affine map [N, 3, 2] that leads from the moved points back to where they are in the image.
-    back = np.linalg.solve(
-        np.concatenate([starts, np.ones((len(x), 3, 1))], axis=2), np.broadcast_to(ends, (len(x), 3, 2))
-    )
+    homogeneous = np.concatenate([starts, np.ones((len(x), 3, 1))], axis=2)
+    back = np.linalg.solve(homogeneous, np.broadcast_to(ends, starts.shape))
     field = np.stack([r.uniform(-1, 1, (2, size, size)) for r in random])
-    field = displacement * ndimage.gaussian_filter(field, (0, 0, sigma, sigma), mode="reflect", truncate=3)
+    field = displacement * scipy.ndimage.gaussian_filter(field, (0, 0, sigma, sigma), mode="reflect", truncate=3)
     at = np.indices((size, size)) + field
     factors = back[:, :, :, None, None]
     rows, columns = (at[:, 0] * factors[:, 0, k] + at[:, 1] * factors[:, 1, k] + factors[:, 2, k] for k in (0, 1))
@@ -364,44 +353,24 @@ def _interpolate(x: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.nda
     return above * (1 - down) + below * down
 
 
-def _pixelate(x: np.ndarray, c: float, random: Draws) -> np.ndarray:
-    size = x.shape[1]
-    small = int(size * c)
-
-    def through(image: Image.Image) -> Image.Image:
-        return image.resize((small, small), Image.Resampling.BOX).resize((size, size), Image.Resampling.BOX)
-
-    return np.stack([_by_pillow(image, through) for image in x])
+@_register((0.95, 0.9, 0.85, 0.75, 0.65), (0.9, 0.8, 0.7, 0.6, 0.5))
+def _pixelate(x: np.ndarray, random: Draws, share: float) -> np.ndarray:
+    """`share` of the resolution remains."""
+    full, box = x.shape[1:3], Image.Resampling.BOX
+    small = (int(full[0] * share),) * 2
+    return _by_pillow(x, lambda image: image.resize(small, box).resize(full, box))
 
 
-def _jpeg_compression(x: np.ndarray, c: int, random: Draws) -> np.ndarray:
+@_register((80, 65, 58, 50, 40), (65, 58, 50, 40, 25))
+def _jpeg_compression(x: np.ndarray, random: Draws, quality: int) -> np.ndarray:
     def through(image: Image.Image) -> Image.Image:
         file = io.BytesIO()
-        image.save(file, format="JPEG", quality=c)
+        image.save(file, format="JPEG", quality=quality)
         return Image.open(file)
 
-    return np.stack([_by_pillow(image, through) for image in x])
+    return _by_pillow(x, through)
 
 
-def _by_pillow(image: np.ndarray, through: Callable[[Image.Image], Image.Image]) -> np.ndarray:
-    picture = Image.fromarray(_bytes(image[..., 0] if image.shape[2] == 1 else image))
-    return np.asarray(through(picture)).reshape(image.shape) / 255
-
-
-FUNCTIONS = {
-    "gaussian_noise": _gaussian_noise,
-    "shot_noise": _shot_noise,
-    "impulse_noise": _impulse_noise,
-    "defocus_blur": _defocus_blur,
-    "glass_blur": _glass_blur,
-    "motion_blur": _motion_blur,
-    "zoom_blur": _zoom_blur,
-    "snow": _snow,
-    "frost": _frost,
-    "fog": _fog,
-    "brightness": _brightness,
-    "contrast": _contrast,
-    "elastic_transform": _elastic_transform,
-    "pixelate": _pixelate,
-    "jpeg_compression": _jpeg_compression,
-}
+def _by_pillow(x: np.ndarray, through: Callable[[Image.Image], Image.Image]) -> np.ndarray:
+    pictures = map(Image.fromarray, _bytes(x[..., 0] if x.shape[3] == 1 else x))
+    return np.stack([np.asarray(through(picture)) for picture in pictures]).reshape(x.shape) / 255

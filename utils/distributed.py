@@ -1,8 +1,11 @@
-"""The few torch.distributed calls that the members need. Without torchrun there is one rank, and they do nothing.
+"""Device, threads and ranks. Without torchrun there is one rank, and the collective calls do nothing.
 
-Members are independent but for one exchange of scores: rank r of K holds the members r, r + K, ...
+Members are independent except for one exchange of scores: rank r of K trains the members r, r + K, ...
 """
 
+import ctypes
+import logging
+import math
 import os
 import re
 import signal
@@ -16,19 +19,110 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from utils import RunError, first_line
+from utils import InputError, RunError, first_line
 
-# Ranks start together; later they wait for slower ones as long as it takes, and the watch sees whether these are alive.
+# Ranks start together; later they wait for slower ones as long as it takes, and the watch checks that these are alive.
 START, FOREVER = timedelta(minutes=5), timedelta(days=365)
 PULSE_SECONDS = 0.5
 SILENCE = timedelta(seconds=30)
 
-_group: dist.ProcessGroup | None = None  # whose calls wait for ever
+_group: dist.ProcessGroup | None = None  # its calls wait for ever
 _watch: "Watch | None" = None
 
 
+def cores() -> int:
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def start_device(name: str, threads: int | None) -> torch.device:
+    """The device for `--device`, and the CPU's settings: threads, and an allocator that keeps freed memory.
+
+    Raises:
+        InputError: if the device is not there.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    # The two parts of a batch vary in size, and oneDNN compiles its kernels for each size; its default cache of 1024 is
+    # too small for a ResNet's. It reads this at the first convolution.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
+    _keep_freed_memory()
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device in available if available[device])
+    if not available[name]:
+        raise InputError(f"--device {name}: torch finds none here; use --device cpu")
+    return torch.device(name)
+
+
+def _keep_freed_memory() -> None:
+    """Make glibc keep freed memory: large tensors are otherwise unmapped and faulted in again at every step."""
+    m_trim_threshold, m_mmap_threshold, largest = -1, -3, 2**30
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_mmap_threshold, largest)
+        libc.mallopt(m_trim_threshold, largest)
+    except (OSError, AttributeError):
+        pass  # another C library, with an allocator of its own
+
+
+def best_jobs(members: int, available: int) -> int:
+    """The smallest number of processes, not more than cores, that train the members in the fewest rounds."""
+    return min(range(1, min(members, available) + 1), key=lambda count: (math.ceil(members / count), count))
+
+
+def threads_of_jobs(members: int, available: int) -> int:
+    """Threads of each member with --jobs, whatever their number: the last bits of sums of floats depend on it."""
+    return available // min(members, available)
+
+
+def launch(jobs: str | int | None, members: int, device: str, threads: int | None) -> int | None:
+    """Start this command as `--jobs` processes, as torchrun does, and exit as they do.
+
+    Args:
+        jobs: "auto", a number, or None for this process alone.
+        members: of the ensemble; no more processes than that are started.
+        device: of --device.
+        threads: of each member, where the user or the run has chosen them.
+
+    Returns:
+        The threads to use, where this process alone is enough.
+    """
+    if jobs is None or dist.is_torchelastic_launched():
+        return threads
+    on_cpu = device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
+    count = min(jobs, members) if jobs != "auto" else best_jobs(members, cores()) if on_cpu else 1
+    chosen = threads or (torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else None)
+    if on_cpu and not chosen:
+        chosen = threads = threads_of_jobs(members, cores())
+    if chosen and chosen * count > cores():
+        print(f"note: {count} processes of {chosen} threads share {cores()} cores", file=sys.stderr)
+    if count == 1:
+        return threads
+    os.environ.setdefault("OMP_NUM_THREADS", str(chosen or max(1, cores() // count)))
+    # Imported here because on macOS it prints a note.
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # Silence what torchrun and gloo report about a failure: the process that failed has said it in a line.
+    logging.disable(logging.ERROR)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    try:
+        torchrun.run(torchrun.parse_args(["--standalone", "--nproc-per-node", str(count), *sys.argv]))
+    except ChildFailedError as error:
+        which, failure = error.get_first_failure()
+        if failure.exitcode < 0:  # killed, for instance for its memory: it could say nothing
+            cause = f"rank {which} was ended by signal {-failure.exitcode}"
+            raise RunError(f"{cause}; re-run the same command to resume") from None
+        sys.exit(failure.exitcode)
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
+    sys.exit(0)
+
+
 def join(device: torch.device, seeds: list[int], folder: Path) -> None:
-    """Meet the other ranks, where torchrun started this process, choose this rank's GPU, and watch the others.
+    """Where torchrun started this process: connect to the other ranks, choose this rank's GPU, and watch the others.
 
     Args:
         device: where this rank computes.
@@ -36,20 +130,18 @@ def join(device: torch.device, seeds: list[int], folder: Path) -> None:
         folder: the run's, likewise.
 
     Raises:
-        RunError: if a rank has ended before all have met.
+        RunError: if a rank has ended before all are connected.
     """
     if not dist.is_torchelastic_launched() or dist.is_initialized():
         return
     try:
-        _meet_first(device, seeds, folder)
+        _connect(device, seeds, folder)
     except RuntimeError as error:
-        raise RunError(
-            f"rank {os.environ['RANK']}: the other ranks were not met ({first_line(error)}); if one has ended, see its "
-            "message"
-        ) from error
+        problem = f"rank {os.environ['RANK']}: no connection to the other ranks ({first_line(error)})"
+        raise RunError(f"{problem}; if one has ended, see its message") from error
 
 
-def _meet_first(device: torch.device, seeds: list[int], folder: Path) -> None:
+def _connect(device: torch.device, seeds: list[int], folder: Path) -> None:
     global _group, _watch
     backend = "gloo"
     if device.type == "cuda":
@@ -58,8 +150,8 @@ def _meet_first(device: torch.device, seeds: list[int], folder: Path) -> None:
             backend = "nccl"  # which refuses two ranks on one GPU
     store, number, count = next(dist.rendezvous("env://", timeout=START))
     if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
-        # torchrun keeps one store for all its restarts: what the dead ranks wrote must not be read. On several machines
-        # the counts differ between them; docs/CLUSTER.md says what helps there.
+        # torchrun keeps one store for all its restarts, and what dead ranks wrote to it must not be read. On several
+        # machines the counts differ; docs/CLUSTER.md says what helps there.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=START)
     names = []
@@ -72,21 +164,21 @@ def _meet_first(device: torch.device, seeds: list[int], folder: Path) -> None:
 
 
 def finish() -> None:
-    """Wait until every rank has come here."""
+    """Wait until every rank calls this."""
     if _watch is not None:
         _watch.finish()
 
 
 def lost() -> bool:
-    """Whether another rank has ended too early; where this one is told to end, that may be a second ago."""
+    """Whether another rank ended too early; it may have done so a second before this one was asked to stop."""
     if _watch is None:
         return False
-    _watch.look(4 * PULSE_SECONDS)
+    _watch.wait(4 * PULSE_SECONDS)
     return _watch.lost
 
 
 def leave() -> None:
-    """Part from the other ranks."""
+    """Disconnect from the other ranks."""
     global _group, _watch
     if dist.is_initialized():
         _group = _watch = None
@@ -103,8 +195,8 @@ def ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def meet() -> None:
-    """Wait until every rank is here.
+def barrier() -> None:
+    """Wait until every rank calls this.
 
     Raises:
         RunError: if a rank has ended.
@@ -113,7 +205,7 @@ def meet() -> None:
         _wait(dist.barrier(_group, async_op=True))
 
 
-def agree(number: int) -> int:
+def broadcast(number: int) -> int:
     """Rank 0's number, on every rank."""
     if not dist.is_initialized():
         return number
@@ -150,7 +242,7 @@ def _device() -> str:
 
 
 def _wait(work: dist.Work) -> None:
-    """Wait in short sleeps, so that signals are answered."""
+    """Wait in short sleeps, so that signals are handled."""
     try:
         while not work.is_completed():
             time.sleep(0.02)
@@ -161,13 +253,13 @@ def _wait(work: dist.Work) -> None:
 
 
 class Watch:
-    """Notices within seconds that a rank has ended or answers no more, says which, and stops this rank.
+    """Notices within seconds that a rank has ended or no longer answers, names it, and stops this rank.
 
-    A thread meets the other ranks' every half second. Rank 0 hears all of them; the others hear rank 0. A rank that is
-    stopped gets SIGTERM: it saves what it has, and `lost` is true.
+    Every half second a thread meets those of the other ranks at a barrier. Rank 0 hears from all of them; the others
+    hear from rank 0. A rank is stopped by SIGTERM: it saves its state, and `lost` is true.
 
     Args:
-        names: what the message calls each rank.
+        names: what messages call each rank.
     """
 
     def __init__(self, names: list[str]):
@@ -177,12 +269,12 @@ class Watch:
         self._thread.start()
 
     def finish(self) -> None:
-        """Wait until every rank has come here."""
+        """Wait until every rank calls this."""
         self._finished = True
-        self.look(None)
+        self.wait(None)
 
-    def look(self, seconds: float | None) -> None:
-        """Give it time to notice a rank that has just ended."""
+    def wait(self, seconds: float | None) -> None:
+        """Give the thread time to notice a rank that has just ended."""
         self._thread.join(seconds)
 
     def _run(self) -> None:
@@ -213,15 +305,12 @@ class Watch:
         if missing:
             gone = [int(number) for number in missing.group(1).replace(",", " ").split()]
         elif rank():
-            gone = [0]  # or it has noticed that another one has, and says so
+            gone = [0]  # unless it has noticed that another one has ended, and says so
         else:  # the connection broke between two rounds, which the barrier reports without a name
             gone = [other for other in range(1, ranks()) if not self._reaches(other)]
         who = ", ".join(self.names[number] for number in gone) or "another rank"
-        print(
-            f"rank {rank()}: {who} has ended or does not answer; this rank stops, and the same command goes on",
-            file=sys.stderr,
-            flush=True,
-        )
+        text = f"rank {rank()}: {who} has ended or does not answer"
+        print(f"{text}; this rank stops: re-run the same command to resume", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(15)
-        os._exit(1)  # the main thread waits for something that will not come
+        os._exit(1)  # the main thread is stuck

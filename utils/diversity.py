@@ -1,10 +1,19 @@
-"""How much the members of an ensemble differ, and what the ensemble gains by it.
+"""How much the members of an ensemble differ, and what the ensemble gains from it.
 
 M members, N samples, C classes. Matrices over pairs of members are [M, M]; means over pairs leave the diagonal out.
 """
 
+import itertools
+import math
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
+
+from utils import metrics
+
+MAX_SUBSETS = 200
 
 
 def disagreement(predictions: Tensor) -> Tensor:
@@ -31,16 +40,49 @@ def mean_over_pairs(matrix: Tensor) -> float:
     """
     members = len(matrix)
     if members < 2:
-        raise ValueError(f"{members} member given, figures of pairs need two or more")
+        raise ValueError(f"a mean over pairs needs 2 or more members, got {members}")
     off_diagonal = matrix[~torch.eye(members, dtype=torch.bool)]
     return off_diagonal.mean().item()
+
+
+def disagreement_per_sample(predictions: Tensor) -> Tensor:
+    """Share of the pairs of members that predict different classes, by sample: float64 [N].
+
+    Of n_c members that predict class c, n_c (n_c - 1) ordered pairs agree. The mean over samples is that of
+    `disagreement` over pairs.
+
+    Args:
+        predictions: predicted classes, int64 [M, N], M of 2 or more.
+    """
+    members, samples = predictions.shape
+    votes = torch.zeros(samples, int(predictions.max()) + 1, dtype=torch.float64)
+    votes.scatter_add_(1, predictions.T, torch.ones_like(predictions.T, dtype=torch.float64))
+    return 1 - (votes * (votes - 1)).sum(dim=1) / (members * (members - 1))
+
+
+def error_ratios(member_accuracy: Any, ensemble_accuracy: Any = None, disagreement: Any = None) -> dict[str, Any]:
+    """DER and EIR from mean rates (numbers, or tensors of resampled ones): a rate over the members' mean error.
+
+    Returns:
+        `der`, disagreement / error, and `eir`, (ensemble accuracy - member accuracy) / error, of the rates that are
+        given; nan where a number of an error is 0.
+    """
+    error = 1 - member_accuracy
+    if not isinstance(error, Tensor) and error == 0:
+        error = math.nan
+    ratios = {}
+    if disagreement is not None:
+        ratios["der"] = disagreement / error
+    if ensemble_accuracy is not None:
+        ratios["eir"] = (ensemble_accuracy - member_accuracy) / error
+    return ratios
 
 
 def disagreement_error_ratio(predictions: Tensor, labels: Tensor) -> float:
     """DER: mean disagreement of two members over mean error of a member.
 
     Args:
-        predictions: predicted classes [M, N], M of 2 or more.
+        predictions: predicted classes, int64 [M, N], M of 2 or more.
         labels: int64 [N].
 
     Returns:
@@ -48,32 +90,36 @@ def disagreement_error_ratio(predictions: Tensor, labels: Tensor) -> float:
 
     Source: Theisen et al., "When are ensembles really effective?", NeurIPS 2023.
     """
-    error = (predictions != labels).double().mean().item()
-    differ = mean_over_pairs(disagreement(predictions))
-    return differ / error if error else float("nan")
+    member_accuracy = (predictions == labels).double().mean(dim=0).mean().item()
+    return error_ratios(member_accuracy, disagreement=disagreement_per_sample(predictions).mean().item())["der"]
 
 
-def ensemble_improvement_rate(probs: Tensor, labels: Tensor) -> float:
-    """EIR: (mean member error - ensemble error) / mean member error; the ensemble is the mean of the probabilities.
+def ensemble_improvement_rate(probs: Tensor, labels: Tensor, average: str = "probs") -> float:
+    """EIR: (mean member error - ensemble error) / mean member error.
 
     Args:
         probs: probabilities [M, N, C].
         labels: int64 [N].
+        average: the ensemble's output, as for `metrics.ensemble_log_probs`.
 
     Returns:
         At most 1; nan where no member errs at all.
 
     Source: Theisen et al., NeurIPS 2023; eq. (4) of arXiv 2407.12996.
     """
-    member_error = (probs.argmax(dim=2) != labels).double().mean().item()
-    ensemble_error = (probs.double().mean(dim=0).argmax(dim=1) != labels).double().mean().item()
-    return (member_error - ensemble_error) / member_error if member_error else float("nan")
+    ensemble = probs.double().mean(dim=0)
+    if average != "probs":
+        ensemble = metrics.ensemble_log_probs(probs.double().log(), average)
+    members = (probs.argmax(dim=2) == labels).double().mean(dim=0).mean().item()
+    return error_ratios(members, (ensemble.argmax(dim=1) == labels).double().mean().item())["eir"]
 
 
 def improvement_bounds(der: float, classes: int) -> tuple[float, float]:
-    """Theisen's bounds of EIR from DER for a competent majority vote: (2(K-1)/K DER - (3K-4)/K, DER).
+    """Bounds of EIR from DER for a competent majority vote of K classes: (2(K-1)/K DER - (3K-4)/K, DER).
 
-    They hold for majority votes; the mean of probabilities that is used here may leave them.
+    They hold for majority votes; the mean of probabilities, which is used here, may leave them.
+
+    Source: Theisen et al., NeurIPS 2023.
     """
     return 2 * (classes - 1) / classes * der - (3 * classes - 4) / classes, der
 
@@ -139,7 +185,7 @@ def ensemble_variance(outputs: Tensor) -> float:
     Source: Yang et al., "Rethinking bias-variance trade-off", ICML 2020; on logits it is the authors' quantity.
     """
     if len(outputs) < 2:
-        raise ValueError(f"{len(outputs)} member given, a variance needs two or more")
+        raise ValueError(f"a variance needs 2 or more members, got {len(outputs)}")
     values = outputs.double()
     by_sample = (values - values.mean(dim=0)).square().sum(dim=(0, 2)) / (len(values) - 1)
     return by_sample.mean().item()
@@ -189,7 +235,7 @@ def linear_cka(x: Tensor, y: Tensor, debiased: bool = True) -> float:
     Source: Kornblith et al., ICML 2019; Song et al., JMLR 2012 (unbiased HSIC). Computed in float64.
     """
     if len(x) != len(y) or len(x) < 4:
-        raise ValueError(f"CKA needs the same 4 or more samples in both, {len(x)} and {len(y)} given")
+        raise ValueError(f"CKA needs the same 4 or more samples in both, got {len(x)} and {len(y)}")
     x, y = (tensor.double() - tensor.double().mean(dim=0) for tensor in (x, y))
     hsic = _hsic_debiased if debiased else _hsic_biased
     scale = hsic(x, x) * hsic(y, y)
@@ -210,3 +256,30 @@ def _hsic_debiased(x: Tensor, y: Tensor) -> Tensor:
     ones = dx.sum() * dy.sum() / ((n - 1) * (n - 2))  # 1'K1 = -sum of its diagonal
     cross = 2 * (dx * dy).sum() / (n - 2)  # K1 = -diagonal
     return inner + ones - cross
+
+
+def squared_distances(probs: Tensor) -> Tensor:
+    """Mean squared distance of the outputs of each pair of members, [M, N, C] -> float64 [M, M].
+
+    `ensemble_variance` of any subset of the members is half the mean over its pairs.
+    """
+    matrix = torch.zeros(len(probs), len(probs), dtype=torch.float64)
+    for i, j in itertools.combinations(range(len(probs)), 2):
+        gap = (probs[i] - probs[j]).flatten()
+        matrix[i, j] = matrix[j, i] = torch.dot(gap, gap) / probs.shape[1]
+    return matrix
+
+
+def subsets_by_size(members: int) -> dict[int, list[tuple[int, ...]]]:
+    """All subsets of the members by size, as long as they are at most 200; else 200 of them, always the same."""
+    random = np.random.RandomState(0)
+    found = {}
+    for size in range(1, members + 1):
+        if math.comb(members, size) <= MAX_SUBSETS:
+            found[size] = list(itertools.combinations(range(members), size))
+        else:
+            drawn: set[tuple[int, ...]] = set()
+            while len(drawn) < MAX_SUBSETS:
+                drawn.add(tuple(sorted(random.permutation(members)[:size].tolist())))
+            found[size] = sorted(drawn)
+    return found

@@ -7,7 +7,8 @@ so that neither a weight gradient of the batch nor anything of size batch x para
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,18 +20,14 @@ from models.resnet_tiny import Scale
 from models.vit import Tokens
 from utils.hessian import matching_parameters, refuse_train_mode
 
-# Numbers that a layer's working set holds at a time (8 MiB in float32): the samples of a batch are taken in groups.
-CHUNK_NUMBERS = 2**21
-# Convolutions with fewer input channels than this have all their kernel offsets in one product.
-NARROW = 8
-# Numbers of one of the two blocks of gradients of the NTK's Gram matrix (512 MiB in float32).
-NTK_NUMBERS = 2**27
-# Samples at a time for layers without a formula of their own.
-VMAP_CHUNK = 16
-# Moving a number through memory takes about as long as this many multiply-adds of a matrix product.
-MOVE_COST = 10
+CHUNK_NUMBERS = 2**21  # in a layer's working set (8 MiB in float32): the samples of a batch are taken in groups
+NARROW = 8  # convolutions with fewer input channels have all their kernel offsets in one product
+NTK_NUMBERS = 2**27  # in one of the two blocks of gradients of the NTK's Gram matrix (512 MiB in float32)
+VMAP_CHUNK = 16  # samples at a time for layers without a formula of their own
+MOVE_COST = 10  # moving a number through memory takes about as long as so many multiply-adds of a matrix product
 
-_warned: set[str] = set()
+WARNED_OF: set[str] = set()
+Terms = Iterator[Tensor]
 
 
 class _NeedsWholeModelError(Exception):
@@ -63,18 +60,14 @@ def per_sample_fisher(model: nn.Module, images: Tensor, labels: Tensor) -> Tenso
     Raises:
         ValueError: if any module of the model is in train mode, or if it has no trainable parameter.
     """
-    if any(module.training for module in model.modules()):
-        raise ValueError(
-            "per_sample_fisher needs a model in eval mode: in train mode BatchNorm and dropout mix or perturb "
-            "samples, so that no gradient belongs to one sample; call model.eval() first"
-        )
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    refuse_train_mode(model, "the Fisher score of a sample")
+    trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     if not trainable:
         raise ValueError("per_sample_fisher: the model has no parameter with requires_grad")
     if not len(images):
         return images.new_zeros(0)
     try:
-        return _by_layers(model, images, labels, {id(parameter) for parameter in trainable})
+        return _by_layers(model, images, labels, trainable)
     except _NeedsWholeModelError as reason:
         _warn_once(str(reason))
         return _by_vmap(model, images, labels)
@@ -83,14 +76,14 @@ def per_sample_fisher(model: nn.Module, images: Tensor, labels: Tensor) -> Tenso
 def ntk_gram(model: nn.Module, images: Tensor, params: str | None = r"weight$") -> Tensor:
     """Inner products of the gradients of the summed logits: K_ij = <grad sum_c f_c(x_i), grad sum_c f_c(x_j)>.
 
-    The Gram matrix of the empirical neural tangent kernel of the summed logits, of the trainable parameters whose name
-    a regular expression is found in; the authors' quantity by default. Gradients are formed for a few images at a time,
-    so that two blocks of them take 1 GiB, and anew for each pair of blocks.
+    The Gram matrix of the empirical neural tangent kernel of the summed logits, by default in the authors' parameters.
+    Gradients are formed for a few images at a time, so that two blocks of them take 1 GiB, and anew for each pair of
+    blocks.
 
     Args:
         model: in eval mode throughout.
         images: [N, ...].
-        params: None for all trainable parameters.
+        params: a regular expression that is searched in the parameters' names; None for all trainable ones.
 
     Returns:
         float64 [N, N] on the CPU.
@@ -101,7 +94,8 @@ def ntk_gram(model: nn.Module, images: Tensor, params: str | None = r"weight$") 
     refuse_train_mode(model, "the NTK")
     parameters = matching_parameters(model, params)
     size = sum(p.numel() for p in parameters)
-    blocks = images.split(max(1, NTK_NUMBERS // size))
+    step = max(1, NTK_NUMBERS // size)
+    blocks = [slice(start, start + step) for start in range(0, len(images), step)]
 
     def gradients(block: Tensor) -> Tensor:
         rows = images.new_empty(len(block), size)
@@ -111,14 +105,12 @@ def ntk_gram(model: nn.Module, images: Tensor, params: str | None = r"weight$") 
             torch.cat([g.flatten() for g in found], out=row)
         return rows
 
-    starts = [sum(len(block) for block in blocks[:i]) for i in range(len(blocks))]
     gram = torch.zeros(len(images), len(images), dtype=torch.float64)
-    for i, block in enumerate(blocks):
-        mine = gradients(block)
-        for j in range(i + 1):
-            other = mine if i == j else gradients(blocks[j])
+    for i, rows in enumerate(blocks):
+        mine = gradients(images[rows])
+        for columns in blocks[: i + 1]:
+            other = mine if columns == rows else gradients(images[columns])
             product = (mine @ other.T).double().cpu()
-            rows, columns = (slice(starts[b], starts[b] + len(blocks[b])) for b in (i, j))
             gram[rows, columns], gram[columns, rows] = product, product.T
     return gram
 
@@ -128,7 +120,7 @@ def _by_layers(model: nn.Module, images: Tensor, labels: Tensor, trainable: set[
     called: set[nn.Module] = set()
     listening = True
 
-    def keep_input(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    def take_input(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         if not listening:
             return None
         if module in called:
@@ -144,10 +136,7 @@ def _by_layers(model: nn.Module, images: Tensor, labels: Tensor, trainable: set[
         def add_norms(output_grad: Tensor) -> None:
             nonlocal listening
             if [tensor._version for tensor in inputs] != versions:
-                raise RuntimeError(
-                    f"the input of {type(module).__name__} was changed in place after its use, so that its "
-                    "per-sample gradient is lost; write the change out of place"
-                )
+                raise RuntimeError(f"the input of {type(module).__name__} was changed in place after its use")
             listening = False
             with torch.no_grad():
                 scores.add_(_layer_norms(module, inputs, output_grad, trainable))
@@ -160,7 +149,7 @@ def _by_layers(model: nn.Module, images: Tensor, labels: Tensor, trainable: set[
     if sum(id(p) in trainable for m in owners for p in m.parameters(recurse=False)) > len(trainable):
         raise _NeedsWholeModelError("a parameter belongs to two layers")
     parameters = [parameter for parameter in model.parameters() if id(parameter) in trainable]
-    handles = [module.register_forward_hook(keep_input) for module in owners]
+    handles = [module.register_forward_hook(take_input) for module in owners]
     try:
         for parameter in parameters:
             parameter.requires_grad_(False)
@@ -196,17 +185,12 @@ def _by_vmap(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 
 def _layer_norms(module: nn.Module, inputs: tuple[Tensor, ...], output_grad: Tensor, trainable: set[int]) -> Tensor:
     """Squared norms [B] of the per-sample gradients of the module's own trainable parameters."""
-    # A subclass may compute something else, so that the type has to be exactly the known one.
-    norms = _KNOWN.get(type(module))
-    if norms is None or getattr(module, "padding_mode", "zeros") != "zeros":
-        _warn_once(f"{type(module).__name__} has no per-sample formula here")
-        return _unknown(module, inputs, output_grad, trainable)
-    wants = {name for name, p in module.named_parameters(recurse=False) if id(p) in trainable}
-    return norms(module, inputs[0], output_grad, wants)
-
-
-def _unknown(module: nn.Module, inputs: tuple[Tensor, ...], output_grad: Tensor, trainable: set[int]) -> Tensor:
     own = {name: p.detach() for name, p in module.named_parameters(recurse=False) if id(p) in trainable}
+    # A subclass may compute something else, so that the type has to be exactly the known one.
+    formula = FORMULAS.get(type(module))
+    if formula and getattr(module, "padding_mode", "zeros") == "zeros":
+        return sum(formula(module, inputs[0], output_grad, set(own)))
+    _warn_once(f"{type(module).__name__} has no per-sample formula here")
 
     def squared_norm(arguments: tuple[Tensor, ...], cotangent: Tensor) -> Tensor:
         batch_of_one = tuple(argument.unsqueeze(0) for argument in arguments)
@@ -228,33 +212,31 @@ def _gram(x: Tensor) -> Tensor:
     return torch.bmm(x, x.mT)
 
 
-def _linear(module: nn.Linear, x: Tensor, g: Tensor, wants: set[str]) -> Tensor:
+# A formula yields the squared norms [B] of the gradients of those of the layer's parameters that are in `wants`, given
+# the layer's input x and the gradient g of its output. A generator, because the terms are added in this order.
+
+
+def _linear(module: nn.Linear, x: Tensor, g: Tensor, wants: set[str]) -> Terms:
     """Weight gradient sum_t g_t x_t', bias gradient sum_t g_t; t runs over all dimensions between first and last."""
     x, g = x.reshape(len(x), -1, x.shape[-1]), g.reshape(len(g), -1, g.shape[-1])
     positions, rows, columns = g.shape[1], g.shape[2], x.shape[2]
-    norms = g.new_zeros(len(g))
     if "weight" in wants:
-        if positions * (rows + columns + 3 * MOVE_COST) < rows * columns:
-            norms += (_gram(x) * _gram(g)).sum((1, 2))
-        else:
-            norms += _direct(g, x)
+        by_gram = positions * (rows + columns + 3 * MOVE_COST) < rows * columns
+        yield (_gram(x) * _gram(g)).sum((1, 2)) if by_gram else _direct(g, x)
     if "bias" in wants:
-        norms += g.sum(1).square().sum(1)
-    return norms
+        yield g.sum(1).square().sum(1)
 
 
-def _conv2d(module: nn.Conv2d, x: Tensor, g: Tensor, wants: set[str]) -> Tensor:
+def _conv2d(module: nn.Conv2d, x: Tensor, g: Tensor, wants: set[str]) -> Terms:
     """Weight gradient at kernel offset o: sum_t g_t x_{s t + o}', t over output positions, s the stride."""
     x, g = x.permute(0, 2, 3, 1), g.permute(0, 2, 3, 1)
-    norms = g.new_zeros(len(g))
     if "bias" in wants:
-        norms += g.sum((1, 2)).square().sum(1)
+        yield g.sum((1, 2)).square().sum(1)
     if "weight" in wants:
         step = max(1, CHUNK_NUMBERS // (x[0].numel() + g[0].numel()))
         for group in zip(x.chunk(module.groups, 3), g.chunk(module.groups, 3), strict=True):
             chunks = zip(*(tensor.split(step) for tensor in group), strict=True)
-            norms += torch.cat([_conv2d_weight(module, x_chunk, g_chunk) for x_chunk, g_chunk in chunks])
-    return norms
+            yield torch.cat([_conv2d_weight(module, x_chunk, g_chunk) for x_chunk, g_chunk in chunks])
 
 
 def _zero_padding(module: nn.Conv2d) -> tuple[int, int, int, int]:
@@ -271,11 +253,8 @@ def _zero_padding(module: nn.Conv2d) -> tuple[int, int, int, int]:
 
 def _conv2d_weight(module: nn.Conv2d, x: Tensor, g: Tensor) -> Tensor:
     """One group: x [B, H, W, C] and g [B, H', W', P], channels last."""
-    (kernel_h, kernel_w), (stride_h, stride_w), (dilation_h, dilation_w) = (
-        module.kernel_size,
-        module.stride,
-        module.dilation,
-    )
+    (kernel_h, kernel_w), (stride_h, stride_w) = module.kernel_size, module.stride
+    dilation_h, dilation_w = module.dilation
     left, right, top, bottom = _zero_padding(module)
     (batch, out_h, out_w, rows), columns = g.shape, x.shape[3]
     in_h, in_w = x.shape[1] + top + bottom, x.shape[2] + left + right
@@ -284,18 +263,18 @@ def _conv2d_weight(module: nn.Conv2d, x: Tensor, g: Tensor) -> Tensor:
 
     def seen(i: int, j: int) -> tuple[slice, slice]:
         """The rows and columns of the input that kernel offset (i, j) sees."""
-        return (
-            slice(i, i + stride_h * (out_h - 1) + 1, stride_h),
-            slice(j, j + stride_w * (out_w - 1) + 1, stride_w),
-        )
+        rows = slice(i, i + stride_h * (out_h - 1) + 1, stride_h)
+        return rows, slice(j, j + stride_w * (out_w - 1) + 1, stride_w)
 
     # The multiply-adds of the two forms, for one sample. The Gram matrix of the patches is a sum over the offsets,
     # either of pieces of the Gram matrix of all pixels or of products made for each offset.
     from_pixels = pixels**2 <= len(offsets) * positions**2
     gram = (pixels**2 if from_pixels else len(offsets) * positions**2) * columns
     gram += positions**2 * (rows + 3 * MOVE_COST * len(offsets))
-    if gram < len(offsets) * positions * rows * columns:
-        x = F.pad(x, (0, 0, left, right, top, bottom))
+    direct = len(offsets) * positions * rows * columns
+    flat = columns >= NARROW and stride_h == stride_w == 1 and direct <= gram
+    x = F.pad(x, (0, 0, left, right, top, bottom + flat))
+    if gram < direct:
         if from_pixels:
             pixel_gram = _gram(x.reshape(batch, pixels, columns)).view(batch, in_h, in_w, in_h, in_w)
             pieces = (pixel_gram[(slice(None), *seen(i, j), *seen(i, j))] for i, j in offsets)
@@ -308,43 +287,37 @@ def _conv2d_weight(module: nn.Conv2d, x: Tensor, g: Tensor) -> Tensor:
         g_gram = _gram(g.reshape(batch, positions, rows))
         return (patch_gram.view(batch, positions, positions) * g_gram).sum((1, 2))
 
-    if columns < NARROW or not stride_h == stride_w == 1:
-        x = F.pad(x, (0, 0, left, right, top, bottom))
+    if flat:
+        # With g padded to the row length of the input, what an offset sees is a slice of the flat input.
+        x, g = x.reshape(batch, -1, columns), F.pad(g, (0, 0, 0, in_w - out_w))
+        patches = [x[:, i * in_w + j : (i + out_h) * in_w + j] for i, j in offsets]
+    else:
         patches = [x[(slice(None), *seen(i, j))].reshape(batch, positions, columns) for i, j in offsets]
         if columns < NARROW:
             patches = [torch.cat(patches, dim=2)]
-    else:
-        # With g padded to the row length of the input, what an offset sees is a plain slice of the flat input.
-        x = F.pad(x, (0, 0, left, right, top, bottom + 1)).reshape(batch, -1, columns)
-        patches = [x[:, i * in_w + j : (i + out_h) * in_w + j] for i, j in offsets]
-        g = F.pad(g, (0, 0, 0, in_w - out_w))
     g = g.reshape(batch, -1, rows)
     return sum(_direct(g, patch) for patch in patches)
 
 
-def _batch_norm(module: nn.BatchNorm2d, x: Tensor, g: Tensor, wants: set[str]) -> Tensor:
+def _batch_norm(module: nn.BatchNorm2d, x: Tensor, g: Tensor, wants: set[str]) -> Terms:
     """Scale gradient sum_t g_t (x_t - mean) / std, shift gradient sum_t g_t, for each channel; running statistics."""
     x, g = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2), g.flatten(2) if g.dim() > 2 else g.unsqueeze(2)
     g_sum = g.sum(2)
-    norms = g.new_zeros(len(g))
     if "bias" in wants:
-        norms += g_sum.square().sum(1)
+        yield g_sum.square().sum(1)
     if "weight" in wants:
         products = torch.linalg.vecdot(g, x, dim=2) - module.running_mean * g_sum
-        norms += (products.square() / (module.running_var + module.eps)).sum(1)
-    return norms
+        yield (products.square() / (module.running_var + module.eps)).sum(1)
 
 
-def _layer_norm(module: nn.LayerNorm, x: Tensor, g: Tensor, wants: set[str]) -> Tensor:
+def _layer_norm(module: nn.LayerNorm, x: Tensor, g: Tensor, wants: set[str]) -> Terms:
     """Scale gradient sum_t g_t * normalised x_t, shift gradient sum_t g_t, over the dimensions not normalised."""
     first = x.dim() - len(module.normalized_shape)
-    norms = g.new_zeros(len(g))
     if "bias" in wants:
-        norms += _sum_to(g, first).square().sum(1)
+        yield _sum_to(g, first).square().sum(1)
     if "weight" in wants:
         normalised = F.layer_norm(x, module.normalized_shape, eps=module.eps)
-        norms += _sum_to(g * normalised, first).square().sum(1)
-    return norms
+        yield _sum_to(g * normalised, first).square().sum(1)
 
 
 def _sum_to(g: Tensor, first: int) -> Tensor:
@@ -352,22 +325,20 @@ def _sum_to(g: Tensor, first: int) -> Tensor:
     return g.flatten(first).flatten(1, -2).sum(1) if g.dim() > first > 1 else g.flatten(1)
 
 
-def _scale(module: Scale, x: Tensor, g: Tensor, wants: set[str]) -> Tensor:
+def _scale(module: Scale, x: Tensor, g: Tensor, wants: set[str]) -> Terms:
     """Gradient of a channel's factor: sum_t g_t x_t."""
-    return torch.linalg.vecdot(g.flatten(2), x.flatten(2), dim=2).square().sum(1)
+    yield torch.linalg.vecdot(g.flatten(2), x.flatten(2), dim=2).square().sum(1)
 
 
-def _tokens(module: Tokens, x: Tensor, g: Tensor, wants: set[str]) -> Tensor:
+def _tokens(module: Tokens, x: Tensor, g: Tensor, wants: set[str]) -> Terms:
     """The positions' gradient is g itself, the class token's its first row."""
-    norms = g.new_zeros(len(g))
     if "pos_embed" in wants:
-        norms += g.square().sum((1, 2))
+        yield g.square().sum((1, 2))
     if "cls_token" in wants:
-        norms += g[:, 0].square().sum(1)
-    return norms
+        yield g[:, 0].square().sum(1)
 
 
-_KNOWN: dict[type, Callable[[nn.Module, Tensor, Tensor, set[str]], Tensor]] = {
+FORMULAS: dict[type, Callable[[Any, Tensor, Tensor, set[str]], Terms]] = {
     nn.Conv2d: _conv2d,
     Pointwise: _conv2d,
     nn.Linear: _linear,
@@ -380,6 +351,6 @@ _KNOWN: dict[type, Callable[[nn.Module, Tensor, Tensor, set[str]], Tensor]] = {
 
 
 def _warn_once(reason: str) -> None:
-    if reason not in _warned:
-        _warned.add(reason)
+    if reason not in WARNED_OF:
+        WARNED_OF.add(reason)
         warnings.warn(f"per_sample_fisher: {reason}; chunked vmap takes over, exact but slower", stacklevel=4)

@@ -48,37 +48,31 @@ class HessianOperator:
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
         """H v for one vector [P], or for the columns of [P, K], which share each batch's graph."""
-        columns = vectors if vectors.dim() == 2 else vectors[:, None]
-        parts = [self._split(column) for column in columns.T]
+        parts = [self.as_parameters(column) for column in torch.atleast_2d(vectors.t())]
         sums = [[torch.zeros_like(p) for p in self.parameters] for _ in parts]
         for images, labels in self.batches:
-            # Of the kernels of attention, only the plain one has a second derivative.
+            # Of the kernels of attention, only that of single operations has a second derivative.
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _quick_layers(self.model):
                 loss = F.cross_entropy(self.model(images), labels, reduction="sum") / self.samples
                 gradients = torch.autograd.grad(loss, self.parameters, create_graph=True, materialize_grads=True)
                 # A gradient that does not depend on the weights (of a linear model's bias, say) has no graph.
                 graded = [g for g in gradients if g.requires_grad]
                 for i, part in enumerate(parts):
-                    products = torch.autograd.grad(
-                        graded,
-                        self.parameters,
-                        [v for g, v in zip(gradients, part, strict=True) if g.requires_grad],
-                        retain_graph=i + 1 < len(parts),
-                        materialize_grads=True,
-                    )
+                    directions = [v for g, v in zip(gradients, part, strict=True) if g.requires_grad]
+                    more = i + 1 < len(parts)  # the last product releases the graph
+                    products = torch.autograd.grad(graded, self.parameters, directions, more, materialize_grads=True)
                     torch._foreach_add_(sums[i], [product.detach() for product in products])
             del loss, gradients, graded, products
-        result = torch.stack([torch.cat([p.flatten() for p in one]) for one in sums], dim=1)
-        return result if vectors.dim() == 2 else result[:, 0]
+        return torch.stack([torch.cat([p.flatten() for p in one]) for one in sums], dim=1).view_as(vectors)
 
-    def _split(self, vector: Tensor) -> list[Tensor]:
-        device, dtype = self.parameters[0].device, self.parameters[0].dtype
-        pieces = vector.to(device, dtype).split([p.numel() for p in self.parameters])
+    def as_parameters(self, vector: Tensor) -> list[Tensor]:
+        """A vector [P] cut into the shapes of the parameters."""
+        pieces = vector.to(self.parameters[0]).split([p.numel() for p in self.parameters])
         return [piece.view(p.shape) for piece, p in zip(pieces, self.parameters, strict=True)]
 
 
-# PyTorch differentiates its backward passes by general formulas of many passes over memory. In a ResNet the two layers
-# below took most of a product's time; written out, their second derivatives are as many convolutions as there must be.
+# PyTorch differentiates its backward passes by general formulas that pass over memory many times. In a ResNet the two
+# layers below took most of a product's time; written out, their second derivatives are only the convolutions required.
 
 
 class _Conv2d(torch.autograd.Function):
@@ -154,14 +148,12 @@ class _BatchNormBackward(torch.autograd.Function):
 
 def _scale_and_sums(g: Tensor, x: Tensor, factor: Tensor, mean: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Factor g, sum r (x - mean) g and sum g, channel by channel, in one pass."""
-    var = r.square().reciprocal()
-    return torch.ops.aten.native_batch_norm_backward(
-        g, x, factor / r, mean, var, None, None, False, 0.0, [True, True, True]
-    )
+    fixed = mean, r.square().reciprocal(), None, None, False, 0.0  # the statistics of eval mode, and eps
+    return torch.ops.aten.native_batch_norm_backward(g, x, factor / r, *fixed, [True, True, True])
 
 
 def _quick(layer: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """The layer in eval mode with a quick second derivative, or None for the other ones."""
+    """The layer's forward pass in eval mode with a quick second derivative; None for layers without one here."""
     # A subclass may compute something else, so that the type has to be exactly the known one.
     if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
         options = (layer.stride, layer.padding, layer.dilation, False, (0, 0), layer.groups)
@@ -174,7 +166,7 @@ def _quick(layer: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
 @contextmanager
 def _quick_layers(model: nn.Module) -> Iterator[None]:
-    """The model's layers have the quick second derivatives that are known."""
+    """Within the block, the model's layers take their quick second derivatives."""
     found = {layer: forward for layer in model.modules() if (forward := _quick(layer))}
     try:
         for layer, forward in found.items():
@@ -192,7 +184,7 @@ def refuse_train_mode(model: nn.Module, what: str) -> None:
 
 
 def matching_parameters(model: nn.Module, params: str | None) -> list[nn.Parameter]:
-    """The trainable parameters whose names a regular expression is found in; all of them for None.
+    """The trainable parameters in whose names a regular expression is found; all of them for None.
 
     Raises:
         ValueError: if there are none, or if it is no regular expression.
@@ -219,8 +211,8 @@ def hessian_trace(
 
     hutchinson: the mean of v'Hv over `probes` vectors of independent signs; unbiased, and its standard error is that of
     the mean. hutch++: a third of the products finds a basis Q of the range of H, a third its exact share
-    tr(Q'HQ), and a third estimates the rest with probes orthogonal to Q; for spectra with a few large eigenvalues much
-    more exact with as many products. Nothing is divided by the number of parameters, and nothing stops early.
+    tr(Q'HQ), and a third estimates the rest with probes orthogonal to Q; for spectra with a few large eigenvalues it is
+    much more exact at the same cost. Nothing is divided by the number of parameters, and nothing stops early.
 
     Args:
         model, batches, params: as for `HessianOperator`.
@@ -234,35 +226,33 @@ def hessian_trace(
     Source: Hutchinson, Commun. Stat. 1990; Meyer et al., "Hutch++", SOSA 2021.
     """
     operator = HessianOperator(model, batches, params)
-    least = {"hutchinson": 2, "hutch++": 6}
-    if method not in least:
-        raise ValueError(f"method: '{method}' given, choose of {', '.join(least)}")
-    if probes < least[method]:
-        raise ValueError(f"probes: {probes} given, {method} needs {least[method]} or more")
+    minimum = {"hutchinson": 2, "hutch++": 6}
+    if method not in minimum:
+        raise ValueError(f"method: expected one of {', '.join(minimum)}, got '{method}'")
+    if probes < minimum[method]:
+        raise ValueError(f"probes: expected {minimum[method]} or more for {method}, got {probes}")
     generator = generator or torch.Generator().manual_seed(0)
 
     def signs(count: int) -> Tensor:
         return (2 * torch.randint(0, 2, (operator.size, count), generator=generator) - 1).to(torch.float32)
 
+    def curvature(vector: Tensor) -> float:
+        return (operator @ vector).double().cpu().dot(vector).item()
+
     exact, remaining, basis = 0.0, probes, None
     if method == "hutch++":
         third = min(probes // 3, operator.size)
-        sketch = torch.cat([(operator @ column).cpu()[:, None] for column in signs(third).T], dim=1).double()
+        sketch = torch.stack([(operator @ column).cpu() for column in signs(third).T], dim=1).double()
         basis = torch.linalg.qr(sketch).Q
-        exact = sum((operator @ q).double().cpu().dot(q).item() for q in basis.T)
-        remaining = probes - 2 * third
+        exact, remaining = sum(map(curvature, basis.T)), probes - 2 * third
     values = []
     for _ in range(remaining):
         probe = signs(1)[:, 0].double()
         if basis is not None:
             probe -= basis @ (basis.T @ probe)
-        values.append((operator @ probe).double().cpu().dot(probe).item())
-    return {
-        "trace": exact + float(np.mean(values)),
-        "standard_error": float(np.std(values, ddof=1) / math.sqrt(len(values))),
-        "probes": probes,
-        "samples": operator.samples,
-    }
+        values.append(curvature(probe))
+    trace, error = exact + float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
+    return {"trace": trace, "standard_error": error, "probes": probes, "samples": operator.samples}
 
 
 def top_eigenvalues(
@@ -289,7 +279,7 @@ def top_eigenpairs(
     """
     operator = HessianOperator(model, batches, params)
     if not 0 < k < operator.size:
-        raise ValueError(f"k: {k} given, 1 to {operator.size - 1} are possible")
+        raise ValueError(f"k: expected 1 to {operator.size - 1}, got {k}")
 
     def product(vector: np.ndarray) -> np.ndarray:
         return (operator @ torch.from_numpy(np.ascontiguousarray(vector.reshape(-1)))).double().cpu().numpy()

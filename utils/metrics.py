@@ -1,13 +1,14 @@
-"""Accuracy, likelihood and calibration of predicted probabilities, all from log-probabilities.
+"""Per-sample columns of predicted probabilities, the scores that derive from them, calibration, and intervals.
 
-Arguments: log_probs [N, C], natural logarithms of probabilities; labels int64 [N]. Every figure is a sum over samples
-that is divided once.
+log_probs [N, C] are natural logarithms of probabilities, labels int64 [N]. Every score is a sum over samples that is
+divided once.
 """
 
 import base64
 import math
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from scipy import stats
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-MOST_COUNTS = 2**24  # bytes of unpacked counts: a text may hold a thousand times its own size
+MAX_COUNTS = 2**24  # bytes of unpacked counts: a text may hold a thousand times its own size
 
 
 def ensemble_log_probs(log_probs: Tensor, average: str = "probs") -> Tensor:
@@ -31,20 +32,42 @@ def ensemble_log_probs(log_probs: Tensor, average: str = "probs") -> Tensor:
     return torch.logsumexp(log_probs, dim=0) - math.log(len(log_probs))
 
 
+def per_sample(log_probs: Tensor, labels: Tensor, probs: Tensor | None = None) -> dict[str, Tensor]:
+    """What every score is a mean of, by sample.
+
+    Args:
+        log_probs: [..., N, C], for instance of members and samples.
+        labels: int64 [N].
+        probs: their exponentials in float64, where these have been computed.
+
+    Returns:
+        float64 [..., N] each: `correct`, 1 where the largest probability is the label's; `nll`, -log p(label) in nats;
+        `brier`, sum_c (p_c - 1[c = label])^2, 0 to 2 (Brier, 1950); `confidence`, the largest probability.
+    """
+    log_probs = log_probs.double()
+    index = labels.expand(log_probs.shape[:-1])[..., None]
+    return columns_of(log_probs.exp() if probs is None else probs, -log_probs.gather(-1, index)[..., 0], labels)
+
+
+def columns_of(probs: Tensor, nll: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """`per_sample` from probabilities [..., N, C] and NLL [..., N], for which a probability may be too small."""
+    confidence, prediction = probs.max(dim=-1)
+    return {
+        "correct": (prediction == labels).double(),
+        "nll": nll,
+        "brier": torch.linalg.vecdot(probs, probs) - 2 * torch.exp(-nll) + 1,
+        "confidence": confidence,
+    }
+
+
 def accuracy(log_probs: Tensor, labels: Tensor) -> float:
     """Share of samples whose largest entry is at the label, 0 to 1."""
-    return (log_probs.argmax(dim=1) == labels).double().mean().item()
+    return per_sample(log_probs, labels)["correct"].mean().item()
 
 
 def negative_log_likelihood(log_probs: Tensor, labels: Tensor) -> float:
     """Mean over samples of -log p(label), in nats."""
-    return -log_probs.double().gather(1, labels[:, None]).mean().item()
-
-
-def brier_score(log_probs: Tensor, labels: Tensor) -> float:
-    """Mean over samples of sum_c (p_c - 1[c = label])^2 = sum_c p_c^2 - 2 p_label + 1, 0 to 2 (Brier, 1950)."""
-    probs = log_probs.double().exp()
-    return (probs.square().sum(1) - 2 * probs.gather(1, labels[:, None])[:, 0] + 1).mean().item()
+    return per_sample(log_probs, labels)["nll"].mean().item()
 
 
 def expected_calibration_error(probs: Tensor, labels: Tensor, n_bins: int = 15) -> float:
@@ -63,13 +86,34 @@ def expected_calibration_error(probs: Tensor, labels: Tensor, n_bins: int = 15) 
     Source: Naeini et al., AAAI 2015; Guo et al., ICML 2017, with 15 bins.
     """
     if n_bins < 1:
-        raise ValueError(f"n_bins: {n_bins} given, 1 or more is needed")
-    if not len(probs) or not bool(((probs >= 0) & (probs <= 1 + 1e-6)).all()):
-        raise ValueError("probs: numbers from 0 to 1 are needed, at least one row")
+        raise ValueError(f"n_bins: expected 1 or more, got {n_bins}")
+    if not len(probs) or not (probs.amin() >= 0 and probs.amax() <= 1 + 1e-6):
+        raise ValueError("probs: expected numbers from 0 to 1, in one row or more")
     confidence, prediction = probs.double().max(dim=1)
     gap = (prediction == labels).double() - confidence
     sums = torch.zeros(n_bins, dtype=torch.float64).index_add_(0, calibration_bins(confidence, n_bins), gap)
     return sums.abs().sum().item() / len(probs)
+
+
+def calibration_gaps(columns: dict[str, Tensor], n_bins: int) -> Tensor:
+    """Of each sample, correct less confidence in the column of its bin: [N, n_bins].
+
+    The sum over bins of the absolute column means is the `expected_calibration_error`, of resampled ones too.
+    """
+    confidence = columns["confidence"]
+    gaps = torch.zeros(len(confidence), n_bins, dtype=torch.float64)
+    gaps[torch.arange(len(gaps)), calibration_bins(confidence, n_bins)] = columns["correct"] - confidence
+    return gaps
+
+
+def scores(columns: dict[str, Tensor], probs: Tensor, labels: Tensor, n_bins: int) -> dict[str, float]:
+    """Accuracy, NLL, Brier score and ECE of probabilities [N, C], whose columns are at hand."""
+    return {
+        "accuracy": columns["correct"].mean().item(),
+        "nll": columns["nll"].mean().item(),
+        "brier": columns["brier"].mean().item(),
+        "ece": expected_calibration_error(probs, labels, n_bins),
+    }
 
 
 def calibration_bins(confidence: Tensor, n_bins: int) -> Tensor:
@@ -83,16 +127,17 @@ def fit_temperature(log_probs: Tensor, labels: Tensor) -> float:
 
     Since softmax ignores shifts, log-probabilities serve as logits. For an ensemble, pass those of its mean: it is
     calibrated after averaging. The loss is convex in 1/T; T is searched from 0.01 to 100. Where all predictions are
-    right, the loss falls for ever as T goes to 0 and says nothing of other samples: then T is 1.
+    correct, the loss keeps falling as T goes to 0 and says nothing about other samples: then T is 1.
 
     Source: Guo et al., "On calibration of modern neural networks", ICML 2017.
     """
-    scores = log_probs.double()
+    logits = log_probs.double()
     if accuracy(log_probs, labels) == 1:
         return 1.0
 
     def loss(log_inverse: float) -> float:
-        return negative_log_likelihood(torch.log_softmax(math.exp(log_inverse) * scores, dim=1), labels)
+        scaled = torch.log_softmax(math.exp(log_inverse) * logits, dim=1)
+        return -scaled.gather(1, labels[:, None]).mean().item()
 
     # Convex in 1/T, and therefore with one minimum in log(1/T) as well.
     found = minimize_scalar(loss, bounds=(-math.log(100), math.log(100)), method="bounded", options={"xatol": 1e-6})
@@ -108,7 +153,7 @@ def bootstrap_weights(samples: int, draws: int, seed: int = 0) -> Tensor:
     """How often each sample is drawn in each resample with replacement, over the number of samples: float64 [B, N].
 
     A row times a column of per-sample values is a resampled mean. The same seed gives the same resamples, so that
-    figures of the same samples can be compared pair by pair.
+    scores of the same samples can be compared draw by draw.
     """
     random = np.random.RandomState(seed)
     rows = [np.bincount(random.randint(0, samples, samples), minlength=samples) for _ in range(draws)]
@@ -126,8 +171,8 @@ def percentile_interval(draws: Tensor, level: float = 0.95) -> list[float] | Non
 def corrected_interval(value: float, draws: Tensor, level: float = 0.95) -> list[float] | None:
     """The basic bootstrap interval [2 v - q_high, 2 v - q_low] of a value v of 0 or more; q: percentiles of its draws.
 
-    For a figure that resampling pushes upwards, as it does the calibration error, whose percentile interval can lie
-    above the figure itself. Where a model is calibrated all but perfectly no interval of this kind covers at its level.
+    For a score that resampling pushes upwards, such as the calibration error, whose percentile interval can lie above
+    the score itself. Where a model is almost perfectly calibrated, no interval of this kind covers at its level.
 
     Source: Davison and Hinkley, "Bootstrap methods and their application", 1997, section 5.2.
     """
@@ -193,9 +238,19 @@ def unpack_counts(text: str) -> np.ndarray:
     """
     try:
         unpacker = zlib.decompressobj()
-        content = unpacker.decompress(base64.b64decode(text, validate=True), MOST_COUNTS)
+        content = unpacker.decompress(base64.b64decode(text, validate=True), MAX_COUNTS)
         if not unpacker.eof:
-            raise ValueError("cut off, or too many")
+            raise ValueError("truncated, or too many")
         return np.frombuffer(content, dtype="<u2").astype(np.int64)
     except (ValueError, zlib.error) as error:
-        raise ValueError(f"no packed counts ({error})") from error
+        raise ValueError(f"not packed counts ({error})") from error
+
+
+def mean_of(values: list) -> Any:
+    """The mean of nested dicts and lists of the same form, number by number; None where a number is missing."""
+    first = values[0]
+    if isinstance(first, dict):
+        return {key: mean_of([value[key] for value in values]) for key in first}
+    if isinstance(first, list):
+        return [mean_of(list(column)) for column in zip(*values, strict=True)]
+    return None if any(value is None for value in values) else sum(values) / len(values)

@@ -7,8 +7,9 @@ import numpy as np
 
 SELECT = ("flattest", "sharpest", "random", "same")
 UNSELECTED = ("normal", "one", "others")
-DRAWN = ("random", "same")  # of SELECT, those that no score decides
-PICKED = {"released": "flattest", "paper": "sharpest"}  # by --partition
+SCORE_FREE = ("random", "same")  # of SELECT, those that no score decides
+# The `select` of each --partition.
+PARTITION_RULE = {"released": "flattest", "paper": "sharpest", "random": "random", "same": "same"}
 
 
 def sharpness_aware_masks(
@@ -19,7 +20,7 @@ def sharpness_aware_masks(
     seeds: Sequence[int] | None = None,
     sizes: Sequence[int] | None = None,
 ) -> np.ndarray:
-    """Which samples each member trains with SAM; all others it trains with plain steps.
+    """Which samples each member trains with SAM; all others it trains with normal steps.
 
     With M members, N samples and T = int(flat_ratio N), member j picks Q_j: its T samples of lowest score
     (`flattest`) or highest score (`sharpest`). O_i is the union of Q_j over j != i, R the samples that nobody picked,
@@ -33,14 +34,14 @@ def sharpness_aware_masks(
     members. Both ignore the values of the scores and `unselected`. With `sizes` member i has sizes[i] samples instead
     of T; those of `same` are then the first ones of one order.
 
-    Equal scores are told apart by their index, as a stable sort does: a lower index counts as a lower score.
+    Equal scores are ordered by their index, as by a stable sort: a lower index counts as a lower score.
 
     Args:
         scores: [M, N], finite.
         flat_ratio: share of the samples that a member picks, 0 to 1.
         select: flattest | sharpest | random | same.
         unselected: normal | one | others.
-        seeds: M whole numbers of 0 or more; needed by random and same.
+        seeds: M whole numbers of 0 or more; used by random and same.
         sizes: M whole numbers from 0 to N; for random and same only.
 
     Returns:
@@ -53,22 +54,22 @@ def sharpness_aware_masks(
     """
     scores = np.asarray(scores)
     if scores.ndim != 2 or scores.shape[0] < 1:
-        raise ValueError(f"scores: shape {scores.shape} given, [members, samples] is needed")
+        raise ValueError(f"scores: expected shape [members, samples], got {scores.shape}")
     if not 0 <= flat_ratio <= 1:
-        raise ValueError(f"flat_ratio: {flat_ratio} given, a number from 0 to 1 is needed")
+        raise ValueError(f"flat_ratio: expected a number from 0 to 1, got {flat_ratio}")
     if select not in SELECT:
-        raise ValueError(f"select: '{select}' given, choose one of {', '.join(SELECT)}")
+        raise ValueError(f"select: expected one of {', '.join(SELECT)}, got '{select}'")
     if unselected not in UNSELECTED:
-        raise ValueError(f"unselected: '{unselected}' given, choose one of {', '.join(UNSELECTED)}")
+        raise ValueError(f"unselected: expected one of {', '.join(UNSELECTED)}, got '{unselected}'")
     members, samples = scores.shape
     picked = math.floor(flat_ratio * samples)
 
-    if select in DRAWN:
+    if select in SCORE_FREE:
         if seeds is None or len(seeds) != members:
             raise ValueError(f"seeds: select='{select}' needs one seed for each of the {members} members")
         sizes = [picked] * members if sizes is None else sizes
         if len(sizes) != members or not all(0 <= size <= samples for size in sizes):
-            raise ValueError(f"sizes: {list(sizes)} given, {members} numbers from 0 to {samples} are needed")
+            raise ValueError(f"sizes: expected {members} numbers from 0 to {samples}, got {list(sizes)}")
         masks = np.zeros((members, samples), dtype=bool)
         for mask, seed, size in zip(masks, seeds if select == "random" else [seeds[0]] * members, sizes, strict=True):
             mask[np.random.default_rng(seed).permutation(samples)[:size]] = True

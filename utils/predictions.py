@@ -1,8 +1,8 @@
-"""One forward pass of a member over a part of the data, ever: cached logits, which every measure comes from.
+"""One forward pass of each member over each part of the data: cached logits, which every metric derives from.
 
-A cache file lies under the measurement folder as predictions/<member>/<part>.npz, and holds the logits with the digests
-of the member's weights and of the part's images, labels and transform. All scripts find it again; a file that is
-damaged, or belongs to other weights or images, is noticed and made anew.
+A cache file is predictions/<member>/<part>.npz in the measurement folder. It holds the logits with the digests of the
+member's weights and of the part's images, labels and normalisation. All scripts share it; a file that is damaged, or
+belongs to other weights or images, is computed anew.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import sys
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils import InputError, RunError, first_line
-from utils.checkpoint import find_checkpoints, load_model, read_settings, run_of, write_atomically, write_json
-from utils.cli import start_device
-from utils.data import CORRUPTED, DATASETS, Data, ImageSet, check_corrupted, find_corrupted, load_data, read_corrupted
-from utils.ensemble import FREE_SETTINGS, environment
-from utils.training import evaluating
+from utils.checkpoint import NETWORK, load_model
+from utils.data import Data, ImageSet
+from utils.datasets import CORRUPTED, DATASETS, check_corrupted, find_corrupted, load_data, read_corrupted
+from utils.distributed import start_device
+from utils.files import array_of, write_atomically, write_json
+from utils.run import FREE_SETTINGS, environment, find_checkpoints, read_settings, run_of
+from utils.training import predict
 
-FORM = 1  # of the cache files; another number makes old ones stale
-BATCH = 512
+Progress = Callable[[int], object]  # called with the number of images that are done
+CACHE_VERSION = 1  # of the cache files; a new number makes old ones stale
 
 
 @dataclass
 class SavedMember:
-    """A member read from a checkpoint: the network in eval mode, what is known of it, and the digest of its weights."""
+    """A member read from a checkpoint: the network in eval mode, its description, and the digest of its weights."""
 
     path: Path
     model: nn.Module
@@ -46,43 +48,39 @@ class SavedMember:
     digest: str
 
     def describe(self) -> dict:
-        """What a result file says of it."""
+        """What a result file records of it."""
         return {"path": str(self.path), "sha256_of_weights": self.digest, "seed": self.seed, "epoch": self.epoch}
 
 
-def load_members(paths: list[Path], at_least: int = 1, why: str = "", **told: object) -> list[SavedMember]:
+def load_members(paths: list[Path], at_least: int = 1, why: str = "", **known: object) -> list[SavedMember]:
     """Read the members of one ensemble.
 
     Args:
         paths: checkpoint files, of ours or of the authors' release.
-        at_least: how many are needed, and `why`.
-        told: what the caller knows of the networks, as for `utils.checkpoint.load_model`.
+        at_least: how many there have to be, and `why`.
+        known: what the caller knows of the networks, as for `utils.checkpoint.load_model`.
 
     Raises:
         InputError: for too few members, members of different networks or data sets, the same weights twice, or weights
             that are not finite.
     """
     if len(paths) < at_least:
-        raise InputError(f"--resume: {len(paths)} member given; {why}, so that {at_least} are needed")
+        raise InputError(f"--resume: expected {at_least} or more members, since {why}, got {len(paths)}")
     members: list[SavedMember] = []
     for path in paths:
-        model, checkpoint = load_model(path, **told)
+        model, checkpoint = load_model(path, **known)
         digest = hashlib.sha256()
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise InputError(f"{path}: {name} holds values that are not finite; take an earlier checkpoint")
+                raise InputError(f"{path}: {name} holds values that are not finite; use an earlier checkpoint")
             digest.update(name.encode())
             digest.update(tensor.contiguous().numpy())
-        network = {
-            name: checkpoint[name] for name in ("model", "dataset", "width", "num_classes", "image_size", "in_channels")
-        }
+        network = {name: checkpoint[name] for name in ("dataset", *NETWORK)}
         for other in members:
             for name, value in network.items():
                 if other.network[name] != value:
-                    raise InputError(
-                        f"--resume: {path} has {name} {value}, {other.path} has {other.network[name]}; the members of "
-                        "an ensemble are of one kind"
-                    )
+                    differ = f"{path} has {name} {value}, {other.path} has {other.network[name]}"
+                    raise InputError(f"--resume: {differ}; the members of an ensemble are of one kind")
             if other.digest == digest.hexdigest():
                 raise InputError(f"--resume: {path} and {other.path} hold the same weights; give each member once")
         seed, epoch = checkpoint.get("seed"), checkpoint["epoch"]
@@ -92,9 +90,9 @@ def load_members(paths: list[Path], at_least: int = 1, why: str = "", **told: ob
 
 @dataclass
 class Part:
-    """Some images that are measured together: a split, or one corruption at one severity.
+    """Images that are measured together: a split, or one corruption at one severity.
 
-    `load` reads them, on the device of the data and without augmentation; they are not kept.
+    `load` reads them, on the device of the data and without augmentation.
     """
 
     name: str
@@ -109,16 +107,14 @@ def parts_of(
     """The parts of a split of `SPLITS`; "corrupted" has one for each corruption and severity.
 
     Raises:
-        InputError: if the corrupted set, or a file of it, is missing or has another form than the test set.
+        InputError: if the corrupted set, or a file of it, is missing or does not fit the test set.
     """
     if split != "corrupted":
         return [Part(split, lambda: getattr(data, split))]
     folder = find_corrupted(data.name, data_path)
     if folder is None:
-        raise InputError(
-            f"--split corrupted: no {CORRUPTED[data.name]}/ in {data_path} or beside the data set; leave it out, or "
-            "name the folder that holds it by --data_path"
-        )
+        problem = f"--split corrupted: no {CORRUPTED[data.name]}/ in {data_path} or beside the data set"
+        raise InputError(f"{problem}; leave it out, or name the folder that holds it by --data_path")
     check_corrupted(folder, data, corruptions, severities)
     return [
         Part(f"{name}-{severity}", partial(read_corrupted, folder, data, name, severity), name, severity)
@@ -128,7 +124,7 @@ def parts_of(
 
 
 class Predictions:
-    """The members' logits (and features) on any part, from the cache or by a forward pass.
+    """The members' logits (and features) on any part, from the cache or from a forward pass.
 
     Args:
         members: as from `load_members`.
@@ -138,11 +134,7 @@ class Predictions:
     """
 
     def __init__(
-        self,
-        members: list[SavedMember],
-        folder: Path,
-        features: bool = False,
-        progress: Callable[[int], None] = lambda images: None,
+        self, members: list[SavedMember], folder: Path, features: bool = False, progress: Progress = lambda images: None
     ):
         self.members, self.folder, self.features, self.progress = members, folder, features, progress
         self.digests: dict[str, str] = {}  # of the images of each part that was asked for
@@ -162,54 +154,35 @@ class Predictions:
 
     def _member(self, member: SavedMember, part: str, images: ImageSet, key: str) -> dict[str, np.ndarray]:
         path = self.folder / "predictions" / member.digest[:16] / f"{part}.npz"
-        about = json.dumps({"form": FORM, "weights": member.digest, "images": key})
-        arrays = _read(path, about, (len(images), member.network["num_classes"]))
-        if arrays is None or (self.features and "features" not in arrays):
-            arrays = forward(member.model, images, self.features, self.progress)
-            if not np.isfinite(arrays["logits"]).all():
-                raise InputError(f"{member.path}: its logits on {part} are not finite")
-            buffer = io.BytesIO()
-            np.savez(buffer, about=np.array(about), **arrays)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, buffer.getvalue())
-        else:
+        about = json.dumps({"form": CACHE_VERSION, "weights": member.digest, "images": key})
+        arrays = read_cache(path, about, (len(images), member.network["num_classes"]))
+        if arrays is not None and (not self.features or "features" in arrays):
             self.progress(len(images))
+            return arrays
+        member.model.to(images.device, memory_format=torch.channels_last)
+        logits, features = predict(member.model, images, self.features, self.progress)
+        if not logits.isfinite().all():
+            raise InputError(f"{member.path}: its logits on {part} are not finite")
+        arrays = {"logits": logits.numpy()} | ({"features": features.numpy()} if self.features else {})
+        buffer = io.BytesIO()
+        np.savez(buffer, about=np.array(about), **arrays)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, buffer.getvalue())
         return arrays
 
 
-@torch.inference_mode()
-def forward(
-    model: nn.Module, images: ImageSet, features: bool, progress: Callable[[int], None] = lambda images: None
-) -> dict[str, np.ndarray]:
-    """One pass in eval mode: `logits` float32 [N, C] and, if asked, `features` [N, D], the last layer's input."""
-    model.to(images.device, memory_format=torch.channels_last)
-    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-    rows: dict[str, list[Tensor]] = {"logits": [], "features": []}
-    hook = last.register_forward_pre_hook(lambda module, args: rows["features"].append(args[0].float()))
-    try:
-        with evaluating(model):
-            for batch, _ in images.in_order(BATCH):
-                rows["logits"].append(model(batch).float())
-                progress(len(batch))
-                if not features:
-                    rows["features"].clear()
-    finally:
-        hook.remove()
-    return {name: torch.cat(tensors).cpu().numpy() for name, tensors in rows.items() if tensors}
-
-
-def _read(path: Path, about: str, shape: tuple[int, int]) -> dict[str, np.ndarray] | None:
-    """A cache file, or None if it is missing, damaged or about something else; `shape` is that of the logits."""
+def read_cache(path: Path, about: str, shape: tuple[int, int]) -> dict[str, np.ndarray] | None:
+    """A cache file, or None if it is missing, damaged or about something else; `shape` is that of its logits."""
     try:
         with zipfile.ZipFile(path) as file:
             entries = file.infolist()
-            # numpy.savez packs nothing; what is packed could hold a thousand times the size of the file.
+            # numpy.savez compresses nothing; what is compressed could hold a thousand times the size of the file.
             if any(entry.compress_type or entry.file_size > path.stat().st_size for entry in entries):
                 return None
-            if _array(file.read("about.npy")).item() != about:
+            if array_of(file.read("about.npy")).item() != about:
                 return None
             names = [entry.filename for entry in entries if entry.filename != "about.npy"]
-            arrays = {name.removesuffix(".npy"): _array(file.read(name)) for name in names}
+            arrays = {name.removesuffix(".npy"): array_of(file.read(name)) for name in names}
         whole = all(array.dtype == np.float32 and array.ndim == 2 for array in arrays.values())
         whole = whole and all(len(array) == shape[0] and np.isfinite(array).all() for array in arrays.values())
         return arrays if whole and arrays["logits"].shape == shape else None
@@ -217,85 +190,113 @@ def _read(path: Path, about: str, shape: tuple[int, int]) -> dict[str, np.ndarra
         return None
 
 
-def _array(content: bytes) -> np.ndarray:
-    """The array of an .npy file that numpy writes, out of its content: no header makes it larger than that."""
-    file = io.BytesIO(content)
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("not a form that is written here")
-    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-    array = np.frombuffer(bytearray(content[file.tell() :]), dtype=dtype)  # writable, as torch wants it
-    return array.reshape(shape, order="F" if fortran_order else "C")
+@dataclass(frozen=True)
+class MeasureSettings:
+    """Which members are measured, on which data, and where the result goes: `utils.cli.add_measure_options`.
+
+    None stands for what the checkpoints or the run say.
+    """
+
+    resume: list[Path]
+    checkpoint: str
+    data: str | None
+    data_path: Path | None
+    train_idx_path: Path | None
+    val_idx_path: Path | None
+    download: bool
+    device: str
+    threads: int | None
+    model: str | None
+    width: int | None
+    save: Path | None
+    split: list[str] | None = None
+    corruptions: tuple[str, ...] = ()
+    severities: tuple[int, ...] = ()
+
+
+def measure_settings(args: Namespace) -> MeasureSettings:
+    """The settings of a measuring script's command line."""
+    return MeasureSettings(**{f.name: getattr(args, f.name) for f in fields(MeasureSettings) if hasattr(args, f.name)})
 
 
 class Measurement:
-    """What the measuring scripts share: members, data, predictions, a bar, and the form of the result file.
+    """What the measuring scripts share: members, data, predictions, a bar, and the form of a result file.
 
     Args:
-        args: the options of `utils.cli.add_data_options`, `add_checkpoint_options` and `add_measure_options`; what was
-            not given is filled in.
-        at_least: how many members are needed, and `why`.
+        settings: of the command line.
+        at_least: how many members there have to be, and `why`.
         features: whether predictions have features.
+
+    Attributes:
+        settings: with what was not given filled in.
+        splits: the splits to measure on.
 
     Raises:
         InputError: naming the flag or file.
     """
 
-    def __init__(self, args: Namespace, at_least: int = 1, why: str = "", features: bool = False):
-        self.args = args
-        paths = find_checkpoints(args.resume, args.checkpoint)
-        run = run_of(args.resume[0])
-        settings = read_settings(run) if run else {}
-        self.trained = {name: value for name, value in settings.items() if name not in FREE_SETTINGS} or None
-        self.members = load_members(
-            paths, at_least, why, model=args.model, width=args.width, dataset=args.data or settings.get("data")
-        )
-        args.data = self.members[0].network["dataset"]
-        if args.data is None:
+    def __init__(self, settings: MeasureSettings, at_least: int = 1, why: str = "", features: bool = False):
+        paths = find_checkpoints(settings.resume, settings.checkpoint)
+        run = run_of(settings.resume[0])
+        recorded = read_settings(run) if run else {}
+        self.trained = {name: value for name, value in recorded.items() if name not in FREE_SETTINGS} or None
+        data = settings.data or recorded.get("data")
+        self.members = load_members(paths, at_least, why, model=settings.model, width=settings.width, dataset=data)
+        data = self.members[0].network["dataset"]
+        if data is None:
             raise InputError(f"--data: {paths[0]} does not say which data set its network was trained on; name it")
-        if not isinstance(args.data, str) or args.data not in DATASETS:
-            raise InputError(f"{paths[0]}: its data set is {str(args.data)[:40]!r}, not one of {', '.join(DATASETS)}")
+        if not isinstance(data, str) or data not in DATASETS:
+            raise InputError(f"{paths[0]}: expected a data set of {', '.join(DATASETS)}, got {str(data)[:40]!r}")
+        places = {}
         for name in ("data_path", "train_idx_path", "val_idx_path"):
-            told = settings.get(name)
-            if getattr(args, name) is None and told is not None:
-                if not isinstance(told, str):
-                    raise InputError(f"{run / 'args.json'}: its {name} is no path")
-                setattr(args, name, Path(told))
-        args.data_path = args.data_path or Path("data")
-        args.save = args.save or Path("measurements") / (run or paths[0].parent).resolve().name
+            place = recorded.get(name) if getattr(settings, name) is None else getattr(settings, name)
+            if not isinstance(place, str | Path | None):
+                raise InputError(f"{run / 'args.json'}: its {name} is not a path")
+            places[name] = None if place is None else Path(place)
+        places["data_path"] = places["data_path"] or Path("data")
+        save = settings.save or Path("measurements") / (run or paths[0].parent).resolve().name
+        self.settings = replace(settings, data=data, save=save, **places)
         try:
-            args.save.mkdir(parents=True, exist_ok=True)
-            write_atomically(args.save / ".writable", b"")
-            (args.save / ".writable").unlink()
+            save.mkdir(parents=True, exist_ok=True)
+            write_atomically(save / ".writable", b"")
+            (save / ".writable").unlink()
         except (OSError, RunError) as error:
-            raise InputError(f"--save {args.save}: cannot be written ({first_line(error)}); name another") from error
-        device = start_device(args.device, args.threads)
-        noise = settings.get("label_noise") or 0.0  # the labels that the members were trained on
+            raise InputError(f"--save {save}: cannot be written ({first_line(error)}); name another") from error
+        device = start_device(settings.device, settings.threads)
+        noise = recorded.get("label_noise") or 0.0  # the labels that the members were trained on
         if not isinstance(noise, int | float) or not 0 <= noise <= 1:
-            raise InputError(f"{run / 'args.json'}: its label_noise is no share")
-        self.data = load_data(
-            args.data, args.data_path, device, args.train_idx_path, args.val_idx_path, args.download, noise
-        )
-        _check_fit(self.members[0], self.data)
-        if getattr(args, "split", "") is None:
-            found = find_corrupted(args.data, args.data_path) is not None
-            args.split = ["test", "corrupted"] if found else ["test"]
+            raise InputError(f"{run / 'args.json'}: its label_noise is not a share")
+        self.data = load_data(data, device=device, download=settings.download, label_noise=noise, **places)
+        for name, value in self.data.network.items():
+            other = self.members[0].network[name]
+            if other != value:
+                raise InputError(f"--data {data}: its {name} is {value}, the network of {paths[0]} has {other}")
+        found = find_corrupted(data, places["data_path"]) is not None
+        self.splits = settings.split or (["test", "corrupted"] if found else ["test"])
         self.bar = tqdm(disable=not sys.stderr.isatty(), unit="img", unit_scale=True, dynamic_ncols=True, delay=2)
         self._parts: dict[str, list[Part]] = {}
-        self.predictions = Predictions(self.members, args.save, features, self.bar.update)
+        self.predictions = Predictions(self.members, save, features, self.bar.update)
 
     def parts(self, split: str) -> list[Part]:
         """The parts of a split; the bar counts them in."""
         if split not in self._parts:
-            args = self.args
-            self._parts[split] = parts_of(self.data, args.data_path, split, args.corruptions, args.severities)
+            s = self.settings
+            self._parts[split] = parts_of(self.data, s.data_path, split, s.corruptions, s.severities)
             images = len(getattr(self.data, "test" if split == "corrupted" else split))
             self.bar.total = (self.bar.total or 0) + images * len(self._parts[split]) * len(self.members)
         return self._parts[split]
 
-    def write(self, name: str, result: dict) -> Path:
-        """Write a result file: what was measured, on which members and data, by which protocol, and where."""
-        path = self.args.save / name
-        protocol = {key: _plain(value) for key, value in vars(self.args).items() if key not in ("threads", "download")}
+    def write(self, name: str, result: dict, options: dict[str, Any]) -> Path:
+        """Write a result file: what was measured, on which members and data, by which protocol, and where.
+
+        Args:
+            name: of the file.
+            result: what was measured.
+            options: of the script; with the settings they are the protocol.
+        """
+        path = self.settings.save / name
+        protocol = options | asdict(self.settings) | {"split": options.get("split") or self.splits}
+        protocol = {key: _jsonable(value) for key, value in protocol.items() if key not in ("threads", "download")}
         data, corrupted = self.data.record, [part.name for part in self._parts.get("corrupted", [])]
         if corrupted:
             digests = json.dumps([(name, self.predictions.digests[name]) for name in corrupted])
@@ -316,31 +317,8 @@ class Measurement:
         return path
 
 
-def _check_fit(member: SavedMember, data: Data) -> None:
-    info = data.info
-    for name, value in (
-        ("num_classes", info.num_classes),
-        ("image_size", info.image_size),
-        ("in_channels", len(info.mean)),
-    ):
-        if member.network[name] != value:
-            raise InputError(
-                f"--data {data.name}: its {name} is {value}, the network of {member.path} has {member.network[name]}"
-            )
-
-
-def _plain(value: object) -> object:
+def _jsonable(value: object) -> object:
     """A setting as JSON holds it."""
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def mean_of(values: list) -> Any:
-    """The mean of equally built nested dicts and lists, number by number; None where a number is missing."""
-    first = values[0]
-    if isinstance(first, dict):
-        return {key: mean_of([value[key] for value in values]) for key in first}
-    if isinstance(first, list):
-        return [mean_of(list(column)) for column in zip(*values, strict=True)]
-    return None if any(value is None for value in values) else sum(values) / len(values)

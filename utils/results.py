@@ -1,66 +1,149 @@
-"""Ensembles as the result files tell of them: reading, refusing what cannot be compared, and grouping."""
+"""Result files and run folders as ensembles: read them, name their methods, check that they compare, group them."""
 
 import json
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from utils import InputError
-from utils.checkpoint import CHECKPOINTS, load_json, read_settings, write_atomically
-from utils.ensemble import FREE_SETTINGS, NEUTRAL
-from utils.metrics import t_interval, unpack_counts
-from utils.partition import DRAWN, PICKED
+from utils.files import load_json, read_json, write_json
+from utils.metrics import crossed_interval, paired_bootstrap, t_interval, unpack_counts
+from utils.run import CHECKPOINTS, FREE_SETTINGS, current_settings, read_settings
 
-INTERVALS = {
-    "member": "member_accuracy",
-    "ensemble": "ensemble_accuracy",
-    "disagreement": "disagreement",
-    "der": "der",
-    "eir": "eir",
-    "nll": "ensemble_nll",
-    "ece": "ensemble_ece",
+
+class Method(NamedTuple):
+    """The name of a method in tables, figures and text, and its colour."""
+
+    name: str
+    colour: str
+
+
+# All methods, in the order of legends. The palette is that of Okabe and Ito, made for colour-blind readers. The keys
+# released, paper, random and same are the values of --partition.
+METHODS = {
+    "deep_ensemble": Method("deep ensemble", "#009E73"),
+    "sam": Method("SAM", "#D55E00"),
+    "sharpbalance": Method("SharpBalance", "#0072B2"),  # of the theorems, in which members do not pick samples
+    "released": Method("SharpBalance (released)", "#0072B2"),
+    "paper": Method("SharpBalance (paper)", "#56B4E9"),
+    "random": Method("SAM on random samples", "#CC79A7"),
+    "same": Method("SAM on the same random samples", "#E69F00"),
+    "averaged": Method("ensemble of averages (EoA)", "#F0E442"),
+    "asam": Method("ASAM", "#7F7F7F"),
+    "unknown": Method("unknown method", "#000000"),  # checkpoints that do not record how they were trained
 }
-# What has to be the same in all files of a table.
-SAME = ("average", "bins", "checkpoint", "split", "corruptions", "severities")
-SAME_SHARPNESS = (
-    *("rho0", "adaptive", "n_iters", "maximiser", "eval_batch_size", "batch_num", "subset_seed", "split", "params"),
-    *("hessian_samples", "ntk_samples"),
-)
-# Of these only where such a part was measured.
-PARTS_OF = {"hessian_samples": {"hessian_t", "hessian_e"}, "ntk_samples": {"NTK"}}
-# The parts of sharpness.json by the names of their values.
+
+
+class Value(NamedTuple):
+    """A number in result files: its key there, and its title, factor and digits in tables."""
+
+    key: str
+    title: str
+    factor: int
+    digits: int
+
+
+# Values of a test set in diversity.json, by their names in `Ensemble.values`.
+VALUES = {
+    "member": Value("member_accuracy", "member acc. %", 100, 2),
+    "ensemble": Value("ensemble_accuracy", "ensemble acc. %", 100, 2),
+    "gain": Value("gain", "gain, points", 100, 2),
+    "eir": Value("eir", "EIR", 1, 3),
+    "der": Value("der", "DER", 1, 3),
+    "disagreement": Value("disagreement", "disagreement %", 100, 2),
+    "variance": Value("variance_of_probabilities", "variance", 1, 4),
+    "nll": Value("ensemble_nll", "ensemble NLL", 1, 4),
+    "ece": Value("ensemble_ece", "ensemble ECE %", 100, 2),
+}
+# Values in sharpness.json, means over members.
 SHARPNESS = {
-    "sharpness": "APGD_worst-l2",
-    "sharpness_linf": "APGD_worst-linf",
-    "sharpness_average": "APGD_average-l2",
-    "hessian_trace": "hessian_t",
-    "hessian_top": "hessian_e",
-    "fisher": "fisher",
-    "ntk": "NTK",
+    "sharpness": Value("APGD_worst-l2", "sharpness (worst, l2)", 1, 4),
+    "sharpness_linf": Value("APGD_worst-linf", "sharpness (worst, linf)", 1, 4),
+    "sharpness_average": Value("APGD_average-l2", "sharpness (average, l2)", 1, 4),
+    "hessian_trace": Value("hessian_t", "trace of Hessian", 1, 1),
+    "hessian_top": Value("hessian_e", "top eigenvalue", 1, 2),
+    "fisher": Value("fisher", "Fisher trace", 1, 3),
+    "ntk": Value("NTK", "log det NTK", 1, 1),
 }
+# Options of measurements that must agree before ensembles are compared.
+SAME = ("average", "bins", "checkpoint", "split", "corruptions", "severities")
+SAME_SHARPNESS = ("rho0", "adaptive", "n_iters", "maximiser", "eval_batch_size", "batch_num", "subset_seed", "split")
+SAME_SHARPNESS += ("params", "hessian_samples", "ntk_samples")
+# Options that matter only if one of these values was measured.
+PARTS_OF = {"hessian_samples": {"hessian_t", "hessian_e"}, "ntk_samples": {"NTK"}}
+BOTH = "ensembles, images"  # the population of a crossed interval
+
+Interval = list[float] | None
+Estimate = tuple[float, Interval]  # a mean over ensembles
+Gap = float | torch.Tensor  # a difference of two ensembles, or [N] differences by test image
 
 
 @dataclass
 class Ensemble:
-    """What was measured of one ensemble, by the names of `COLUMNS`.
+    """The measurements of one ensemble.
 
-    values, their standard deviations over members, their intervals, and, where they are known, by_sample: [N] numbers
-    of the test images whose mean is the value (of DER and EIR, which are ratios, to first order).
+    Args:
+        folder: where they were read.
+        method: the method's name with its settings.
+        seeds: of the members.
+        values: means over members or of the whole ensemble, by the names of `VALUES` (with "corrupted_" before them on
+            the corrupted set) and `SHARPNESS`; None where not measured.
+        spread: standard deviations over members.
+        intervals: 95 % intervals over test images.
+        by_sample: [N] numbers, one for each test image, whose mean is the value (DER and EIR are ratios: to first
+            order).
+        content: the result file; `trained` holds the settings of the run by the names of today.
     """
 
     folder: Path
     method: str
     seeds: tuple[int | None, ...]
-    values: dict[str, float | None]
-    spread: dict[str, float]
-    intervals: dict[str, list[float] | None]
-    by_sample: dict[str, torch.Tensor]
-    content: dict[str, Any]
+    values: dict[str, float | None] = field(default_factory=dict)
+    spread: dict[str, float | None] = field(default_factory=dict)
+    intervals: dict[str, Interval] = field(default_factory=dict)
+    by_sample: dict[str, torch.Tensor] = field(default_factory=dict)
+    content: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """The method's key in `METHODS`."""
+        settings = self.content.get("trained")
+        if not settings:
+            return "unknown"
+        averaged = self.content.get("protocol", {}).get("checkpoint") == "averaged"
+        return "averaged" if averaged else key_of(settings)
+
+
+def key_of(settings: dict[str, Any]) -> str:
+    """The key in `METHODS` of the method that a run was trained by."""
+    if not settings["sam"] or not settings["rho"]:
+        return "deep_ensemble"
+    if settings["flat_ratio"]:
+        return settings["partition"]
+    return "asam" if settings["sam_adaptive"] else "sam"
+
+
+def method_of(settings: dict[str, Any], averaged: bool = False) -> str:
+    """The name of the method that a run was trained by, followed by its settings where they vary."""
+    key = key_of(settings)
+    if key == "deep_ensemble":
+        return METHODS["averaged" if averaged else key].name
+    parts, rho = [METHODS["averaged"].name] if averaged else [], f"rho {settings['rho']:g}"
+    parts.append(METHODS[key].name)
+    if not settings["flat_ratio"]:
+        return ", ".join([*parts, rho])
+    size, reading = settings["match_size"], settings["match_size"] or settings["partition"]
+    usual = "normal" if reading == "paper" else "others" if settings.get("data") == "cifar10" else "one"
+    if settings["sam_adaptive"]:
+        parts.append("adaptive")
+    if size:
+        parts.append(f"sized as {METHODS[size].name}")
+    if settings["unselected"] not in (None, usual):
+        parts.append(f"unselected {settings['unselected']}")
+    return ", ".join([*parts, rho, f"k {settings['flat_ratio']:g}", f"T_d {settings['initial_epochs']}"])
 
 
 def read_ensemble(folder: Path) -> Ensemble:
@@ -69,177 +152,104 @@ def read_ensemble(folder: Path) -> Ensemble:
     Raises:
         InputError: naming the file that is missing or not what the scripts write.
     """
-    content = read_result(folder / "diversity.json", "python measure_diversity.py")
+    path = folder / "diversity.json"
+    content = read_json(path, f"make it by python measure_diversity.py --save {folder}")
     try:
-        if content.get("trained"):
-            content["trained"] = NEUTRAL | content["trained"]
-        row = content["result"]["test"]
-        values = _values(row)
-        corrupted = content["result"].get("corrupted")
         seeds = tuple(member["seed"] for member in content["members"])
-        by_sample = _by_sample(row, len(seeds))
-        if corrupted is not None:
-            mean = corrupted["mean"]
-            values |= {f"corrupted_{name}": value for name, value in _values(mean).items()}
-            by_sample |= {f"corrupted_{name}": column for name, column in _by_sample(mean, len(seeds)).items()}
-        spread = {}
-        if len(row.get("members", [])) > 1:
-            spread["member"] = statistics.stdev(member["accuracy"] for member in row["members"])
-        intervals = {name: row["intervals_95"].get(key) for name, key in INTERVALS.items()}
-        if corrupted is not None:
-            intervals |= {f"corrupted_{n}": corrupted["mean"]["intervals_95"].get(key) for n, key in INTERVALS.items()}
-        method = method_of(content["trained"]) if content.get("trained") else folder.name
-        if all(str(member.get("path")).endswith(CHECKPOINTS["averaged"]) for member in content["members"]):
-            content["protocol"]["checkpoint"] = "averaged"  # also where the files were named one by one
-            method += ", averaged (EoA)"
+        averaged = all(str(member.get("path")).endswith(CHECKPOINTS["averaged"]) for member in content["members"])
+        if averaged:  # --checkpoint says something else where the files were named one by one
+            content["protocol"]["checkpoint"] = "averaged"
+        method = folder.name + averaged * f", {METHODS['averaged'].name}"
+        if content.get("trained"):
+            content["trained"] = current_settings(content["trained"])
+            method = method_of(content["trained"], averaged)
+        ensemble = Ensemble(folder, method, seeds, content=content)
+        _add_part(ensemble, content["result"]["test"])
+        if content["result"].get("corrupted") is not None:
+            _add_part(ensemble, content["result"]["corrupted"]["mean"], "corrupted_")
+        accuracies = [member["accuracy"] for member in content["result"]["test"].get("members", [])]
+        if len(accuracies) > 1:
+            ensemble.spread["member"] = statistics.stdev(accuracies)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{folder / 'diversity.json'}: not a result of the test set ({error}); measure it anew, --split test"
-        ) from error
+        raise InputError(f"{path}: not a result of the test set ({error}); measure again with --split test") from error
     if (folder / "sharpness.json").is_file():
-        sharpness = read_result(folder / "sharpness.json", "python measure_sharpness.py")
-        for name, part in SHARPNESS.items():
-            found = sharpness.get("result", {}).get(part, {})
-            # A measurement that was cut off is of some members only.
-            whole = found.get("n", len(seeds)) == len(seeds)
-            values[name] = found.get("mean") if whole else None
-            if whole and found.get("std") is not None:
-                spread[name] = found["std"]
-        if "members" in sharpness and weights_of(sharpness) != weights_of(content):
-            raise InputError(
-                f"{folder / 'sharpness.json'}: of other weights than diversity.json beside it; measure one of them anew"
-            )
-        content["sharpness"] = sharpness
-    return Ensemble(folder, method, seeds, values, spread, intervals, by_sample, content)
+        _add_sharpness(ensemble)
+    return ensemble
 
 
-def keep(folder: Path, kept: Path) -> None:
-    """Copy the result files of an ensemble; of each part of a corrupted set the accuracies only."""
-    kept.mkdir(parents=True, exist_ok=True)
-    content = load_json(folder / "diversity.json")
-    parts = content["result"]["corrupted"]["parts"]
-    content["result"]["corrupted"]["parts"] = {name: {"rates": part["rates"]} for name, part in parts.items()}
-    write_atomically(kept / "diversity.json", (json.dumps(content) + "\n").encode())
-    write_atomically(kept / "sharpness.json", (json.dumps(load_json(folder / "sharpness.json")) + "\n").encode())
-
-
-def weights_of(content: dict[str, Any]) -> list[str]:
-    """The digests of the members that a result file is about."""
-    return [member["sha256_of_weights"] for member in content["members"]]
-
-
-def read_result(path: Path, script: str) -> dict[str, Any]:
-    """A result file.
-
-    Raises:
-        InputError: if it cannot be read; `script` is what makes it.
-    """
-    return read_json(path, f"make it by {script} --save {path.parent}")
-
-
-def read_json(path: Path, way_out: str) -> dict[str, Any]:
-    """A JSON file that holds a dict.
-
-    Raises:
-        InputError: naming the file and the way out.
-    """
-    try:
-        content = load_json(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: missing or not readable; {way_out}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: not a result file; {way_out}")
-    return content
-
-
-def _values(row: dict[str, Any]) -> dict[str, float | None]:
-    ensemble = row.get("ensemble", {})
-    return {
-        "member": row["rates"]["member_accuracy"],
-        "ensemble": row["rates"]["ensemble_accuracy"],
-        "gain": row["rates"]["ensemble_accuracy"] - row["rates"]["member_accuracy"],
-        "disagreement": row["rates"].get("disagreement"),
-        "variance": row.get("variance_of_probabilities"),
-        "der": row.get("der"),
-        "eir": row.get("eir"),
-        "nll": ensemble.get("nll"),
-        "ece": ensemble.get("ece"),
-    }
-
-
-def _by_sample(row: dict[str, Any], members: int) -> dict[str, torch.Tensor]:
-    pairs = members * (members - 1) / 2
-    units = {"members": ("member", members), "ensemble": ("ensemble", 1), "differing_pairs": ("disagreement", pairs)}
-    found = {}
-    for name, text in row["right_of_samples"].items():
-        value, most = units[name]
-        found[value] = torch.from_numpy(unpack_counts(text)) / (most * row["parts"])
-    if {"member", "ensemble"} <= found.keys():
-        found["gain"] = found["ensemble"] - found["member"]
-        wrong = 1 - found["member"]
-        for name, part in {"eir": found["gain"], "der": found.get("disagreement")}.items():
+def _add_part(ensemble: Ensemble, row: dict[str, Any], prefix: str = "") -> None:
+    """Add the values, intervals and per-image numbers of one test set."""
+    known = {f"ensemble_{name}": row.get("ensemble", {}).get(name) for name in ("nll", "ece")} | row["rates"]
+    known |= {key: row.get(key) for key in ("variance_of_probabilities", "der", "eir")}
+    known["gain"] = known["ensemble_accuracy"] - known["member_accuracy"]
+    members = len(ensemble.seeds)
+    units = {"members": ("member", members), "ensemble": ("ensemble", 1)}
+    units["differing_pairs"] = ("disagreement", members * (members - 1) / 2)
+    by_sample = {}
+    for key, text in row["right_of_samples"].items():
+        name, whole = units[key]
+        by_sample[name] = torch.from_numpy(unpack_counts(text)) / (whole * row["parts"])
+    if {"member", "ensemble"} <= by_sample.keys():
+        by_sample["gain"] = by_sample["ensemble"] - by_sample["member"]
+        wrong = 1 - by_sample["member"]
+        for name, part in {"eir": by_sample["gain"], "der": by_sample.get("disagreement")}.items():
             if part is not None and row.get(name) is not None:
                 # The ratio of two means r = a/b moves with sample x by (a_x - r b_x) / b.
-                found[name] = row[name] + (part - row[name] * wrong) / wrong.mean()
-    return found
+                by_sample[name] = row[name] + (part - row[name] * wrong) / wrong.mean()
+    for name, (key, *_) in VALUES.items():
+        ensemble.values[prefix + name] = known.get(key)
+        ensemble.intervals[prefix + name] = row["intervals_95"].get(key)
+    ensemble.by_sample |= {prefix + name: column for name, column in by_sample.items()}
 
 
-def method_of(settings: dict[str, Any]) -> str:
-    """A short name of how an ensemble was trained, from the settings of its run."""
-    if not settings["sam"] or not settings["rho"]:
-        return "deep ensemble"
-    kind = "ASAM" if settings["sam_adaptive"] else "SAM"
-    if not settings["flat_ratio"]:
-        return f"{kind}, rho {settings['rho']:g}"
-    if settings["select"] in DRAWN:
-        name = f"{kind} on {settings['select']} samples"
-        if settings.get("match_size"):
-            name += f", sized as ({PICKED[settings['partition']]}, {settings['unselected']})"
-    else:
-        name = f"SharpBalance ({settings['select']}, {settings['unselected']})"
-    return f"{name}, rho {settings['rho']:g}, k {settings['flat_ratio']:g}, T_d {settings['initial_epochs']}"
+def _add_sharpness(ensemble: Ensemble) -> None:
+    """Add the sharpness.json beside diversity.json."""
+    path, members = ensemble.folder / "sharpness.json", len(ensemble.seeds)
+    sharpness = read_json(path, f"make it by python measure_sharpness.py --save {ensemble.folder}")
+    for name, (part, *_) in SHARPNESS.items():
+        found = sharpness.get("result", {}).get(part, {})
+        # An interrupted measurement covers only some of the members.
+        if found.get("n", members) == members:
+            ensemble.values[name], ensemble.spread[name] = found.get("mean"), found.get("std")
+    ours, theirs = ([m["sha256_of_weights"] for m in one.get("members", [])] for one in (ensemble.content, sharpness))
+    if "members" in sharpness and ours != theirs:
+        raise InputError(f"{path}: of other weights than diversity.json beside it; measure one of them again")
+    ensemble.content["sharpness"] = sharpness
 
 
-def family_of(ensemble: Ensemble) -> str:
-    """The method as `utils.plots` knows it by name and colour; "other" where the settings of the run are not known."""
-    settings = ensemble.content.get("trained")
-    if not settings:
-        return "other"
-    if ensemble.content.get("protocol", {}).get("checkpoint") == "averaged":
-        return "eoa"
-    if not settings["sam"] or not settings["rho"]:
-        return "deep_ensemble"
-    if not settings["flat_ratio"]:
-        return "asam" if settings["sam_adaptive"] else "sam"
-    drawn = {"random": "random_set", "same": "same_set", "sharpest": "paper"}
-    return drawn.get(settings["select"], "sharpbalance")
+def copy_results(folder: Path, target: Path) -> None:
+    """Copy the result files of an ensemble; of each part of a corrupted set only the accuracies."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("diversity.json", "sharpness.json"):
+        content = load_json(folder / name)
+        corrupted = content["result"].get("corrupted") or {"parts": {}}
+        corrupted["parts"] = {part: {"rates": row["rates"]} for part, row in corrupted["parts"].items()}
+        write_json(target / name, content, indent=None)
 
 
 def read_run(folder: Path) -> Ensemble:
-    """An ensemble as its run folder tells of it: how it was trained and on which data, without measurements.
+    """An ensemble without measurements, from its run folder: how it was trained, and on which data.
 
     Raises:
         InputError: naming the file that is missing or not what main.py writes.
     """
     settings = read_settings(folder)
-    path = folder / "environment.json"
-    content = read_json(path, "it is part of a run of main.py")
-    trained = NEUTRAL | {name: value for name, value in settings.items() if name not in FREE_SETTINGS}
+    content = read_json(folder / "environment.json", "it is part of a run of main.py")
+    trained = {name: value for name, value in settings.items() if name not in FREE_SETTINGS}
     try:
+        content["data"]["sha256_of_arrays_and_split"]
         about = {"data": content["data"], "protocol": {}, "trained": trained, "settings": settings}
-        about["data"]["sha256_of_arrays_and_split"]
         about["network"] = {"model": trained["model"], "width": trained["width"]}
-        method = method_of(trained)
+        return Ensemble(folder, method_of(trained), tuple(settings["seed"]), content=about)
     except (KeyError, TypeError) as error:
-        raise InputError(f"{folder}: its args.json and environment.json do not tell of a run ({error})") from error
-    return Ensemble(folder, method, tuple(settings["seed"]), {}, {}, {}, {}, about)
+        raise InputError(f"{folder}: its args.json and environment.json do not describe a run ({error})") from error
 
 
-def needed(ensemble: Ensemble, *keys: str) -> Any:
+def require(ensemble: Ensemble, *keys: str) -> Any:
     """An entry of the result in diversity.json.
 
     Raises:
-        InputError: if it was not measured, and how to do that.
+        InputError: if it was not measured, and how to measure it.
     """
     value = ensemble.content["result"]
     for key in keys:
@@ -247,43 +257,85 @@ def needed(ensemble: Ensemble, *keys: str) -> Any:
             what, flag = f"'{key}' is missing", "--mode predict,disagreement"
             if key == "corrupted":
                 what, flag = "no corrupted set was measured", "--split test,corrupted"
-            path = ensemble.folder / "diversity.json"
-            raise InputError(f"{path}: {what}; measure it by python measure_diversity.py {flag}")
+            raise InputError(f"{ensemble.folder}/diversity.json: {what}; measure it by measure_diversity.py {flag}")
         value = value[key]
     return value
 
 
-def estimate(values: list[float], interval: list[float] | None = None) -> tuple[float, list[float] | None]:
-    """Mean over ensembles and its 95 % interval: Student's, or of a single ensemble the given one."""
+def estimate(values: list[float], interval: Interval = None) -> Estimate:
+    """Mean over ensembles and its 95 % interval: Student's, or the given one where there is a single ensemble."""
     return statistics.mean(values), t_interval(values) if len(values) > 1 else interval
+
+
+def estimate_of(ensembles: list[Ensemble], name: str) -> Estimate:
+    """`estimate` of a value, where the interval of a single ensemble is that over its test images."""
+    interval, by_sample = ensembles[0].intervals.get(name), ensembles[0].by_sample.get(name)
+    if len(ensembles) == 1 and interval is None and by_sample is not None:
+        interval = paired_bootstrap(by_sample.double())
+    return estimate([ensemble.values[name] for ensemble in ensembles], interval)
+
+
+def gap_between(a: Ensemble, b: Ensemble, name: str) -> Gap | None:
+    """A value of a minus that of b: by image if both are known by image, None if one was not measured."""
+    one, other = a.by_sample.get(name), b.by_sample.get(name)
+    if one is not None and other is not None and len(one) == len(other):
+        return one.double() - other.double()
+    one, other = a.values.get(name), b.values.get(name)
+    return None if one is None or other is None else one - other
+
+
+def interval_of(gaps: list[Gap]) -> tuple[float, Interval, str]:
+    """The mean of differences of ensembles, its 95 % interval, and the population that the interval is over."""
+    several = len(gaps) > 1
+    if all(isinstance(gap, torch.Tensor) for gap in gaps) and len({len(gap) for gap in gaps}) == 1:
+        table = torch.stack(gaps)
+        interval = crossed_interval(table) if several else paired_bootstrap(table[0])
+        return table.mean().item(), interval, BOTH if several else "images"
+    values = [gap.mean().item() if isinstance(gap, torch.Tensor) else gap for gap in gaps]
+    return statistics.mean(values), t_interval(values), "ensembles" if several else "-"
+
+
+def difference_of(pairs: list[tuple[Ensemble, Ensemble]], name: str) -> tuple[float, Interval, str] | None:
+    """`interval_of` the differences of pairs of ensembles in a value; None if one of them was not measured."""
+    gaps = [gap_between(a, b, name) for a, b in pairs]
+    return interval_of(gaps) if gaps and all(gap is not None for gap in gaps) else None
 
 
 def check_alike(ensembles: list[Ensemble]) -> None:
     """Refuse to compare what was measured on different data or by different protocols.
 
-    Averaged weights are those of the end of training, as checkpoints 'last' are.
+    Raises:
+        InputError: naming two folders and what differs between them, or two of the same method and seeds.
     """
-    facts: dict[str, Callable[[Ensemble], Any]] = {
-        "data": lambda e: e.content["data"]["sha256_of_arrays_and_split"],
-        "the corrupted set": lambda e: e.content["data"].get("sha256_of_corrupted"),
-        "network": lambda e: "{model} of width {width}".format(**e.content["network"]),
-        **{f"--{key}": partial(protocol_of, key=key) for key in SAME},
-        **{f"--{key} of the sharpness": partial(_sharpness_protocol, key=key) for key in SAME_SHARPNESS},
-    }
-    for name, fact in facts.items():
-        known = [(ensemble, value) for ensemble in ensembles if (value := fact(ensemble)) is not None]
-        for other, value in known:
-            if value != known[0][1]:
-                raise InputError(
-                    f"{other.folder} and {known[0][0].folder} cannot be compared: {name} differs ({_short(value)}, "
-                    f"{_short(known[0][1])}); measure both alike, or give those that are alike"
-                )
+    facts = [(ensemble.folder, _facts(ensemble)) for ensemble in ensembles]
+    for name in dict.fromkeys(name for _, known in facts for name in known):
+        known = [(folder, found[name]) for folder, found in facts if found.get(name) is not None]
+        for folder, value in known:
+            first, expected = known[0]
+            if value != expected:
+                what = f"{name} differs ({value!s:.40}, {expected!s:.40})"
+                raise InputError(f"{folder} and {first} cannot be compared: {what}; measure both alike")
     folders = {}
     for ensemble in ensembles:
         key = (ensemble.method, ensemble.seeds, json.dumps(ensemble.content.get("trained"), sort_keys=True))
         if key in folders and ensemble.content.get("trained"):
             raise InputError(f"{ensemble.folder} and {folders[key]} are the same method and seeds; give each once")
         folders[key] = ensemble.folder
+
+
+def _facts(ensemble: Ensemble) -> dict[str, Any]:
+    """What must agree between all ensembles that are compared, as far as it is known."""
+    content, sharpness = ensemble.content, ensemble.content.get("sharpness", {})
+    facts = {
+        "data": content["data"]["sha256_of_arrays_and_split"],
+        "the corrupted set": content["data"].get("sha256_of_corrupted"),
+        "network": "{model} of width {width}".format(**content["network"]),
+    }
+    facts |= {f"--{key}": protocol_of(ensemble, key) for key in SAME}
+    for key in SAME_SHARPNESS:
+        if sharpness and (key not in PARTS_OF or PARTS_OF[key] & sharpness.get("result", {}).keys()):
+            facts[f"--{key} of the sharpness"] = sharpness["protocol"].get(key)
+    return facts
 
 
 def setting_of(content: dict[str, Any]) -> str:
@@ -296,37 +348,20 @@ def setting_of(content: dict[str, Any]) -> str:
 
 
 def protocol_of(ensemble: Ensemble, key: str) -> Any:
-    """What an ensemble was measured by; averaged weights are those of the end of training."""
+    """An option that the ensemble was measured with; averaged weights count as those of the end of training."""
     value = ensemble.content["protocol"].get(key)
     return "last" if key == "checkpoint" and value == "averaged" else value
 
 
-def _sharpness_protocol(ensemble: Ensemble, key: str) -> Any:
-    sharpness = ensemble.content.get("sharpness")
-    if sharpness is None or (key in PARTS_OF and not PARTS_OF[key] & sharpness.get("result", {}).keys()):
-        return None
-    return sharpness["protocol"].get(key)
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:12] + "..."
-
-
 def groups_of(ensembles: list[Ensemble]) -> dict[str, list[Ensemble]]:
-    """Ensembles of equal settings but for the seeds, by a name that tells the groups apart."""
+    """Ensembles of equal settings, apart from the seeds, by a name that is different for each group."""
     by_settings: dict[str, list[Ensemble]] = {}
     for ensemble in ensembles:
         settings = ensemble.content.get("trained")
-        key = ensemble.method
-        if settings:
-            key = json.dumps({name: value for name, value in settings.items() if name != "seed"}, sort_keys=True)
-            key += ensemble.method + str(len(ensemble.seeds))
-        by_settings.setdefault(key, []).append(ensemble)
+        settings = settings and {**settings, "seed": len(ensemble.seeds)}  # their number counts, not which they are
+        by_settings.setdefault(ensemble.method + json.dumps(settings, sort_keys=True), []).append(ensemble)
     groups: dict[str, list[Ensemble]] = {}
     for rows in by_settings.values():
-        name = rows[0].method
-        if name in groups:  # the same method by other settings
-            name = f"{name} ({rows[0].folder.name})"
-        groups[name] = rows
+        name = rows[0].method  # not unique: other settings may differ
+        groups[f"{name} ({rows[0].folder.name})" if name in groups else name] = rows
     return groups

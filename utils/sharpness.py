@@ -11,20 +11,20 @@ generalization", ICML 2023, whose protocol the authors use.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.hessian import matching_parameters, refuse_train_mode
+from utils.hessian import Batches, matching_parameters, refuse_train_mode
 
 NORMS = ("l2", "linf")
 MAXIMISERS = ("tight", "apgd")
 AVERAGED_STEPS = 6
-SMALLEST = 1e-37  # keeps 0 / 0 from arising
-Batches = Iterable[tuple[Tensor, Tensor]]
+SMALLEST = 1e-37  # avoids 0 / 0
 
 
 def worst_case_sharpness(
@@ -40,7 +40,7 @@ def worst_case_sharpness(
 ) -> dict[str, float | list[float]]:
     """The largest rise of the mean cross-entropy that a maximiser finds within the ball, averaged over batches.
 
-    Each maximiser makes one forward-backward pass an iteration, beside one at w, and keeps the best loss it has seen.
+    Each maximiser makes one forward-backward pass at w and one an iteration; the largest loss of them all counts.
 
     tight: works in u, along the steepest direction of the ball: s = rho T g / ||T g||_2 (l2) or rho sign(T g) (linf).
     The first point is s at w, one step of (A)SAM, so that the result is never below it, and more iterations never lower
@@ -51,9 +51,9 @@ def worst_case_sharpness(
 
     apgd: the authors' schedule and direction: delta + step |w| g / ||g||_2 (l2) or delta + step |w| sign(g) (linf), the
     Euclidean projection into the ball, then 0.75 of that point and 0.25 of the last but one; step starts at 2 rho and
-    is halved at the checkpoints of APGD if progress was rare. Their defects are not inherited: a weight that is exactly
-    0 does not switch the projection off, the projection always ends, and after a cut the iteration starts from the best
-    point. In l2 its direction is not the steepest one of an adaptive ball, for which it falls short of `tight`.
+    is halved at the checkpoints of APGD if progress was rare. Three defects of theirs are mended: a weight of exactly 0
+    does not switch the projection off, the projection always ends, and after a cut the iteration starts from the best
+    point. In l2 its direction is not the steepest one of an adaptive ball, so it falls short of `tight`.
 
     Args:
         model: in eval mode throughout. Weights, mode and `.grad` are as before afterwards.
@@ -75,70 +75,76 @@ def worst_case_sharpness(
     """
     _check(model, rho, norm)
     if n_iters < 1:
-        raise ValueError(f"n_iters: {n_iters} given, 1 or more is needed")
+        raise ValueError(f"n_iters: expected 1 or more, got {n_iters}")
     if maximiser not in MAXIMISERS:
-        raise ValueError(f"maximiser: '{maximiser}' given, choose of {', '.join(MAXIMISERS)}")
-    search = _apgd if maximiser == "apgd" else _tight_l2 if norm == "l2" else _tight_linf
-    losses, errors = [], []
-    with _movable(model, params) as weights:
-        scales = [w.abs() if adaptive else torch.ones_like(w) for w in weights.start]
+        raise ValueError(f"maximiser: expected one of {', '.join(MAXIMISERS)}, got '{maximiser}'")
+    search = {"l2": _tight_l2, "linf": _tight_linf}[norm] if maximiser == "tight" else partial(_apgd, norm=norm)
+    rises = []
+    with _movable(model, params, adaptive) as weights, torch.no_grad():
         for images, labels in batches:
-            weights.reset()
-            weights.images, weights.labels = images, labels
-            loss, error = weights.gradients()
-            best_loss, best_error = search(weights, scales, rho, norm, n_iters, loss, error)
-            losses.append(best_loss - loss)
-            errors.append(best_error - error)
+            weights.begin(images, labels)
+            search(weights, rho, n_iters)
+            rises.append([best - first for best, first in zip(weights.best, weights.first, strict=True)])
             progress()
-    return _means(losses, errors)
+    return _means(rises)
 
 
 class _Weights:
-    """The parameters that move, where they started, and the loss at the present place."""
+    """The parameters that move, where they started, the axes T of the ball, and the best point of a batch."""
 
-    def __init__(self, model: nn.Module, parameters: list[nn.Parameter]):
+    def __init__(self, model: nn.Module, parameters: list[nn.Parameter], adaptive: bool):
         self.model, self.parameters = model, parameters
         self.start = [p.detach().clone() for p in parameters]
+        self.scales = [w.abs() if adaptive else torch.ones_like(w) for w in self.start]
         self.grads: list[Tensor] = []
-        self.images = self.labels = None
 
     def reset(self) -> None:
+        """Back to the start, to the last bit."""
         for parameter, start in zip(self.parameters, self.start, strict=True):
             parameter.data.copy_(start)
 
-    def gradients(self) -> tuple[float, float]:
-        """Loss and error rate of the batch here; the gradients come to stand in `grads`."""
+    def begin(self, images: Tensor, labels: Tensor) -> None:
+        """Back to the start with a new batch, on which the start is the best point so far."""
+        self.reset()
+        self.images, self.labels, self.best = images, labels, (math.inf, 0.0)
+        self.gradients()
+        self.first = self.best = self.loss, self.error
+
+    def gradients(self) -> bool:
+        """Compute `loss`, `error` and `grads` of the batch here; True if the loss is the largest so far, now `best`."""
         with torch.enable_grad():
             logits = self.model(self.images)
             loss = F.cross_entropy(logits, self.labels)
             self.grads = list(torch.autograd.grad(loss, self.parameters, materialize_grads=True))
-        return loss.item(), self._error(logits)
+        self.loss, self.error = loss.item(), _error(logits, self.labels)
+        improved = self.loss > self.best[0]
+        if improved:
+            self.best = self.loss, self.error
+        return improved
 
-    @torch.no_grad()
-    def move(self, scales: list[Tensor], point: list[Tensor], factor: float) -> None:
+    def move(self, point: list[Tensor], factor: float = 1.0) -> None:
         """To start + factor T point."""
-        for parameter, start, scale, u in zip(self.parameters, self.start, scales, point, strict=True):
+        for parameter, start, scale, u in zip(self.parameters, self.start, self.scales, point, strict=True):
             torch.addcmul(start, scale, u, value=factor, out=parameter.data)
 
-    @torch.no_grad()
-    def loss(self) -> tuple[float, float]:
-        """Loss and error rate of the batch here."""
-        logits = self.model(self.images)
-        return F.cross_entropy(logits, self.labels).item(), self._error(logits)
+    def shift(self, delta: list[Tensor], factor: float = 1.0) -> None:
+        """To start + factor delta."""
+        for parameter, start, d in zip(self.parameters, self.start, delta, strict=True):
+            torch.add(start, d, alpha=factor, out=parameter.data)
 
-    def _error(self, logits: Tensor) -> float:
-        return (logits.argmax(dim=1) != self.labels).double().mean().item()
+    def zeros(self) -> list[Tensor]:
+        """A point of zeros."""
+        return [torch.zeros_like(s) for s in self.scales]
 
 
 @contextmanager
-def _movable(model: nn.Module, params: str | None) -> Iterator[_Weights]:
+def _movable(model: nn.Module, params: str | None, adaptive: bool) -> Iterator[_Weights]:
     """Only the chosen parameters ask for gradients; afterwards every weight and flag is as before."""
     chosen = matching_parameters(model, params)
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    weights = _Weights(model, chosen)
+    weights = _Weights(model, chosen, adaptive)
     try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
+        model.requires_grad_(False)
         for parameter in chosen:
             parameter.requires_grad_(True)
         yield weights
@@ -148,99 +154,83 @@ def _movable(model: nn.Module, params: str | None) -> Iterator[_Weights]:
             parameter.requires_grad_(flag)
 
 
-@torch.no_grad()
-def _tight_l2(
-    weights: _Weights, scales: list[Tensor], rho: float, norm: str, n_iters: int, loss: float, error: float
-) -> tuple[float, float]:
-    gamma = 0.5
-    best, best_error = loss, error
-    point, direction = None, _steepest(weights.grads, scales)  # u* / rho and s / rho
-    trial = [torch.empty_like(s) for s in scales]
-    for _ in range(n_iters):
+def _error(logits: Tensor, labels: Tensor) -> float:
+    return (logits.argmax(dim=1) != labels).double().mean().item()
+
+
+def _tight_l2(weights: _Weights, rho: float, n_iters: int) -> None:
+    point, trial = weights.zeros(), [torch.empty_like(s) for s in weights.scales]
+    direction, gamma = _steepest(weights), 1.0  # u* / rho is `point`, s / rho `direction`; the first trial is s itself
+    for i in range(n_iters):
         length = 0.0
-        for i, s in enumerate(direction):
-            if point is None:
-                trial[i].copy_(s)
-            else:
-                torch.lerp(point[i], s, gamma, out=trial[i])
-            length = length + trial[i].square().sum()
+        for u, s, out in zip(point, direction, trial, strict=True):
+            length = length + torch.lerp(u, s, gamma, out=out).square().sum()
         factor = rho / length.sqrt().item() if length > 0 else rho
-        weights.move(scales, trial, factor)
-        loss, error = weights.gradients()
-        if loss > best or point is None:
-            if loss > best:
-                best, best_error = loss, error
-            point, trial = trial, point or [torch.empty_like(s) for s in scales]
+        weights.move(trial, factor)
+        if weights.gradients() or i == 0:
+            point, trial = trial, point
             torch._foreach_mul_(point, factor / rho)
-            direction = _steepest(weights.grads, scales)
+            direction = _steepest(weights)
         else:
             gamma *= 0.7
-    return best, best_error
+        gamma = min(gamma, 0.5)
 
 
-def _steepest(grads: list[Tensor], scales: list[Tensor]) -> list[Tensor]:
+def _steepest(weights: _Weights) -> list[Tensor]:
     """T g / ||T g||_2, in the place of the gradients."""
     length = 0.0
-    for g, scale in zip(grads, scales, strict=True):
+    for g, scale in zip(weights.grads, weights.scales, strict=True):
         length = length + g.mul_(scale).square().sum()
     if length > 0:
-        torch._foreach_mul_(grads, 1 / length.sqrt().item())
-    return grads
+        torch._foreach_mul_(weights.grads, 1 / length.sqrt().item())
+    return weights.grads
 
 
-@torch.no_grad()
-def _tight_linf(
-    weights: _Weights, scales: list[Tensor], rho: float, norm: str, n_iters: int, loss: float, error: float
-) -> tuple[float, float]:
-    best, best_error = loss, error
+def _tight_linf(weights: _Weights, rho: float, n_iters: int) -> None:
     signs = [g.sign_() for g in weights.grads]
-    best_point, best_signs = [torch.zeros_like(s) for s in scales], signs  # points are u / rho
+    best_point, best_signs = weights.zeros(), signs  # points are u / rho
 
-    def see(point: list[Tensor]) -> list[Tensor]:
-        nonlocal best, best_error, best_point, best_signs
-        weights.move(scales, point, rho)
-        loss, error = weights.gradients()
+    def visit(point: list[Tensor]) -> list[Tensor]:
+        nonlocal best_point, best_signs
+        weights.move(point, rho)
+        improved = weights.gradients()
         signs = [g.sign_() for g in weights.grads]
-        if loss > best:
-            best, best_error, best_point, best_signs = loss, error, [u.clone() for u in point], signs
+        if improved:
+            best_point, best_signs = [u.clone() for u in point], signs
         return signs
 
-    see(signs)
+    visit(signs)
     # The averages damp the coordinates whose gradient changes its sign from step to step.
-    before = point = [torch.zeros_like(s) for s in scales]
+    before = point = weights.zeros()
     for _ in range(min(AVERAGED_STEPS, n_iters - 1)):
         before, point = point, list(torch._foreach_lerp(before, signs, 0.75))
-        signs = see(point)
+        signs = visit(point)
     point, signs = [u.clone() for u in best_point], best_signs
-    steps = [torch.full_like(s, 2.0) for s in scales]
+    steps = [torch.full_like(s, 2.0) for s in weights.scales]
     for _ in range(n_iters - 1 - AVERAGED_STEPS):
         for u, step, sign in zip(point, steps, signs, strict=True):
             u.addcmul_(step, sign).clamp_(-1, 1)
-        last, signs = signs, see(point)
+        last, signs = signs, visit(point)
         for step, a, b in zip(steps, last, signs, strict=True):
             step.mul_(torch.mul(a, b).mul_(0.15).add_(0.85))  # 1 where the signs agree, 0.7 where they do not
-    return best, best_error
 
 
-@torch.no_grad()
-def _apgd(
-    weights: _Weights, scales: list[Tensor], rho: float, norm: str, n_iters: int, loss: float, error: float
-) -> tuple[float, float]:
+def _apgd(weights: _Weights, rho: float, n_iters: int, norm: str) -> None:
     checkpoints = _apgd_checkpoints(n_iters)
-    best, best_error, last = loss, error, loss
-    # For linf a point is kept as u, where the projection is a clamp; for l2 as delta.
-    point, before = ([torch.zeros_like(s) for s in scales] for _ in range(2))
-    best_point, best_grads = point, weights.grads
-    step, last_step, last_best = 2 * rho, 2 * rho, loss
+    # For linf a point is stored as u, where the projection is a clamp; for l2 as delta.
+    place = weights.shift if norm == "l2" else weights.move
+    point, before = weights.zeros(), weights.zeros()
+    best_point, best_grads, last = point, weights.grads, weights.loss
+    step, last_step, last_best = 2 * rho, 2 * rho, weights.loss
     rises, multiplier, last_checkpoint = 0, 0.0, 0
     spare = None  # memory that was used before comes without the cost of new pages
     for i in range(1, n_iters + 1):
-        z = [torch.empty_like(s) for s in scales] if spare is None else spare
+        z = [torch.empty_like(s) for s in weights.scales] if spare is None else spare
         if norm == "l2":
             length = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(weights.grads))).item()
-            for out, u, scale, g in zip(z, point, scales, weights.grads, strict=True):
+            for out, u, scale, g in zip(z, point, weights.scales, weights.grads, strict=True):
                 torch.addcmul(u, scale, g, value=step / max(length, 1e-30), out=out)
-            multiplier = _project(z, scales, rho, multiplier)
+            multiplier = _project(z, weights.scales, rho, multiplier)
         else:
             for out, u, g in zip(z, point, weights.grads, strict=True):
                 torch.sign(g, out=out).mul_(step).add_(u).clamp_(-rho, rho)
@@ -248,29 +238,23 @@ def _apgd(
             torch.lerp(u, out, 0.75, out=out)
         spare = before if before is not best_point and before is not point else None
         point, before = z, point
-        if norm == "l2":
-            for parameter, start, x in zip(weights.parameters, weights.start, point, strict=True):
-                torch.add(start, x, out=parameter.data)
-        else:
-            weights.move(scales, point, 1.0)
-        loss, error = weights.gradients()
-        rises += loss > last
-        last = loss
-        if loss > best:
-            best, best_error, best_point, best_grads = loss, error, point, weights.grads
+        place(point)
+        if weights.gradients():
+            best_point, best_grads = point, weights.grads
+        rises += weights.loss > last
+        last = weights.loss
         if i in checkpoints:
             rare = rises < 0.75 * (i - last_checkpoint)
-            stuck = step == last_step and best == last_best
-            last_step, last_best, last_checkpoint, rises = step, best, i, 0
+            stuck = step == last_step and weights.best[0] == last_best
+            last_step, last_best, last_checkpoint, rises = step, weights.best[0], i, 0
             if rare or stuck:
                 step /= 2
                 point = before = best_point
                 weights.grads = best_grads
-    return best, best_error
 
 
 def _apgd_checkpoints(n_iters: int) -> set[int]:
-    """When the step size is looked at: [5, 9, 12, 15, 16, 18, 19, 20] of 20. Croce and Hein, ICML 2020."""
+    """After which iterations the step may be halved (Croce and Hein, ICML 2020): 5, 9, 12, 15, 16, 18, 19, 20 of 20."""
     shares, found = [0.0, 0.22], [math.ceil(0.22 * n_iters)]
     while found[-1] < n_iters:
         shares.append(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06))
@@ -344,57 +328,50 @@ def average_sharpness(
     """
     _check(model, rho, norm)
     if n_draws < 4 or n_draws % 2:
-        raise ValueError(f"n_draws: {n_draws} given, an even number of 4 or more is needed")
+        raise ValueError(f"n_draws: expected an even number of 4 or more, got {n_draws}")
     generator = generator or torch.Generator().manual_seed(0)
-    with _movable(model, params) as weights, torch.no_grad():
-        scales = [w.abs() if adaptive else torch.ones_like(w) for w in weights.start]
 
-        def rates() -> Tensor:
+    def draw(shape: torch.Size) -> Tensor:
+        if norm == "l2":
+            return torch.randn(shape, generator=generator)
+        return 2 * torch.rand(shape, generator=generator) - 1
+
+    with _movable(model, params, adaptive) as weights, torch.no_grad():
+
+        def values() -> Tensor:
+            """Loss and error rate by batch, [batches, 2], at the present point."""
             found = []
             for images, labels in batches:
-                weights.images, weights.labels = images, labels
-                found.append(weights.loss())
+                logits = model(images)
+                found.append((F.cross_entropy(logits, labels).item(), _error(logits, labels)))
             return torch.tensor(found, dtype=torch.float64)
 
-        at_start, pairs = rates(), []
+        first, pairs = values(), []
         for _ in range(n_draws // 2):
-            draw = []
-            for scale in scales:
-                if norm == "l2":
-                    z = torch.randn(scale.shape, generator=generator)
-                else:
-                    z = 2 * torch.rand(scale.shape, generator=generator) - 1
-                draw.append(z.to(scale) * scale)
-            both = []
+            delta, both = [draw(scale.shape).to(scale) * scale for scale in weights.scales], []
             for sign in (1, -1):
-                for parameter, start, d in zip(weights.parameters, weights.start, draw, strict=True):
-                    torch.add(start, d, alpha=sign * rho, out=parameter.data)
-                both.append(rates() - at_start)
+                weights.shift(delta, sign * rho)
+                both.append(values() - first)
                 progress()
             pairs.append(sum(both) / 2)
     rises = torch.stack(pairs)  # [pairs, batches, 2]
-    by_pair, by_batch = rises.mean(dim=1), rises.mean(dim=0)
-    standard_error = by_pair.std(dim=0) / math.sqrt(len(pairs))
-    return _means(*by_batch.T.tolist()) | {
-        "loss_standard_error": standard_error[0].item(),
-        "error_standard_error": standard_error[1].item(),
-    }
+    result = _means(rises.mean(dim=0).tolist())
+    loss, error = (rises.mean(dim=1).std(dim=0) / math.sqrt(len(pairs))).tolist()
+    return result | {"loss_standard_error": loss, "error_standard_error": error}
 
 
 def _check(model: nn.Module, rho: float, norm: str) -> None:
     refuse_train_mode(model, "sharpness")
     if not 0 < rho < math.inf:
-        raise ValueError(f"rho: {rho} given, a finite number above 0 is needed")
+        raise ValueError(f"rho: expected a finite number above 0, got {rho}")
     if norm not in NORMS:
-        raise ValueError(f"norm: '{norm}' given, choose of {', '.join(NORMS)}")
+        raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got '{norm}'")
 
 
-def _means(losses: list[float], errors: list[float]) -> dict[str, float | list[float]]:
-    if not losses:
+def _means(rises: list[list[float]]) -> dict[str, float | list[float]]:
+    """The results from rises of loss and error rate by batch, [batches, 2]."""
+    if not rises:
         raise ValueError("batches: no images given")
-    return {
-        "loss": sum(losses) / len(losses),
-        "error": sum(errors) / len(errors),
-        "loss_by_batch": losses,
-        "error_by_batch": errors,
-    }
+    losses, errors = map(list, zip(*rises, strict=True))
+    means = {"loss": sum(losses) / len(losses), "error": sum(errors) / len(errors)}
+    return means | {"loss_by_batch": losses, "error_by_batch": errors}

@@ -1,4 +1,4 @@
-"""One member: the SharpBalance step, an epoch of it, and evaluation."""
+"""Training and evaluating one network: the SharpBalance step, an epoch of it, and the logits of an image set."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from models import evaluating
 from sam import SAM
 from utils.data import ImageSet
+
+PREDICTION_BATCH = 512
 
 
 def sharpbalance_step(
@@ -23,7 +26,7 @@ def sharpbalance_step(
     bn_perturbed: str = "update",
     amp: str = "none",
 ) -> tuple[Tensor, Tensor]:
-    """One training step in which some samples of the batch are trained with SAM and the others plainly.
+    """One training step in which some samples of the batch are trained with SAM and the others without it.
 
     Of B samples, a are normal and b have SAM, a + b = B. With L_n and L_s the mean cross-entropy of each part:
 
@@ -42,7 +45,7 @@ def sharpbalance_step(
         optimizer: a `sam.SAM`.
         images: float [B, C, H, W].
         labels: int64 [B].
-        sam_mask: bool [B], True = trained with SAM. On a GPU keep it on the CPU: the step then waits for nothing.
+        sam_mask: bool [B], True = trained with SAM. Pass it on the CPU, even on a GPU: the step then waits for nothing.
         bn_perturbed: update | freeze.
         amp: none | bf16, the autocast of the forward passes.
 
@@ -70,7 +73,7 @@ def sharpbalance_step(
         return loss, correct
 
     normal_grads = [(p, p.grad) for group in optimizer.param_groups for p in group["params"]]
-    optimizer.zero_grad()  # lets go of the gradients; the list keeps them
+    optimizer.zero_grad()  # releases the gradients, which the list still holds
     part_images, part_labels = _part(images, sam), _part(labels, sam)
     sam_loss, logits = _loss(model, part_images, part_labels, amp)  # still at w
     sam_loss.backward()
@@ -97,7 +100,7 @@ def _loss(model: nn.Module, images: Tensor, labels: Tensor, amp: str) -> tuple[T
 
 
 def _part(tensor: Tensor, index: Tensor) -> Tensor:
-    """The samples of one part; the whole batch is not copied."""
+    """The samples of one part; a part that is the whole batch is not copied."""
     return tensor if len(index) == len(tensor) else tensor[index.to(tensor.device, non_blocking=True)]
 
 
@@ -131,18 +134,6 @@ def _one_value_per_channel(model: nn.Module, image: Tensor) -> bool:
     return 1 in seen
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; afterwards each of its modules is in the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def train_epoch(
     model: nn.Module,
     optimizer: SAM,
@@ -165,15 +156,15 @@ def train_epoch(
         seed, epoch: order and augmentation are a pure function of them.
         batch_size: samples a step.
         after_step: called after each step with the number of forward-backward passes of one image that it made, and
-            with a function that returns the position in the epoch: all that the rest of it needs, besides the model
-            and the optimizer. It waits for the device.
-        position: what such a function returned; None is the beginning.
+            with a function that returns the position in the epoch: all that its rest depends on, besides the model and
+            the optimizer. Calling that function waits for the device.
+        position: what that function returned; None is the beginning.
 
     Returns:
         Mean loss and accuracy (0 to 1) over the epoch, each sample at the weights of its own step; sums over samples,
         divided once, so that batches of different size count right.
     """
-    # Layers that draw from the global generator (none of ours do) depend on the member and the epoch alone, too.
+    # So that layers that draw from the global generator (none of ours do) depend on member and epoch alone as well.
     torch.manual_seed((seed << 20) + epoch)
     model.train()
     loss_sum = torch.zeros((), dtype=torch.float64 if data.device.type != "mps" else torch.float32, device=data.device)
@@ -205,11 +196,35 @@ def train_epoch(
     return loss_sum.item() / len(data), correct_sum.item() / len(data)
 
 
-@torch.no_grad()
-def predict(model: nn.Module, data: ImageSet, batch_size: int = 512) -> Tensor:
-    """Logits of all images in order, without augmentation, in eval mode: float32 [N, classes] on the CPU."""
-    with evaluating(model):
-        return torch.cat([model(images).float() for images, _ in data.in_order(batch_size)]).cpu()
+@torch.inference_mode()
+def predict(
+    model: nn.Module, images: ImageSet, features: bool = False, progress: Callable[[int], object] = lambda images: None
+) -> tuple[Tensor, Tensor | None]:
+    """One pass over all images in order, without augmentation, in eval mode.
+
+    Args:
+        model: the network, on the device of the images; its mode is as before afterwards.
+        images: what to predict.
+        features: whether to return the inputs of the last linear layer, too.
+        progress: called with the number of images after each batch.
+
+    Returns:
+        Logits float32 [N, C], and features float32 [N, D] or None, on the CPU.
+    """
+    logits, inputs = [], []
+    hook = None
+    if features:
+        last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+        hook = last.register_forward_pre_hook(lambda module, args: inputs.append(args[0].float()))
+    try:
+        with evaluating(model):
+            for batch, _ in images.in_order(PREDICTION_BATCH):
+                logits.append(model(batch).float())
+                progress(len(batch))
+    finally:
+        if hook is not None:
+            hook.remove()
+    return torch.cat(logits).cpu(), torch.cat(inputs).cpu() if features else None
 
 
 def learning_rate(lr: float, schedule: str, epoch: int, epochs: int) -> float:

@@ -1,0 +1,271 @@
+"""Files: atomic writes, and reads that never execute anything or take more memory than a file can hold."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar
+
+import numpy as np
+
+from utils import InputError, RunError, first_line
+
+# Upper limits, well above what the published data sets and our own files need.
+MAX_JSON, MAX_FILE, MAX_TEXT = 2**28, 2**28, 2**24
+
+
+@contextmanager
+def open_atomically(path: str | Path, size: int, previous: Path | None = None) -> Iterator[BinaryIO]:
+    """Open a file for writing so that at any moment its old or its new content is on the disk, whole.
+
+    Writes a temporary file in the same folder; fsync, rename and fsync of the folder follow when the block ends.
+
+    Args:
+        path: the file.
+        size: bytes that its content takes, for the error line.
+        previous: a file in the same folder that receives the old content once the new one is on the disk.
+
+    Raises:
+        RunError: if it cannot be written; the old content remains.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if previous and path.exists():
+            previous.unlink(missing_ok=True)
+            try:
+                os.link(path, previous)  # `path` itself stays in place until the rename below
+            except OSError:  # a file system without hard links
+                os.replace(path, previous)
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        problem = f"{path}: could not be written ({error.strerror}; {size / 2**20:.1f} MiB are needed)"
+        way_out = "the previous content is untouched: free some space and re-run the same command"
+        raise RunError(f"{problem}; {way_out}") from error
+
+
+def write_atomically(path: str | Path, content: bytes, previous: Path | None = None) -> None:
+    """Write a file as `open_atomically` does."""
+    with open_atomically(path, len(content), previous) as file:
+        file.write(content)
+
+
+def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
+    """Atomically write a value as JSON; with indent None on one line."""
+    write_atomically(path, (json.dumps(value, indent=indent) + "\n").encode())
+
+
+def write_array(path: str | Path, array: np.ndarray) -> None:
+    """Atomically write an array as .npy."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_json(path: str | Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is not JSON, is nested too deeply, is larger than any file of a run, or is not a file.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError("not a file")
+    if path.stat().st_size > MAX_JSON:
+        raise ValueError(f"larger than {MAX_JSON} bytes")
+    try:
+        return json.loads(path.read_text())
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def read_json(path: str | Path, remedy: str) -> dict[str, Any]:
+    """A JSON file that holds a dict.
+
+    Raises:
+        InputError: naming the file and the remedy.
+    """
+    with refusing(f"{path}: cannot be read", remedy):
+        content = load_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a result file; {remedy}")
+    return content
+
+
+def load_array(path: Path, flag: str = "") -> np.ndarray:
+    """A .npy file as a read-only memory map, so that its header cannot promise more than the file holds.
+
+    Raises:
+        InputError: naming the file, after `flag`.
+    """
+    check_file(path, flag=flag)
+    with refusing(f"{flag}{path}: not a readable .npy file"), warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        array = np.lib.format.open_memmap(path, mode="r")
+        if array.offset + array.nbytes != path.stat().st_size:
+            raise ValueError("it is longer than its header says")
+    return array
+
+
+def array_of(content: bytes) -> np.ndarray:
+    """The array in the content of a .npy file that numpy wrote; a header cannot make it larger than the content.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    file = io.BytesIO(content)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("not version 1.0 of the .npy format")
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+    array = np.frombuffer(bytearray(content[file.tell() :]), dtype=dtype)  # writable, as torch wants it
+    return array.reshape(shape, order="F" if fortran_order else "C")
+
+
+def digest(array: np.ndarray) -> str:
+    """SHA-256 of an array's bytes."""
+    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
+
+
+@contextmanager
+def refusing(problem: str, remedy: str = "") -> Iterator[None]:
+    """Turn any error into an InputError "<problem> (<reason>); <remedy>": a damaged file raises nearly anything."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"{problem} ({reason})" + (f"; {remedy}" if remedy else "")) from error
+
+
+def check_file(path: Path, limit: int | None = None, flag: str = "") -> None:
+    """Refuse anything but an ordinary file (a pipe or a device has no end), or one of more than `limit` bytes.
+
+    Raises:
+        InputError: naming the file, after `flag`.
+    """
+    with refusing(f"{flag}{path}: cannot be read"):
+        ordinary, size = path.is_file(), path.stat().st_size
+        if not ordinary:
+            raise ValueError("not a file")
+    if limit is not None and size > limit:
+        raise InputError(f"{flag}{path}: expected at most {limit} bytes, got {size}")
+
+
+def read_bytes(path: Path, limit: int | None = MAX_FILE) -> bytes:
+    """The content of an ordinary file of at most `limit` bytes.
+
+    Raises:
+        InputError: naming the file.
+    """
+    check_file(path, limit)
+    with refusing(f"{path}: cannot be read"):
+        return path.read_bytes()
+
+
+def read_text(path: Path) -> str:
+    """A text in UTF-8.
+
+    Raises:
+        InputError: naming the file.
+    """
+    with refusing(f"{path}: not a text in UTF-8"):
+        return read_bytes(path, MAX_TEXT).decode()
+
+
+_NDARRAY = object()  # stands for numpy.ndarray: the class itself, called, could reserve any amount of memory
+
+
+class ArrayUnpickler(pickle._Unpickler):
+    """Reads pickles of arrays, bytes, strings, numbers, lists, tuples and dicts; refuses a reference to anything else.
+
+    Built on pickle's Python implementation: the one in C reserves memory for every number that a file claims.
+    """
+
+    def find_class(self, module: str, name: str) -> object:
+        """The stand-in for a reference that numpy writes."""
+        admitted = {
+            ("multiarray", "_reconstruct"): _new_array,
+            ("numpy", "ndarray"): _NDARRAY,
+            ("numpy", "dtype"): _new_dtype,
+            ("numeric", "_frombuffer"): _array_from_bytes,
+            ("_codecs", "encode"): _latin1_bytes,
+        }
+        # numpy's internals are in numpy.core up to version 1 and in numpy._core from 2 on.
+        short = module.removeprefix("numpy.core.").removeprefix("numpy._core.")
+        if (short, name) not in admitted:
+            raise pickle.UnpicklingError(f"it refers to {module[:80]}.{name[:80]}, which no CIFAR batch needs")
+        return admitted[short, name]
+
+    def _build(self) -> None:
+        """Fill an array or a dtype as numpy does; nothing else has a state."""
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, np.dtype) and state[2:] == (None, None, None, -1, -1, 0) and state[1] in ("<", ">", "|"):
+            target.__setstate__(state)
+        elif isinstance(target, np.ndarray) and isinstance(state[2], np.dtype) and isinstance(state[4], str | bytes):
+            target.__setstate__(state)  # compares the number of bytes with the shape
+        else:
+            raise pickle.UnpicklingError("it holds an array in a form that numpy does not write")
+
+    def _set_items(self) -> None:
+        items = self.pop_mark()
+        if not all(isinstance(key, str | bytes) for key in items[::2]):  # nested tuples as keys overflow the stack
+            raise pickle.UnpicklingError("it holds a dict whose keys are not strings")
+        self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
+
+    def _set_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.metastack.append(self.stack)
+        self.stack = [key, value]
+        self._set_items()
+
+    # The operations that data need: none that makes objects in other ways, and no sets.
+    _admitted = (
+        "PROTO FRAME STOP MARK POP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT STRING "
+        "BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 "
+        "BYTEARRAY8 EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT DICT GET BINGET "
+        "LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL REDUCE"
+    )
+    _codes = (getattr(pickle, name)[0] for name in _admitted.split())
+    dispatch: ClassVar = {code: pickle._Unpickler.dispatch[code] for code in _codes}
+    dispatch |= {pickle.BUILD[0]: _build, pickle.SETITEM[0]: _set_item, pickle.SETITEMS[0]: _set_items}
+
+
+def _new_array(array_type: object, shape: tuple, _dtype: object) -> np.ndarray:
+    # numpy always writes an empty array here and fills it afterwards; another shape would reserve memory at will.
+    if array_type is not _NDARRAY or tuple(shape) != (0,):
+        raise pickle.UnpicklingError("it holds an array in a form that numpy does not write")
+    return np.ndarray((0,), np.uint8)
+
+
+def _new_dtype(code: str, *flags: object) -> np.dtype:
+    if not isinstance(code, str) or not re.fullmatch(r"[|<>]?[biuf][1248]", code):
+        raise pickle.UnpicklingError(f"it holds an array of objects or strings ({str(code)[:20]}), not of numbers")
+    return np.dtype(code, *flags)
+
+
+def _array_from_bytes(buffer: bytes, dtype: np.dtype, shape: tuple, _order: str) -> np.ndarray:
+    return np.frombuffer(buffer, dtype=dtype).reshape(shape)
+
+
+def _latin1_bytes(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it holds bytes written as {encoding}, which pickle does not do")
+    return text.encode("latin1")

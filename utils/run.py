@@ -1,0 +1,460 @@
+"""A run's folder: its settings, its lock, the environment it was trained in, and how it stops.
+
+A run is one folder (--save_path): args.json, environment.json, command.txt, summary.json, and seed_<seed>/ for each
+member (`utils.member`).
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from utils import InputError, RunError, distributed, first_line
+from utils.data import Data
+from utils.files import load_json, write_atomically, write_json
+from utils.partition import SCORE_FREE
+
+RUN_FILES = ("args.json", "environment.json", "command.txt", "summary.json")
+# In a member's folder: the file of each choice of --checkpoint; that of the epoch before the last, and that of an epoch
+# that is not finished.
+CHECKPOINTS = {"last": "checkpoint.pth.tar", "best": "model_best.pth.tar", "averaged": "model_averaged.pth.tar"}
+PREVIOUS, PARTIAL = "checkpoint_previous.pth.tar", "checkpoint_partial.pth.tar"
+MEMBER_FILES = (*CHECKPOINTS.values(), PREVIOUS, PARTIAL, "log.jsonl", "fisher.npy", "sam_mask.npy")
+
+# Settings that do not change what is computed: they may differ when a run is resumed. Data are compared by their
+# content, not by their path. The last four are of earlier versions.
+FREE_SETTINGS = ("data_path", "train_idx_path", "val_idx_path", "download", "device", "threads", "jobs", "save_path")
+FREE_SETTINGS += ("save_every", "resume", "checkpoint", "overwrite", "evaluate")
+# Settings that earlier versions lack, and what these versions did. They count where they differ from it.
+OLD_DEFAULTS = {"match_size": None, "augmentation": "standard", "label_noise": 0.0, "average_from": None}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a run, by the names of main.py's options, which explain them."""
+
+    data: str
+    data_path: Path
+    train_idx_path: Path | None
+    val_idx_path: Path | None
+    download: bool
+    device: str
+    threads: int | None
+    model: str
+    width: int
+    seed: list[int]
+    sam: bool
+    rho: float
+    sam_adaptive: bool
+    flat_ratio: float
+    initial_epochs: int
+    partition: str
+    unselected: str | None
+    match_size: str | None
+    bn_perturbed: str
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float
+    weight_decay: float
+    schedule: str
+    augmentation: str
+    label_noise: float
+    average_from: int | None
+    amp: str
+    save_path: Path
+    save_every: float
+    jobs: str | int | None
+
+    @property
+    def method(self) -> str:
+        """deep_ensemble, deep_ensemble_sam or sharpbalance."""
+        if not self.sam:
+            return "deep_ensemble"
+        return "sharpbalance" if self.flat_ratio else "deep_ensemble_sam"
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings as JSON holds them."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+
+def current_settings(recorded: dict[str, Any]) -> dict[str, Any]:
+    """Settings that any version recorded, by today's names.
+
+    Earlier versions had --select beside --partition, and a --match_size that was true or false.
+    """
+    settings = OLD_DEFAULTS | recorded
+    if "select" in recorded:
+        select, reading = settings.pop("select"), settings["partition"]
+        settings["match_size"] = reading if settings["match_size"] else None
+        settings["partition"] = {"flattest": "released", "sharpest": "paper", None: "released"}.get(select, select)
+        if select in SCORE_FREE and not settings["match_size"]:
+            settings["unselected"] = None
+    return settings
+
+
+def _read_recorded(folder: Path) -> dict[str, Any]:
+    try:
+        settings = load_json(folder / "args.json")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / 'args.json'}: cannot be read ({error})") from error
+    seeds = settings.get("seed") if isinstance(settings, dict) else None
+    if not isinstance(seeds, list) or not seeds or not all(type(s) is int and 0 <= s < 2**32 for s in seeds):
+        raise InputError(f"{folder / 'args.json'}: not the settings of a run: it holds no list of seeds")
+    return settings
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The args.json of a run, by today's names.
+
+    Raises:
+        InputError: if it is not readable or not what main.py writes.
+    """
+    try:
+        return current_settings(_read_recorded(folder))
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder / 'args.json'}: not the settings of a run ({error} is missing)") from error
+
+
+def run_of(path: Path) -> Path | None:
+    """The run folder that a path of --resume is or lies in."""
+    places = (path, path.parent, path.parent.parent)
+    return next((folder for folder in places if os.path.isfile(folder / "args.json")), None)
+
+
+def find_checkpoints(paths: list[Path], which: str) -> list[Path]:
+    """The checkpoint files that --resume stands for: a run folder for all its members, a member folder for itself.
+
+    Args:
+        paths: run folders, member folders or checkpoint files.
+        which: a key of `CHECKPOINTS`, for folders.
+
+    Raises:
+        InputError: naming the path that is none of these, or the member whose checkpoint is missing.
+    """
+    name, found = CHECKPOINTS[which], []
+    for path in paths:
+        if path.is_file():
+            found.append(path)
+            continue
+        if not path.is_dir():
+            raise InputError(f"--resume {path}: no such file or folder")
+        folders = [path]
+        if (path / "args.json").is_file():
+            folders = [path / f"seed_{seed}" for seed in read_settings(path)["seed"]]
+        for folder in folders:
+            if not (folder / name).is_file():
+                way_out = "give a run of main.py or a checkpoint" + ", of --average_from" * (which == "averaged")
+                raise InputError(f"--resume {path}: {folder / name} is missing; {way_out}")
+            found.append(folder / name)
+    return found
+
+
+def environment(device: torch.device) -> dict:
+    """Versions, hardware and the repository's commit."""
+    commit = None
+    try:
+        git = ["git", "-C", str(Path(__file__).parent)]
+        found = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True, check=True)
+        commit = found.stdout.strip()
+        # Results do not make a commit dirty: measuring itself changes them.
+        changed = [*git, "diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)results"]
+        if subprocess.run(changed, capture_output=True).returncode:
+            commit += "-dirty"
+    except (OSError, subprocess.CalledProcessError):
+        pass  # not a clone, or no git
+    return {
+        "commit": commit,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
+class Run:
+    """A run that is trained: what its members share.
+
+    Args:
+        settings: of the run.
+        data: its data set, on the training device.
+        overwrite: whether `open` deletes a run that the folder holds.
+    """
+
+    def __init__(self, settings: Settings, data: Data, overwrite: bool = False):
+        self.settings, self.data, self.folder, self.overwrite = settings, data, settings.save_path, overwrite
+        self.recorded = settings.recorded()  # once the folder is open: what its args.json holds
+        self.signals, self.progress = Signals(), Progress()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what a member depends on besides its seed; its mask shows the seeds of the others."""
+        settings = {name: value for name, value in self.recorded.items() if name not in (*FREE_SETTINGS, "seed")}
+        for name, default in OLD_DEFAULTS.items():
+            if settings.get(name) == default or settings.get(name) is False:  # False: the old form of match_size
+                settings.pop(name, None)
+        settings["data"] = self.data.record["sha256_of_arrays_and_split"]
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Hold the folder: create it, or check that what it holds is this run.
+
+        Rank 0 creates and locks it; the others wait for that.
+
+        Raises:
+            InputError: naming the settings that differ, the process that trains in it, or if it is something else.
+        """
+        folder = self.folder
+        with self.signals:
+            if distributed.rank():
+                distributed.barrier()
+                if not (folder / "args.json").is_file():
+                    raise InputError(f"--save_path {folder}: rank {distributed.rank()} does not see rank 0's folder")
+                self.recorded = _read_recorded(folder)
+                yield
+                return
+            known = {"args.json", "args.json.tmp", "lock"}
+            strange = folder.is_dir() and {path.name for path in folder.iterdir()} - known
+            if strange and not (folder / "args.json").is_file():
+                raise InputError(f"--save_path {folder}: not empty and not a run of main.py; name another folder")
+            with locked(folder):
+                self._prepare()
+                distributed.barrier()
+                yield
+
+    def _prepare(self) -> None:
+        folder, args_file = self.folder, self.folder / "args.json"
+        if args_file.is_file() and self.overwrite:
+            for member in folder.glob("seed_*"):
+                for file in member.iterdir():
+                    if file.name.removesuffix(".tmp") in MEMBER_FILES:
+                        file.unlink()
+                if not any(member.iterdir()):
+                    member.rmdir()
+            for name in reversed(RUN_FILES):  # the settings last: until then the folder is recognisable as a run
+                (folder / name).unlink(missing_ok=True)
+        if args_file.is_file():
+            self.check_same()
+        else:
+            write_json(args_file, self.recorded)
+        for name in RUN_FILES:  # left by a write that was killed
+            (folder / f"{name}.tmp").unlink(missing_ok=True)
+        if not (folder / "environment.json").is_file():
+            about = environment(self.data.train.device) | {"data": self.data.record}
+            write_json(folder / "environment.json", about)
+            write_atomically(folder / "command.txt", (shlex.join(["python", *sys.argv]) + "\n").encode())
+
+    def check_same(self) -> None:
+        """Refuse a folder that holds a run of other settings or data.
+
+        Raises:
+            InputError: naming what differs.
+        """
+        way_out = "give the same settings to resume it, another --save_path, or --overwrite to start anew"
+        before, here = read_settings(self.folder), self.settings.recorded()
+        differ = [
+            f"--{name} {_words(value)} here, {_words(before.get(name))} there"
+            for name, value in here.items()
+            if name not in FREE_SETTINGS and before.get(name) != value
+        ]
+        if differ:
+            raise InputError(f"--save_path {self.folder}: a run of other settings ({'; '.join(differ)}); {way_out}")
+        self.recorded = _read_recorded(self.folder)
+        key, path = "sha256_of_arrays_and_split", self.folder / "environment.json"
+        try:
+            data_before = load_json(path)["data"][key]
+        except FileNotFoundError:
+            return  # stopped before it was written: it is written now
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            way_out = "restore it, or remove it if the data are those that the run began with"
+            raise InputError(f"{path}: damaged ({first_line(error)}); {way_out}") from error
+        if data_before != self.data.record[key]:
+            what = "the images or their split are not those that the run began with"
+            raise InputError(f"--data_path: {what}, see {path}")
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+class Stopped(SystemExit):
+    """A signal ended the run after its state was saved; the code is 128 + the signal's number."""
+
+
+class Signals:
+    """Within this context SIGTERM and Ctrl-C raise `Stopped`, and one line says how to resume."""
+
+    def __init__(self) -> None:
+        self._received, self._deferred = 0, False
+
+    def __enter__(self) -> "Signals":
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if isinstance(error, Stopped):
+            name = signal.Signals(self._received).name.replace("SIGINT", "Ctrl-C")
+            print(f"stopped by {name}; all work is saved: re-run the same command to resume", file=sys.stderr)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Hold signals back until the end, or until `check` is called, around what must not be interrupted."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+        self.check()
+
+    def check(self) -> None:
+        """Raise `Stopped` if a signal has come."""
+        if self._received:
+            raise Stopped(128 + self._received)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self._received:  # torchrun and schedulers send it several times
+            self._received = number
+            if not self._deferred:
+                self.check()
+
+
+class Progress:
+    """One bar for the whole run on a terminal, and a line for each epoch and member everywhere.
+
+    Of several processes rank 0 has the bar: it trains as many members as any, so that its time left is the run's.
+    """
+
+    HEADER = "epoch   seed      lr  train loss  train acc  val loss  val acc  SAM share     time     left"
+
+    def __init__(self) -> None:
+        self.done, self.total, self.bar = 0, 0.0, None
+
+    def expect(self, passes: float) -> None:
+        """How much is left, in forward-backward passes of one image."""
+        self.total = self.done + passes
+        if self.bar is None:
+            self.started = time.monotonic()
+            form = "{desc} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left"
+            hidden = not sys.stderr.isatty() or distributed.rank() > 0
+            self.bar = tqdm(disable=hidden, desc="training", unit="img", dynamic_ncols=True, bar_format=form)
+            if passes and not distributed.rank():
+                self._write(self.HEADER)
+        self.bar.total = self.total
+        self.bar.refresh()
+
+    def advance(self, passes: int) -> None:
+        """Count passes that were made."""
+        self.done += passes
+        self.bar.update(passes)
+
+    def print(self, seed: int, line: dict) -> None:
+        """The line of a member's epoch, as log.jsonl holds it, with the time left."""
+        left = (time.monotonic() - self.started) / max(self.done, 1) * max(self.total - self.done, 0)
+        self._write(
+            f"{line['epoch']:5d} {seed:6d} {line['lr']:7.4g}  {line['train_loss']:10.4f}  {line['train_acc']:8.2%}"
+            f"  {line['val_loss']:8.4f}  {line['val_acc']:7.2%}  {line['sam_share']:8.1%}"
+            f"  {line['seconds']:6.1f}s  {tqdm.format_interval(left):>7}"
+        )
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+    @staticmethod
+    def _write(text: str) -> None:
+        tqdm.write(text)
+        sys.stdout.flush()  # so that a log file shows it at once
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, created if need be, so that no second run trains in it.
+
+    The file `lock` is locked by the operating system, which releases it when the process ends, however it ends. Host,
+    process and the file's own inode number are written into it: for the message, and for file systems whose locks do
+    not reach other machines. A lock that a dead process of this host left is taken over, and so is one that came with a
+    copy of the folder, where the file has another inode number.
+
+    Raises:
+        InputError: if the folder cannot be created, if another process holds it, or if one of another host did not
+            release it.
+    """
+    path = folder / "lock"
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = open(path, "a+", errors="replace")  # noqa: SIM115, closed by the `with` below
+        except OSError as error:
+            reason = f"cannot be created ({error.strerror}); name another folder"
+            raise InputError(f"--save_path {folder}: {reason}") from error
+        held = reaches = True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = False
+        except BlockingIOError:
+            pass
+        except OSError:
+            held = reaches = False  # a file system without locks: what is written in the file has to do
+        number = os.fstat(file.fileno()).st_ino
+        try:
+            same = path.stat().st_ino == number
+        except FileNotFoundError:
+            same = False
+        if held or same:
+            break
+        file.close()  # its holder removed it between our two calls
+    with file:
+        file.seek(0)
+        host, process, written = (file.read().split() + ["?"] * 3)[:3]
+        me = socket.gethostname()
+        refusal = f"--save_path {folder}: process {process} on host {host} "
+        if held or (not reaches and host == me and _alive(process)):
+            raise InputError(refusal + "is training in it; wait for it to end, or name another folder")
+        if host not in ("?", me) and written == str(number):
+            raise InputError(refusal + f"began a run in it and did not end it; if it is dead, remove {path}")
+        try:
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"{me} {os.getpid()} {number}\n".encode())
+        except OSError as error:
+            raise RunError(f"{path}: could not be written ({error.strerror}); free some space") from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _alive(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except PermissionError:
+        return True  # it is another user's
+    except (OSError, ValueError):
+        return False
+    return True
