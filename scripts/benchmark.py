@@ -1,18 +1,21 @@
-"""How near each hot path comes to its floor: times as ratios within one run, on synthetic data.
+"""How close each hot path comes to its floor, and how its cost grows: times within one run, on synthetic data.
 
     python scripts/benchmark.py
     python scripts/benchmark.py --quick
     python scripts/benchmark.py --only fisher64 --repeats 15
+    python scripts/benchmark.py --scaling --threads 1
 
-Each case runs in a process of its own. The case and what it is compared with take turns, so that a noisy machine hits
+Each case runs in its own process. A case and what it is compared with take turns, so that a noisy machine affects
 both; the ratio is that of the medians. Prints a table and writes benchmark.json under --save, where cases of an earlier
-call that were not run again stay. With --check the exit
-status is 1 if a ratio, or the peak memory where it has a limit, misses its target.
+call that were not run again stay. With --check the exit status is 1 if a ratio, or a peak memory that has a limit,
+misses its target.
+
+--scaling times each part at three sizes instead, and fits the exponent p of time ~ size^p; docs/SPEED.md says what to
+expect and why.
 """
 
 import argparse
 import io
-import json
 import math
 import resource
 import statistics
@@ -21,10 +24,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
-from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -36,18 +38,22 @@ import main as main_script
 import measure_diversity
 from models import create_model
 from sam import SAM
-from utils.checkpoint import load_json, pack_checkpoint, write_atomically, write_json
-from utils.cli import Parser, add_flag, number, run, start_device
-from utils.data import DATASETS, Data, ImageSet
-from utils.ensemble import Signals, _open_member, _Progress, _train_one_epoch, environment
+from tests.reference import fisher_by_vmap, simulate_sam_step_by_step
+from utils import cli
+from utils.checkpoint import pack_checkpoint
+from utils.data import Data, ImageSet
+from utils.datasets import DATASETS
+from utils.distributed import start_device
+from utils.files import load_json, write_atomically, write_json
 from utils.fisher import per_sample_fisher
 from utils.hessian import HessianOperator
+from utils.member import Member
 from utils.metrics import bootstrap_weights
 from utils.partition import sharpness_aware_masks
-from utils.predictions import forward
+from utils.run import Run, environment
 from utils.sharpness import worst_case_sharpness
 from utils.theory import simulate_sam
-from utils.training import sharpbalance_step
+from utils.training import predict, sharpbalance_step, train_epoch
 
 # A case returns its timed functions by name; the first is the case, the others are what it is compared with.
 Timed = dict[str, Callable[[], object]]
@@ -66,26 +72,14 @@ def batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def forward_backward(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
-    """One plain pass: the gradient of the mean loss in `.grad`."""
+    """One pass: the gradient of the mean loss in `.grad`."""
     model.zero_grad()
     F.cross_entropy(model(images), labels).backward()
 
 
-def plain_vmap(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Per-sample squared gradient norms the plain way: vmap over one-sample gradients, 16 at a time."""
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-    def loss(parameters: dict, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        logits = torch.func.functional_call(model, parameters, (image[None],))
-        return F.cross_entropy(logits, label[None])
-
-    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), chunk_size=16)
-    return sum(g.flatten(1).square().sum(1) for g in gradients(parameters, images, labels).values())
-
-
-def fisher(width: int) -> Timed:
-    """Scores of one batch, against one forward and backward pass of it and against chunked vmap."""
-    model, (images, labels) = network(width), batch(128)
+def fisher(width: int, size: int = 128) -> Timed:
+    """Scores of one batch, against one forward-backward pass of it and against chunked vmap."""
+    model, (images, labels) = network(width), batch(size)
     model.eval()
 
     def training_pass() -> None:
@@ -96,15 +90,15 @@ def fisher(width: int) -> Timed:
     return {
         "per_sample_fisher": lambda: per_sample_fisher(model, images, labels),
         "forward-backward": training_pass,
-        "vmap": lambda: plain_vmap(model, images, labels),
+        "vmap": lambda: fisher_by_vmap(model, images, labels),
     }
 
 
-def step(share: float) -> Timed:
-    """A SharpBalance step, against the plain passes that it cannot do without."""
-    model, (images, labels) = network(16), batch(128)
+def step(share: float, width: int = 16, size: int = 128) -> Timed:
+    """A SharpBalance step with this share of SAM samples, against the passes that it cannot do without."""
+    model, (images, labels) = network(width), batch(size)
     optimizer = SAM(model.parameters(), rho=0.1, lr=1e-3, momentum=0.9, weight_decay=5e-4)
-    mask = torch.arange(128) < round(128 * share)
+    mask = torch.arange(size) < round(size * share)
     parts = [part for part in (~mask, mask, mask) if part.any()]
     copies = [(images[part], labels[part]) for part in parts]
 
@@ -118,23 +112,15 @@ def step(share: float) -> Timed:
     }
 
 
-class PlainDataset(torch.utils.data.Dataset):
+class PilDataset(torch.utils.data.Dataset):
     """Images that are augmented one by one, with PIL."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray):
-        from torchvision import transforms
+    def __init__(self, data: ImageSet):
+        from torchvision import transforms as t
 
-        info = DATASETS["cifar10"]
-        self.images, self.labels = images, labels
-        self.transform = transforms.Compose(
-            [
-                transforms.ToPILImage(),
-                transforms.RandomCrop(32, padding=4),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(info.mean, info.std),
-            ]
-        )
+        self.images, self.labels, info = data.images.numpy(), data.labels.numpy(), data.preprocessing
+        augment = [t.ToPILImage(), t.RandomCrop(32, padding=4), t.RandomHorizontalFlip()]
+        self.transform = t.Compose([*augment, t.ToTensor(), t.Normalize(info.mean, info.std)])
 
     def __len__(self) -> int:
         """The number of images."""
@@ -147,27 +133,23 @@ class PlainDataset(torch.utils.data.Dataset):
 
 def loading() -> Timed:
     """An epoch of augmented batches, against a torchvision DataLoader with 2 workers and a copy of the same bytes."""
-    random = np.random.default_rng(0)
-    images = random.integers(0, 256, (10_000, 32, 32, 3), dtype=np.uint8)
-    labels = random.integers(0, 10, len(images))
-    data = ImageSet(images, labels, DATASETS["cifar10"])
-    loader = torch.utils.data.DataLoader(
-        PlainDataset(images, labels), 128, shuffle=True, num_workers=2, persistent_workers=True
-    )
-    source = [torch.randn(min(128, len(images) - i), 3, 32, 32) for i in range(0, len(images), 128)]
+    data = synthetic(10_000)
+    options = {"shuffle": True, "num_workers": 2, "persistent_workers": True}
+    loader = torch.utils.data.DataLoader(PilDataset(data), 128, **options)
+    source = [torch.randn(min(128, len(data) - i), 3, 32, 32) for i in range(0, len(data), 128)]
     epochs = iter(range(10**9))
 
     def ours() -> None:
         for _ in data.epoch(13, next(epochs), 128):
             pass
 
-    def plain() -> None:
+    def torchvision() -> None:
         for _ in loader:
             pass
 
     return {
         "ImageSet.epoch": ours,
-        "DataLoader": plain,
+        "DataLoader": torchvision,
         "copy": lambda: [tensor.clone() for tensor in source],
     }
 
@@ -176,28 +158,27 @@ def synthetic(images: int) -> ImageSet:
     """Random pictures in the form of CIFAR-10."""
     random = np.random.default_rng(0)
     pictures = random.integers(0, 256, (images, 32, 32, 3), dtype=np.uint8)
-    return ImageSet(pictures, random.integers(0, 10, images), DATASETS["cifar10"])
+    return ImageSet(pictures, random.integers(0, 10, images), DATASETS["cifar10"].preprocessing)
 
 
 def epoch(width: int) -> Timed:
     """An epoch of main.py with data, sums, validation, line and checkpoint, against bare passes on fixed batches."""
-    data = Data(
-        "cifar10", DATASETS["cifar10"], synthetic(2560), synthetic(256), synthetic(2), np.zeros(2560, dtype=bool)
-    )
-    data.record = {"sha256_of_arrays_and_split": ""}
+    parts = synthetic(2560), synthetic(256), synthetic(2)
+    record = {"sha256_of_arrays_and_split": ""}
+    data = Data("cifar10", DATASETS["cifar10"], *parts, mislabelled=np.zeros(2560, dtype=bool), record=record)
     folder, silence = tempfile.TemporaryDirectory(), redirect_stdout(io.StringIO())
     words = ["--data", "cifar10", "--width", str(width), "--epochs", "1000", "--lr", "0.001", "--seed", "13"]
     args = main_script.parse_args([*words, "--save_path", folder.name])
-    member, signals = _open_member(args, data, 13), Signals()
+    member = Member(Run(main_script.settings_of(args), data), 13)
     with silence:
-        progress = _Progress([member], args, len(data.train))
+        member.run.progress.expect(member.passes_left)
     model, (images, labels), (others, _) = network(width), batch(128), batch(256)
     bare = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
 
     def ours() -> None:
         assert Path(folder.name).is_dir()  # which is removed with the object
         with silence:
-            _train_one_epoch(args, data, member, progress, signals)
+            member.train_epoch()
 
     def passes() -> None:
         model.train()
@@ -208,6 +189,20 @@ def epoch(width: int) -> Timed:
             model.eval()(others)
 
     return {"epoch of main.py": ours, "passes": passes}
+
+
+def epochs(samples: int = 512, members: int = 1, count: int = 1) -> Timed:
+    """Epochs of members of width 8 in turn, without SAM."""
+    data, models = synthetic(samples), [network(8) for _ in range(members)]
+    optimizers = [SAM(model.parameters(), rho=0.1, lr=1e-3) for model in models]
+    mask = torch.zeros(samples, dtype=torch.bool)
+
+    def train() -> None:
+        for epoch in range(count):
+            for model, optimizer in zip(models, optimizers, strict=True):
+                train_epoch(model, optimizer, data, mask, 13, epoch, 128)
+
+    return {"train_epoch": train}
 
 
 def optimizer() -> Timed:
@@ -231,45 +226,46 @@ def optimizer() -> Timed:
     return {"first_step, restore": ours, "copy": copies}
 
 
-def worst_case(maximiser: str, norm: str, iterations: int = 10) -> Timed:
-    """Worst-case sharpness of one batch of 5, against as many forward and backward passes."""
-    model, (images, labels) = network(64).eval(), batch(5)
-    images = images.contiguous(memory_format=torch.channels_last)
+def worst_case(maximiser: str, norm: str, iterations: int = 10, batches: int = 1, width: int = 64) -> Timed:
+    """Worst-case sharpness of batches of 5, against as many forward-backward passes."""
+    model, data = network(width).eval(), [batch(5) for _ in range(batches)]
     rho = 0.5 if norm == "l2" else 0.01
 
     def passes() -> None:
-        for _ in range(iterations + 1):
+        for images, labels in data * (iterations + 1):
             loss = F.cross_entropy(model(images), labels)
             torch.autograd.grad(loss, list(model.parameters()))
 
     def ours() -> None:
-        worst_case_sharpness(model, [(images, labels)], rho, norm, n_iters=iterations, maximiser=maximiser)
+        worst_case_sharpness(model, data, rho, norm, n_iters=iterations, maximiser=maximiser)
 
     return {"worst_case_sharpness": ours, "passes": passes}
 
 
-def hessian() -> Timed:
-    """A product of the Hessian with a vector, against one forward and backward pass of its images."""
-    model, (images, labels) = network(16).eval(), batch(128)
-    operator = HessianOperator(model, [(images, labels)])
+def hessian(samples: int = 128, size: int = 128) -> Timed:
+    """A product of the Hessian with a vector, against one forward-backward pass of its images."""
+    model, data = network(16).eval(), [batch(size) for _ in range(samples // size)]
+    operator = HessianOperator(model, data)
     vector = torch.randn(operator.size)
-    return {
-        "HessianOperator": lambda: operator @ vector,
-        "forward-backward": lambda: forward_backward(model, images, labels),
-    }
+
+    def passes() -> None:
+        for images, labels in data:
+            forward_backward(model, images, labels)
+
+    return {"HessianOperator": lambda: operator @ vector, "forward-backward": passes}
 
 
-def prediction() -> Timed:
-    """The pass that all measures of diversity come from, against forward passes alone."""
-    data, model = synthetic(2048), network(16).eval()
+def prediction(samples: int = 2048) -> Timed:
+    """The pass that all metrics of diversity derive from, against forward passes alone."""
+    data, model = synthetic(samples), network(16).eval()
     images = data.normalise(torch.from_numpy(np.zeros((512, 32, 32, 3), dtype=np.uint8)))
 
     @torch.inference_mode()
     def passes() -> None:
-        for _ in range(4):
+        for _ in range(samples // 512):
             model(images)
 
-    return {"forward": lambda: forward(model, data, features=False), "passes": passes}
+    return {"predict": lambda: predict(model, data), "passes": passes}
 
 
 def random_logits(members: int, samples: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -280,27 +276,28 @@ def random_logits(members: int, samples: int, classes: int) -> tuple[torch.Tenso
     return logits, shared.argmax(dim=1)
 
 
-def figures_of(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> dict:
-    """All default figures of measure_diversity.py for one part."""
+def part_metrics(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> dict:
+    """All metrics that measure_diversity.py computes of one part by default, with their resamples."""
     args = measure_diversity.parse_args(["--resume", "unused"])
     temperatures = {"members": [1.0] * len(logits), "ensemble": 1.0}
-    return measure_diversity.figures(args, logits, labels, [], temperatures, weights)
+    _, columns, gaps = measure_diversity.measure_part(args, logits, labels, [], temperatures)
+    return measure_diversity.resample(weights, columns, gaps)
 
 
-def metrics() -> Timed:
-    """The figures of one of 75 corrupted parts, 3 x 10,000 x 100, from logits; against reading the file of the logits.
+def metrics(members: int = 3, samples: int = 10_000, classes: int = 100) -> Timed:
+    """The metrics of one of 75 corrupted parts, 3 x 10,000 x 100, from logits; against reading the file of the logits.
 
-    75 parts one after another are 3 x 750,000 x 100; no more than one is in memory.
+    75 parts in turn are 3 x 750,000 x 100; no more than one is in memory.
     """
-    logits, labels = random_logits(3, 10_000, 100)
-    weights, file = bootstrap_weights(10_000, 1000), io.BytesIO()
+    logits, labels = random_logits(members, samples, classes)
+    weights, file = bootstrap_weights(samples, 1000), io.BytesIO()
     np.savez(file, logits=logits.numpy())
 
     def read() -> None:
         file.seek(0)
         np.load(file)["logits"].sum()
 
-    return {"figures": lambda: figures_of(logits, labels, weights), "reading": read}
+    return {"metrics": lambda: part_metrics(logits, labels, weights), "reading": read}
 
 
 def diversity() -> Timed:
@@ -310,8 +307,7 @@ def diversity() -> Timed:
     weights = bootstrap_weights(len(data), 1000)
 
     def ours() -> None:
-        logits = [torch.from_numpy(forward(model, data, features=False)["logits"]) for model in members]
-        figures_of(torch.stack(logits), data.labels, weights)
+        part_metrics(torch.stack([predict(model, data)[0] for model in members]), data.labels, weights)
 
     @torch.inference_mode()
     def passes() -> None:
@@ -319,49 +315,31 @@ def diversity() -> Timed:
             for start in range(0, len(data), 512):
                 model(images[: len(data) - start])
 
-    return {"passes and figures": ours, "passes": passes}
+    return {"passes and metrics": ours, "passes": passes}
 
 
-def partition() -> Timed:
-    """The sets of 9 members of 1,000,000 samples, against a partition of each member's scores."""
-    scores = np.random.default_rng(0).random((9, 1_000_000)).astype(np.float32)
+def partition(members: int = 9, samples: int = 1_000_000) -> Timed:
+    """The sets of all members, against a partition of each member's scores."""
+    scores = np.random.default_rng(0).random((members, samples)).astype(np.float32)
     return {
         "sharpness_aware_masks": lambda: sharpness_aware_masks(scores, 0.5),
         "np.partition": lambda: [np.partition(row, len(row) // 2) for row in scores],
     }
 
 
-def plain_sam_point(
-    n: int, d: int, eta: float, rho: float, k: int, rho0: float, sigma2: float, w_norm: float, n_data: int, n_init: int
-) -> float:
-    """A point of the simulation the plain way: explicit matrices, all steps, 50 steps of projected gradient ascent."""
-    total = 0.0
-    for child in np.random.SeedSequence(0).spawn(n_data):
-        random = np.random.default_rng(child)
-        data = random.standard_normal((n, d)) / math.sqrt(d)
-        gram = data.T @ data
-        teacher = random.standard_normal(d)
-        teacher *= w_norm / np.linalg.norm(teacher)
-        # Rows of errors: the mean iterate's, then those of the members.
-        starts = math.sqrt(sigma2) * random.standard_normal((n_init, d))
-        errors = np.concatenate([np.zeros((1, d)), starts]) - teacher
-        for _ in range(k):
-            errors = errors - eta * (errors + rho * errors @ gram) @ gram
-        gradients = errors @ gram
-        moved = random.standard_normal(errors.shape)
-        moved *= rho0 / 2 / np.linalg.norm(moved, axis=1, keepdims=True)
-        for _ in range(50):
-            moved = moved + 0.01 * (moved @ gram + gradients)
-            moved *= np.minimum(rho0 / np.linalg.norm(moved, axis=1, keepdims=True), 1)
-        total += ((gradients * moved).sum(axis=1) + ((moved @ gram) * moved).sum(axis=1) / 2).mean()
-    return total / n_data
+def theory(d: int = 150, data_sets: int = 10, members: int = 100) -> Timed:
+    """One point of the SAM simulation, against explicit matrices and steps, of a fiftieth of the members."""
+    setting = {"eta": 0.01, "rho": 0.1, "k": 3, "rho0": 0.01}
+    more = {"n": 20 * d, "d": d, "sigma2": 0.1, "w_norm": 3.9215, "n_data": data_sets, "n_init": members}
+    random = np.random.default_rng(0)
 
+    def explicit() -> None:
+        for _ in range(data_sets):
+            data, teacher = random.standard_normal((20 * d, d)) / math.sqrt(d), random.standard_normal(d)
+            starts = math.sqrt(more["sigma2"]) * random.standard_normal((members // 50, d))
+            simulate_sam_step_by_step(data, teacher, starts, **setting)
 
-def theory() -> Timed:
-    """One point of the SAM simulation, against explicit matrices, steps and projected gradient ascent."""
-    setting = {"n": 3000, "d": 150, "eta": 0.01, "rho": 0.1, "k": 3, "rho0": 0.01, "sigma2": 0.1, "w_norm": 3.9215}
-    setting |= {"n_data": 10, "n_init": 100}
-    return {"simulate_sam": lambda: simulate_sam(**setting), "plain": lambda: plain_sam_point(**setting)}
+    return {"simulate_sam": lambda: simulate_sam(**setting, **more), "explicit, 2 %": explicit}
 
 
 def checkpoint() -> Timed:
@@ -381,37 +359,6 @@ def checkpoint() -> Timed:
     return {"pack_checkpoint, write": lambda: write(pack_checkpoint(state)), "writing": lambda: write(content)}
 
 
-_member: list[Callable[[], None]] = []  # of this process
-
-
-def ten_steps(threads: int) -> None:
-    """Ten steps of a member of width 8 with so many threads."""
-    if not _member:
-        start_device("cpu", threads)
-        model, (images, labels) = network(8), batch(128)
-        optimizer = SAM(model.parameters(), lr=1e-3, momentum=0.9)
-        mask = torch.zeros(len(images), dtype=torch.bool)
-        _member.append(lambda: sharpbalance_step(model, optimizer, images, labels, mask))
-    for _ in range(10):
-        _member[0]()
-
-
-def jobs() -> Timed:
-    """Members of one thread side by side, one for each core, against as many in turn with all threads."""
-    count = torch.get_num_threads()
-    pools = [ProcessPoolExecutor(1, get_context("spawn")) for _ in range(count)]
-
-    def side_by_side() -> None:
-        for member in [pool.submit(ten_steps, 1) for pool in pools]:
-            member.result()
-
-    def in_turn() -> None:
-        for _ in range(count):
-            ten_steps(count)
-
-    return {"side by side": side_by_side, "in turn": in_turn}
-
-
 # name: (case, {what it is compared with: target}). A target below 1 means: so many times faster.
 CASES: dict[str, tuple[Callable[[], Timed], dict[str, float | None]]] = {
     "fisher64": (lambda: fisher(64), {"forward-backward": 1.05, "vmap": 1 / 5}),
@@ -422,7 +369,6 @@ CASES: dict[str, tuple[Callable[[], Timed], dict[str, float | None]]] = {
     "step100": (lambda: step(1.0), {"passes": 1.05}),
     "epoch8": (lambda: epoch(8), {"passes": 1.05}),
     "epoch16": (lambda: epoch(16), {"passes": 1.05}),
-    "jobs": (jobs, {"in turn": None}),
     "optimizer": (optimizer, {"copy": 1.5}),
     "checkpoint": (checkpoint, {"writing": None}),
     "loading": (loading, {"DataLoader": 1 / 15, "copy": 4}),
@@ -435,34 +381,58 @@ CASES: dict[str, tuple[Callable[[], Timed], dict[str, float | None]]] = {
     "diversity": (diversity, {"passes": 1.1}),
     "metrics": (metrics, {"reading": 3}),
     "partition": (partition, {"np.partition": 2}),
-    "theory": (theory, {"plain": 1 / 10}),
+    "theory": (theory, {"explicit, 2 %": 1}),
 }
-MOST_MEMORY = {"metrics": 1024}  # MiB
+MAX_MEMORY = {"metrics": 1024}  # MiB
+# part: (what grows, three sizes, the case of a size, the exponent to expect)
+SCALING: dict[str, tuple[str, tuple[float, ...], Callable[[Any], Timed], str]] = {
+    "training by N": ("samples", (512, 1024, 2048), epochs, "1"),
+    "training by M": ("members", (1, 2, 4), lambda m: epochs(members=m), "1"),
+    "training by E": ("epochs", (1, 2, 4), lambda e: epochs(count=e), "1"),
+    "step by 1 + s": ("passes", (1.25, 1.5, 2.0), lambda passes: step(passes - 1, 16, 64), "1"),
+    "normal step": ("width", (16, 32, 64), lambda width: step(0.0, width, 64), "1 to 2"),
+    "step, half SAM": ("width", (16, 32, 64), lambda width: step(0.5, width, 64), "1 to 2"),
+    "scores": ("width", (16, 32, 64), lambda width: fisher(width, 64), "1 to 2"),
+    "predictions": ("samples", (512, 1024, 2048), prediction, "1"),
+    "sharpness by n": ("batches", (2, 4, 8), lambda n: worst_case("tight", "l2", 10, n, 16), "1"),
+    "sharpness by i": ("iterations", (5, 10, 20), lambda i: worst_case("tight", "l2", i, 2, 16), "1"),
+    "Hessian product": ("samples", (64, 128, 256), lambda n: hessian(n, 64), "1"),
+    "partition by N": ("samples", (100_000, 300_000, 1_000_000), lambda n: partition(9, n), "1"),
+    "partition by M": ("members", (10, 30, 100), lambda m: partition(m, 100_000), "1"),
+    "metrics by N": ("samples", (2500, 5000, 10_000), lambda n: metrics(3, n, 10), "1"),
+    "metrics by C": ("classes", (10, 30, 100), lambda c: metrics(3, 10_000, c), "0 to 1"),
+    "metrics by M": ("members", (2, 4, 8), lambda m: metrics(m, 2000, 10), "up to 2^M, at most 200 a size"),
+    "theory": ("dimension", (75, 150, 300), theory, "1 to 2"),
+}
 SLOW = ("fisher64", "apgd-l2", "apgd-linf", "tight-l2", "tight-linf")  # width 64, half a minute and more each
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = Parser(__doc__)
-    parser.add_argument("--only", choices=CASES, nargs="+", help="cases to run (default: all)")
-    parser.add_argument("--repeats", type=number(int, 3), default=9, metavar="N", help="timed repeats of each function")
-    add_flag(parser, "quick", "3 repeats, without the slow cases of width 64: two minutes")
-    parser.add_argument("--threads", type=number(int, 1), metavar="N", help="CPU threads (default: one for each core)")
-    parser.add_argument("--save", type=Path, default=Path("runs/benchmark"), metavar="DIR", help="folder of the JSON")
-    add_flag(parser, "check", "exit with status 1 if a ratio misses its target")
+    parser = cli.Parser(__doc__)
+    cli.add_flag(parser, "scaling", "time each part at three sizes instead")
+    parser.add_argument("--only", choices=(*CASES, *SCALING), nargs="+", help="cases or parts to run (default: all)")
+    cli.add_option(parser, "repeats", "timed repeats of each function", cli.number(int, 3), "N", default=9)
+    cli.add_flag(parser, "quick", "3 repeats, without the slow cases of width 64: two minutes")
+    cli.add_option(parser, "threads", "CPU threads (default: one for each core)", cli.COUNT, "N")
+    cli.add_option(parser, "save", "folder of the JSON", cli.path, "DIR", default=Path("runs/benchmark"))
+    cli.add_flag(parser, "check", "exit with status 1 if a ratio misses its target")
     parser.add_argument("--measure", choices=CASES, help=argparse.SUPPRESS)
-    parser.add_argument("--to", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--to", type=cli.path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    known = SCALING if args.scaling else CASES
+    unknown = next((name for name in args.only or () if name not in known), None)
+    if unknown:
+        parser.error(f"--only: expected some of {', '.join(known)}, got '{unknown}'")
     if args.quick:
         args.repeats = 3
-        args.only = args.only or [name for name in CASES if name not in SLOW]
+        args.only = args.only or [name for name in known if name not in SLOW]
+    args.only = args.only or list(known)
     return args
 
 
-def measure(name: str, repeats: int, threads: int | None) -> dict:
-    """Run one case in this process: seconds of every repeat, and the peak memory of the process."""
-    device = start_device("cpu", threads)
-    functions = CASES[name][0]()
+def seconds_of(functions: Timed, repeats: int) -> dict[str, list[float]]:
+    """The seconds of every repeat of each function, by turns."""
     seconds: dict[str, list[float]] = {label: [] for label in functions}
     for repeat in range(repeats + 1):
         for label, function in functions.items():
@@ -470,8 +440,51 @@ def measure(name: str, repeats: int, threads: int | None) -> dict:
             function()
             if repeat:  # the first round warms up
                 seconds[label].append(time.perf_counter() - started)
+    return seconds
+
+
+def measure(name: str, repeats: int, threads: int | None) -> dict:
+    """Run one case in this process: seconds of every repeat, and the peak memory of the process."""
+    device = start_device("cpu", threads)
+    seconds = seconds_of(CASES[name][0](), repeats)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"seconds": seconds, "peak_memory_mib": peak, "environment": environment(device)}
+
+
+def scaling(args: argparse.Namespace) -> None:
+    """Print a line for each part: its times at three sizes and the fitted exponent."""
+    start_device("cpu", args.threads)
+    print(f"{'part':16} {'grows':10} {'sizes and ms':52} exponent  expected")
+    for name in args.only:
+        what, sizes, case, expected = SCALING[name]
+        medians = []
+        for size in sizes:
+            label, function = next(iter(case(size).items()))
+            medians.append(statistics.median(seconds_of({label: function}, args.repeats)[label]))
+        exponent = np.polyfit(np.log(sizes), np.log(medians), 1)[0]
+        cells = ", ".join(f"{size}: {1000 * t:.1f}" for size, t in zip(sizes, medians, strict=True))
+        print(f"{name:16} {what:10} {cells:52} {exponent:8.2f}  {expected}", flush=True)
+    print(f"n = {args.repeats}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+
+
+def rows_of(name: str, result: dict) -> list[tuple[str, bool]]:
+    """The lines of a case, and whether each of them misses its target."""
+    (_, mine), *others = result["seconds"].items()
+    rows = []
+    for label, floor in others:
+        target = CASES[name][1][label]
+        case_ms, floor_ms = (1000 * statistics.median(values) for values in (mine, floor))
+        ratio = case_ms / floor_ms
+        quarters = statistics.quantiles([a / b for a, b in zip(mine, floor, strict=True)], n=4)
+        missed = target is not None and ratio > target
+        text = f"{name:10} {label:17} {case_ms:7.1f} ms {floor_ms:7.1f} ms  {ratio:6.3f}  "
+        text += f"{'-' if target is None else f'{target:.3f}':>7}  {quarters[2] - quarters[0]:6.3f}  "
+        rows.append((text + ("-" if target is None else "MISSED" if missed else "ok"), missed))
+    if name in MAX_MEMORY:
+        peak, limit = result["peak_memory_mib"], MAX_MEMORY[name]
+        text = f"{name:10} {'peak memory':17} {peak:6.0f} MiB{'':32}{limit:4} MiB  "
+        rows.append((text + ("MISSED" if peak > limit else "ok"), peak > limit))
+    return rows
 
 
 def main(args: argparse.Namespace) -> None:
@@ -479,42 +492,28 @@ def main(args: argparse.Namespace) -> None:
     if args.measure:
         write_json(args.to, measure(args.measure, args.repeats, args.threads))
         return
+    if args.scaling:
+        scaling(args)
+        return
     print("case       compared with           case      floor   ratio   target  spread  verdict")
-    results, missed = {}, []
-    for name in args.only or CASES:
+    results, any_missed = {}, False
+    for name in args.only:
         with tempfile.TemporaryDirectory() as folder:
             options = {"--measure": name, "--to": f"{folder}/x", "--repeats": args.repeats, "--threads": args.threads}
             words = [str(word) for option, value in options.items() if value for word in (option, value)]
             subprocess.run([sys.executable, __file__, *words], check=True)
-            results[name] = json.loads(Path(folder, "x").read_text())
-        (_, mine), *others = results[name]["seconds"].items()
-        for label, floor in others:
-            target = CASES[name][1][label]
-            case_ms, floor_ms = (1000 * statistics.median(values) for values in (mine, floor))
-            ratio = case_ms / floor_ms
-            quarters = statistics.quantiles([a / b for a, b in zip(mine, floor, strict=True)], n=4)
-            verdict = "-" if target is None else "ok" if ratio <= target else "MISSED"
-            missed += [name] if verdict == "MISSED" else []
-            print(
-                f"{name:10} {label:17} {case_ms:7.1f} ms {floor_ms:7.1f} ms  {ratio:6.3f}  "
-                f"{'-' if target is None else f'{target:.3f}':>7}  {quarters[2] - quarters[0]:6.3f}  {verdict}",
-                flush=True,
-            )
-        if name in MOST_MEMORY:
-            peak = results[name]["peak_memory_mib"]
-            verdict = "ok" if peak <= MOST_MEMORY[name] else "MISSED"
-            missed += [name] if verdict == "MISSED" else []
-            print(
-                f"{name:10} {'peak memory':17} {peak:6.0f} MiB{'':32}{MOST_MEMORY[name]:4} MiB  {verdict}", flush=True
-            )
+            results[name] = load_json(Path(folder, "x"))
+        for text, missed in rows_of(name, results[name]):
+            print(text, flush=True)
+            any_missed |= missed
     args.save.mkdir(parents=True, exist_ok=True)
-    path = args.save / "benchmark.json"
-    write_json(path, (load_json(path) if path.is_file() else {}) | results)
+    file = args.save / "benchmark.json"
+    write_json(file, (load_json(file) if file.is_file() else {}) | results)
     env = next(iter(results.values()))["environment"]
-    print(f"n = {args.repeats}, {env['threads']} threads, torch {env['torch']}; wrote {path}")
-    if missed and args.check:
+    print(f"n = {args.repeats}, {env['threads']} threads, torch {env['torch']}; wrote {file}")
+    if any_missed and args.check:
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    run(main, parse_args())
+    cli.run(main, parse_args())

@@ -1,15 +1,16 @@
-"""Make the corrupted copies of a test set: 15 corruptions in 5 severities, drawn by utils/corruptions.py.
+"""Make the corrupted copies of a test set: 15 corruptions at 5 severities, by utils/corruptions.py.
 
     python scripts/make_corrupted.py --data digits
 
 Writes <to>/digits-C/ or <to>/Fashion-MNIST-C/ in the layout of CIFAR-10-C: <corruption>.npy, uint8 [5 N, H, W, C] with
-severities 1 to 5 one after another; labels.npy, int64 [5 N]; about.json, which says of which images they were made. The
-measuring scripts find it in --data_path, which is where it goes if --to is not given. The same command again makes only
-what is missing. The sets of CIFAR and TinyImageNet are published and are not made here.
+severities 1 to 5 in turn; labels.npy, int64 [5 N]; about.json, which identifies the images they were made from. The
+measuring scripts find the set in --data_path, which is where it goes without --to. Re-run the same command to resume
+after an interruption. The sets of CIFAR and TinyImageNet are published and are not made here.
 """
 
 import argparse
 import io
+import math
 import os
 import signal
 import sys
@@ -25,23 +26,19 @@ from threading import Thread
 import numpy as np
 import PIL
 import scipy
-import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import InputError, RunError, first_line
-from utils.checkpoint import load_json, write_array, write_atomically, write_json
-from utils.cli import Choices, Parser, add_flag, fail, number, run
+from utils import InputError, RunError
+from utils.cli import Choices, Parser, add_flag, fail, number, path, run
 from utils.corruptions import corrupt
-from utils.data import CORRUPTED, CORRUPTIONS, DATASETS, SEVERITIES, ImageSet, load_data
+from utils.data import ImageSet
+from utils.datasets import CORRUPTED, CORRUPTIONS, DATASETS, SEVERITIES, load_data
+from utils.files import load_json, open_atomically, refusing, write_array, write_atomically, write_json
 
-PUBLISHED = {
-    "cifar10": "https://zenodo.org/records/2535967",
-    "cifar100": "https://zenodo.org/records/3555552",
-    "tiny_imgnet": "https://zenodo.org/records/2536630",
-}
+PUBLISHED = {"cifar10": 2535967, "cifar100": 3555552, "tiny_imgnet": 2536630}  # records at zenodo.org
 CHUNK = 256  # images of one task
 
 
@@ -49,29 +46,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(__doc__)
     parser.add_argument("--data", "--dataset", choices=DATASETS, default="digits", help="whose test images")
-    parser.add_argument(
-        "--data_path", type=Path, default=Path("data"), metavar="DIR", help="folder that holds the data sets"
-    )
+    parser.add_argument("--data_path", type=path, default=Path("data"), metavar="DIR", help="folder of the data sets")
     add_flag(parser, "download", "fetch a missing data set through torchvision")
-    parser.add_argument(
-        "--to", type=Path, metavar="DIR", help="folder that the set's own folder is made in (default: --data_path)"
-    )
-    parser.add_argument(
-        "--corruptions", action=Choices, among=CORRUPTIONS, default=list(CORRUPTIONS), help="which to make"
-    )
-    parser.add_argument(
-        "--images", type=number(int, 1), metavar="N", help="only the first N test images (default: all)"
-    )
+    parser.add_argument("--to", type=path, metavar="DIR", help="where to make the set's folder (default: --data_path)")
+    parser.add_argument("--corruptions", action=Choices, among=CORRUPTIONS, default=list(CORRUPTIONS), help="which")
+    parser.add_argument("--images", type=number(int, 1), metavar="N", help="how many, the first N (default: all)")
     parser.add_argument("--workers", type=number(int, 1), default=1, metavar="N", help="processes, one core each")
-    parser.add_argument(
-        "--contact_sheet",
-        type=Path,
-        metavar="FILE",
-        help="draw the first test image in all corruptions and severities into this .png, and make no set",
-    )
+    sheet = "draw the first test image under all corruptions into this .png, and make no set"
+    parser.add_argument("--contact_sheet", type=path, metavar="FILE", help=sheet)
     args = parser.parse_args(argv)
     if args.contact_sheet is not None and args.contact_sheet.suffix.lower() != ".png":
-        parser.error(f"argument --contact_sheet: '{args.contact_sheet}' given, a name that ends in .png is needed")
+        parser.error(f"--contact_sheet: expected a name that ends in .png, got '{args.contact_sheet}'")
     args.to = args.to or args.data_path
     return args
 
@@ -80,21 +65,21 @@ def main(args: argparse.Namespace) -> None:
     """Make the set, or draw the contact sheet."""
     name = CORRUPTED[args.data]
     if args.contact_sheet is None and args.data in PUBLISHED:
-        raise InputError(
-            f"--data {args.data}: {name} is a published set, and another must not bear its name; get it from "
-            f"{PUBLISHED[args.data]} and unpack it in {args.data_path}"
-        )
+        source = f"https://zenodo.org/records/{PUBLISHED[args.data]}"
+        raise InputError(f"--data {args.data}: {name} is published; unpack it from {source} in {args.data_path}")
     test = load_data(args.data, args.data_path, download=args.download).test
-    images = _pixels(test)[: args.images]
+    images = test.images.numpy()[: args.images]
     if args.contact_sheet is not None:
         picture = io.BytesIO()
         contact_sheet(images[0]).save(picture, format="PNG")
-        _make_folder(args.contact_sheet.parent, "--contact_sheet")
+        with refusing(f"--contact_sheet: {args.contact_sheet.parent} cannot be created"):
+            args.contact_sheet.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(args.contact_sheet, picture.getvalue())
         print(f"wrote {args.contact_sheet}")
         return
     folder = args.to / name
-    _make_folder(folder, "--to")
+    with refusing(f"--to: {folder} cannot be created"):
+        folder.mkdir(parents=True, exist_ok=True)
     _check_origin(folder, test, len(images))
     shape = (len(SEVERITIES) * len(images), *images.shape[1:])
     todo = [corruption for corruption in args.corruptions if not _is_done(folder / f"{corruption}.npy", shape)]
@@ -102,22 +87,16 @@ def main(args: argparse.Namespace) -> None:
     try:
         _make(folder, images, todo, args.workers)
     except BrokenProcessPool as error:
-        raise RunError(
-            "a worker was killed (too little memory?); give the same command with fewer --workers"
-        ) from error
+        raise RunError("a worker was killed (out of memory?); re-run the same command with fewer --workers") from error
     except KeyboardInterrupt:
-        fail("interrupted; the same command goes on after the last finished corruption", status=130)
-    kept = len(args.corruptions) - len(todo)
-    speed = len(todo) * shape[0] / (time.monotonic() - started)
-    print(
-        f"wrote {len(todo)} corruptions of {len(images)} images to {folder}"
-        + (f", {speed:.0f} images/s" if todo else "")
-        + (f", {kept} were there" if kept else "")
-    )
+        fail("interrupted; re-run the same command to resume after the last finished corruption", status=130)
+    speed, existed = len(todo) * shape[0] / (time.monotonic() - started), len(args.corruptions) - len(todo)
+    notes = (f", {speed:.0f} images/s" if todo else "") + (f", {existed} existed" if existed else "")
+    print(f"wrote {len(todo)} corruptions of {len(images)} images to {folder}{notes}")
 
 
 def contact_sheet(image: np.ndarray) -> Image.Image:
-    """A picture of one image, uint8 [H, W, C], in the 15 corruptions (rows) and 5 severities (columns)."""
+    """Draw one image, uint8 [H, W, C], under the 15 corruptions (rows) at the 5 severities (columns)."""
     scale = -(-96 // len(image))
     cell, gap, left, top = scale * len(image), 4, 130, 20
 
@@ -126,7 +105,7 @@ def contact_sheet(image: np.ndarray) -> Image.Image:
 
     sheet = Image.new("RGB", place(len(CORRUPTIONS), 1 + len(SEVERITIES)), "white")
     text = ImageDraw.Draw(sheet)
-    for column, title in enumerate(("plain", *map(str, SEVERITIES))):
+    for column, title in enumerate(("clean", *map(str, SEVERITIES))):
         text.text((place(0, column)[0], 4), title, fill="black")
     for row, name in enumerate(CORRUPTIONS):
         text.text((4, place(row, 0)[1] + cell // 2 - 5), name, fill="black")
@@ -137,33 +116,15 @@ def contact_sheet(image: np.ndarray) -> Image.Image:
     return sheet
 
 
-def _pixels(part: ImageSet) -> np.ndarray:
-    """The images as they are stored, uint8 [N, H, W, C]."""
-    index = torch.arange(len(part))
-    centre = torch.full_like(index, part.info.padding)
-    return part.crop(index, centre, centre, torch.zeros_like(index, dtype=torch.bool)).numpy()
-
-
-def _make_folder(folder: Path, flag: str) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{flag}: {folder} cannot be made ({error.strerror}); name another place") from error
-
-
 def _check_origin(folder: Path, test: ImageSet, count: int) -> None:
-    """Write about.json and labels.npy, or see that those that are there belong to these test images."""
+    """Write about.json and labels.npy, or check that those that exist belong to these test images."""
     about, labels = folder / "about.json", np.tile(test.labels.numpy()[:count], len(SEVERITIES))
     images = test.digest()
     if about.is_file() or any(folder.glob("*.npy")):
-        try:
+        with refusing(f"{about}: cannot be read", "give another --to"):
             found = load_json(about)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{about}: cannot be read ({first_line(error)}); give another --to") from error
-        before = (
-            (found.get("sha256_of_test_images"), found.get("images", len(test))) if isinstance(found, dict) else None
-        )
-        if before != (images, count):
+        known = found if isinstance(found, dict) else {}
+        if (known.get("sha256_of_test_images"), known.get("images", len(test))) != (images, count):
             raise InputError(f"{folder}: holds a set made of other images; remove it, or give another --to")
     else:
         versions = {"numpy": np.__version__, "scipy": scipy.__version__, "pillow": PIL.__version__}
@@ -174,7 +135,7 @@ def _check_origin(folder: Path, test: ImageSet, count: int) -> None:
 
 
 def _is_done(path: Path, shape: tuple[int, ...], dtype: type = np.uint8) -> bool:
-    """Whether the file is there in this form; what is in it was complete when it got its name."""
+    """Whether the file exists in this form; its content was complete when it got its name."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
@@ -185,22 +146,18 @@ def _is_done(path: Path, shape: tuple[int, ...], dtype: type = np.uint8) -> bool
 def _make(folder: Path, images: np.ndarray, corruptions: list[str], workers: int) -> None:
     total = len(corruptions) * len(SEVERITIES) * len(images)
     with tqdm(total=total, disable=not sys.stderr.isatty(), unit="img", unit_scale=True, dynamic_ncols=True) as bar:
-        if workers == 1:
-            for name in corruptions:
-                _write_blocks(folder / f"{name}.npy", images, map, bar)
-            return
-        for library in ("OMP", "OPENBLAS", "MKL"):  # read by the workers when they start
-            os.environ[f"{library}_NUM_THREADS"] = "1"
-        pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker)
+        if workers > 1:  # read by the workers when they start
+            os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker)  # starts none before the first task
         try:
             for name in corruptions:
-                _write_blocks(folder / f"{name}.npy", images, pool.map, bar)
+                _write_blocks(folder / f"{name}.npy", images, map if workers == 1 else pool.map, bar)
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with it, however it ends."""
+    """Leave Ctrl-C to the parent, and exit when it does, however it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def end_with_parent() -> None:
@@ -211,29 +168,17 @@ def _start_worker() -> None:
 
 
 def _write_blocks(path: Path, images: np.ndarray, each: Callable[..., Iterator[np.ndarray]], bar: tqdm) -> None:
-    """Write one corruption piece by piece, never whole in memory, under another name until it is complete."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write one corruption piece by piece, so that it is never whole in memory."""
     bar.set_description(path.stem)
     parts = [range(len(images))[start : start + CHUNK] for start in range(0, len(images), CHUNK)]
     pieces = [images[part.start : part.stop] for part in parts]
-    count = len(SEVERITIES)
-    severities = [severity for severity in SEVERITIES for _ in parts]
+    severities, count = [severity for severity in SEVERITIES for _ in parts], len(SEVERITIES)
     shape = (count * len(images), *images.shape[1:])
-    try:
-        with open(temporary, "wb") as file:
-            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            for piece in each(corrupt, pieces * count, repeat(path.stem), severities, repeat(0), parts * count):
-                file.write(piece.tobytes())
-                bar.update(len(piece))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RunError(
-            f"{path}: could not be written ({error.strerror}; {np.prod(shape) / 2**20:.0f} MiB are needed); the same "
-            "command goes on after the last finished corruption"
-        ) from error
+    with open_atomically(path, math.prod(shape)) as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        for piece in each(corrupt, pieces * count, repeat(path.stem), severities, repeat(0), parts * count):
+            file.write(piece.tobytes())
+            bar.update(len(piece))
 
 
 if __name__ == "__main__":

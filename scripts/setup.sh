@@ -7,13 +7,13 @@ requirements=${1:-requirements.txt}
 VENV=${VENV:-.venv}
 if [ ! -x "$VENV/bin/python" ]; then
     "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-        echo "setup: Python 3.10 or newer is needed; name one by PYTHON=/path/to/python" >&2
+        echo "setup: expected Python 3.10 or newer; name one by PYTHON=/path/to/python" >&2
         exit 2
     }
     echo "setup: making $VENV"
     "${PYTHON:-python3}" -m venv "$VENV"
 fi
-# The stamp holds what was installed, so that changed requirements are installed and unchanged ones are not looked at.
+# The stamp holds what was installed, so that pip runs only when the requirements have changed.
 stamp="$VENV/installed-$(basename "$requirements")"
 wanted=$(cat requirements.txt "$requirements")
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then

@@ -1,0 +1,257 @@
+"""Verdicts on the paper's claims, from the result files of `scripts/experiment.py`, as a page.
+
+    python scripts/report.py results/fashion_mnist
+
+Reads plan.json and measurements/ in each folder below the given one, and writes README.md there: what was compared, a
+verdict on each of `CLAIMS`, and the accuracy under each corruption. Tables and figures are those of the experiment.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+from tabulate import tabulate
+
+from utils import InputError, results
+from utils.cli import Parser, path, run
+from utils.files import read_json, write_atomically
+from utils.results import METHODS, Ensemble, Gap
+
+# The methods that claims compare, by their names in the experiment.
+NAMES = {"deep_ensemble": METHODS["deep_ensemble"].name, "sam": METHODS["sam"].name}
+NAMES |= {"sharpbalance": METHODS["released"].name, "sharpbalance_paper": METHODS["paper"].name}
+NAMES |= {"random": METHODS["random"].name}
+# The values that claims compare: what the page calls each, and the unit of a hundredth, or none for a plain difference.
+COMPARED = {
+    "ensemble": ("clean images: ensemble accuracy", "points"),
+    "corrupted_ensemble": ("corrupted images: ensemble accuracy", "points"),
+    "disagreement": ("clean images: disagreement", "points"),
+    "sharpness": ("logarithm of sharpness", ""),
+    "eir": ("SAM lowers the gain of ensembling: EIR", ""),
+}
+FIGURES = {
+    "tradeoff": "sharpness against diversity",
+    "benchmark": "accuracy of members and ensembles, and the gain",
+    "severity": "accuracy and calibration error against severity",
+    "ensemble_size": "accuracy, likelihood and calibration error against the number of members",
+}
+
+Measured = dict[str, dict[str, Ensemble]]  # by method, by seeds
+
+
+class Claim(NamedTuple):
+    """A claim holds if `gap`, the difference for the ensembles of given seeds, is above 0.
+
+    `unit` is the unit of a hundredth, or empty for a plain difference.
+    """
+
+    name: str
+    text: str
+    unit: str
+    gap: Callable[[Measured, str], Gap]
+
+
+def compare(name: str, a: str, b: str, value: str) -> Claim:
+    """Method a minus method b in one value; in sharpness, the difference of the logarithms."""
+
+    def gap(found: Measured, seeds: str) -> Gap:
+        one, other = found[a][seeds], found[b][seeds]
+        if value == "sharpness":
+            return math.log(one.values[value] / other.values[value])
+        return results.gap_between(one, other, value)
+
+    what, unit = COMPARED[value]
+    names = NAMES | {"sam_largest": "SAM with the largest rho"}
+    return Claim(name, f"{what}, {names[a]} - {names[b]}", unit, gap)
+
+
+def slope(found: Measured, seeds: str) -> float:
+    """Least-squares slope of disagreement over the logarithm of sharpness, along rho (0 is the deep ensemble)."""
+    methods = [found["deep_ensemble"], *(found[name] for name in found if name.startswith("sam_0"))]
+    values = [by_seeds[seeds].values for by_seeds in methods]
+    return float(np.polyfit([np.log(v["sharpness"]) for v in values], [v["disagreement"] for v in values], 1)[0])
+
+
+SLOPE = "over rho, sharper members are more diverse: slope of disagreement over log sharpness"
+CLAIMS = (
+    Claim("i", SLOPE, "points per factor e", slope),
+    compare("i, diversity", "deep_ensemble", "sam_largest", "disagreement"),
+    compare("i, sharpness", "deep_ensemble", "sam_largest", "sharpness"),
+    compare("ii", "deep_ensemble", "sam", "eir"),
+    compare("iii, released", "sharpbalance", "sam", "corrupted_ensemble"),
+    compare("iii, paper", "sharpbalance_paper", "sam", "corrupted_ensemble"),
+    compare("iv, released", "sharpbalance", "sam", "ensemble"),
+    compare("iv, paper", "sharpbalance_paper", "sam", "ensemble"),
+    compare("v, corrupted", "sharpbalance_paper", "sharpbalance", "corrupted_ensemble"),
+    compare("v, clean", "sharpbalance_paper", "sharpbalance", "ensemble"),
+    compare("vi, corrupted", "sharpbalance", "random", "corrupted_ensemble"),
+    compare("vi, clean", "sharpbalance", "random", "ensemble"),
+    compare("vi, diversity", "sharpbalance", "random", "disagreement"),
+    compare("vii, released", "sharpbalance", "sam", "disagreement"),
+    compare("vii, paper", "sharpbalance_paper", "sam", "disagreement"),
+)
+OPENING = (
+    "# The paper's claims on Fashion-MNIST",
+    "`bash scripts/reproduce_fashion_mnist.sh` trains and measures; `python scripts/report.py results/fashion_mnist` "
+    "writes this page from the JSON files beside it.",
+    "Ensembles of 3 members; ResNet-18, batch 64, learning rate 0.1 in steps, no augmentation except mirroring; "
+    "Fashion-MNIST-C of the first test images (15 corruptions at 5 severities, by scripts/make_corrupted.py). "
+    "Checkpoints: end of training. rho was chosen by the ensemble accuracy of SAM on validation, k (the share of the "
+    "images that each member picks by its scores) and T_d (the epoch before which samples are assigned) by that of "
+    "SharpBalance (released) on the first seeds, and used for all methods; nothing was chosen on test images.",
+    "A claim is *supported* where the 95 % interval of the mean difference between ensembles of the same seeds is "
+    "above 0, *contradicted* where it is below, else *undecided*. The intervals are over ensembles and test images, "
+    "those of sharpness and of the slope over ensembles only; all hold for this one draw of training images and of "
+    "wrong labels. Differences of accuracy and disagreement are in percentage points. A setting has "
+    f"{len(CLAIMS)} intervals, without a correction for their number: without any difference, {len(CLAIMS) / 20:.2f} "
+    "of them would exclude 0 on average.",
+)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = Parser(__doc__)
+    parser.add_argument("results", type=path, metavar="FOLDER", help="which holds a folder for each experiment")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write the page."""
+    folders = sorted((file.parent for file in args.results.glob("*/plan.json")), reverse=True)
+    if not folders:
+        raise InputError(f"{args.results}: expected folders with a plan.json; run scripts/experiment.py first")
+    blocks = [*OPENING]
+    for folder in folders:
+        plan = read_json(folder / "plan.json", "run scripts/experiment.py again")
+        try:
+            blocks += section(folder, plan)
+        except InputError:
+            raise
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            what = f"not an experiment with all methods of the claims ({error!r})"
+            raise InputError(f"{folder}: {what}; run scripts/experiment.py again") from error
+    write_atomically(args.results / "README.md", ("\n\n".join(blocks) + "\n").encode())
+    print(f"wrote {args.results / 'README.md'}")
+
+
+def read_measured(folder: Path, rho: float) -> Measured:
+    """The ensembles of an experiment; `sam` is SAM at the chosen rho, `sam_largest` at the largest."""
+    found: Measured = {}
+    for place in sorted((folder / "measurements").glob("*")):
+        method, _, seed = place.name.rpartition("_")
+        found.setdefault(method, {})[seed] = results.read_ensemble(place)
+    results.check_alike([ensemble for by_seeds in found.values() for ensemble in by_seeds.values()])
+    largest = max((name for name in found if name.startswith("sam_")), key=lambda name: float(name[4:]))
+    found |= {"sam": found[f"sam_{rho:g}"], "sam_largest": found[largest]}
+    seeds = {tuple(sorted(found[name])) for name in (*NAMES, "eoa")}
+    if len(seeds) > 1 or len(seeds.pop()) < 2:
+        raise InputError(f"{folder}: expected the same two or more seeds for all methods; complete the experiment")
+    return found
+
+
+def verdict(gaps: list[Gap]) -> tuple[str, float, list[float]]:
+    """Supported, contradicted or undecided, by the 95 % interval of the mean; the mean, and that interval."""
+    mean, interval, _ = results.interval_of(gaps)
+    word = "supported" if interval[0] > 0 else "contradicted" if interval[1] < 0 else "undecided"
+    return word, mean, interval
+
+
+def section(folder: Path, plan: dict[str, Any]) -> list[str]:
+    """The paragraphs, tables and figures of one experiment."""
+    measured = read_measured(folder, plan["chosen"]["rho"])
+    ensembles = [one for by_seeds in measured.values() for one in by_seeds.values()]
+    first, seeds = ensembles[0].content, sorted(measured["sam"])
+    corrupted, images = results.require(ensembles[0], "corrupted", "mean", "samples"), first["data"]["val"]
+    commits = sorted({one.content["environment"]["commit"] or "no clone" for one in ensembles})
+    ball = next(iter(measured["sam"].values())).content["sharpness"]["protocol"]
+    known = all("disagreement" in one.by_sample for one in ensembles)
+    blocks = [
+        f"## {folder.name.replace('_', ' ').capitalize()}",
+        f"{len(seeds)} ensembles by each method: {results.setting_of(first)}, {first['trained']['epochs']} epochs; "
+        f"{images} validation images, {first['data']['test']} test images, corrupted copies of {corrupted:g}. "
+        f"{plan['jobs']} single-thread processes on {plan['environment']['cpus']} cores, torch "
+        f"{plan['environment']['torch']}. Measured by the code of {' and '.join(commits)}.",
+        f"Ensemble accuracy on validation: {choices(plan)}. One ensemble on {images} images has a standard error of "
+        f"{100 * math.sqrt(0.15 * 0.85 / images):.1f} points, so that k and T_d are hardly told apart.",
+        f"Sharpness: the rise of the loss in the worst case within {'an adaptive' if ball['adaptive'] else 'a'} l2 "
+        f"ball of radius {ball['rho0']:g}, mean over {ball['batch_num']} batches of {ball['eval_batch_size']} training "
+        f"images, by '{ball['maximiser']}' in {ball['n_iters']} iterations."
+        + ("" if known else " Intervals of disagreement: over ensembles only (not known by image for all)."),
+        claims_table(measured, seeds),
+    ]
+    if shares := plan["mislabelled"]:
+        sets = (
+            f"{NAMES[name]} {100 * shares[name]:.1f} % (sets of {100 * shares[f'{name}_size']:.0f} % of the images)"
+            for name in ("sharpbalance", "sharpbalance_paper", "random")
+        )
+        blocks.append(
+            f"Of the training images {100 * shares['all']:.1f} % have a wrong label. Of those that a member trains "
+            f"with SAM once samples are assigned: {'; '.join(sets)}."
+        )
+    tables = f"{folder.name}/tables.md"
+    figures = [f"![{text}]({folder.name}/{kind}.png)" for kind, text in FIGURES.items()]
+    return [*blocks, f"All methods: [{tables}]({tables}).", *by_corruption(measured), *figures]
+
+
+def choices(plan: dict[str, Any]) -> str:
+    """The ensemble accuracies on validation that rho, k and T_d were chosen by."""
+    found, tried = [], plan["validation"]
+    if "deep ensemble" in tried:
+        found.append(f"deep ensemble {100 * tried['deep ensemble']:.2f} %")
+    for name, of in (("rho", "SAM"), ("k", "SharpBalance (released) on the first seeds"), ("T_d", "likewise")):
+        values, chosen = tried.get(name, {}), plan["chosen"][name]
+        scores = ", ".join(f"{name} {value}: {100 * score:.2f} %" for value, score in values.items())
+        edge = " (an end of what was tried)" if chosen in [f(map(float, values)) for f in (min, max) if values] else ""
+        found.append(f"{of}, {scores}, chosen {chosen:g}{edge}" if scores else f"{name} {chosen:g}")
+    return "; ".join(found)
+
+
+def claims_table(measured: Measured, seeds: list[str]) -> str:
+    """A line for each claim."""
+    rows = []
+    for name, text, unit, gap in CLAIMS:
+        factor, digits = (100, 2) if unit else (1, 3)
+        word, mean, (low, high) = verdict([factor * gap(measured, one) for one in seeds])
+        interval = f"[{low:.{digits}f}, {high:.{digits}f}]"
+        rows.append([name, text, f"{mean:+.{digits}f} {unit}".strip(), interval, len(seeds), f"**{word}**"])
+    return _table(rows, ["claim", "", "mean", "95 % interval", "n", "verdict"])
+
+
+def by_corruption(measured: Measured) -> list[str]:
+    """A table of accuracy under each corruption, mean over ensembles: of all severities, and of SAM at each."""
+    parts = {
+        method: [one.content["result"].get("corrupted", {}).get("parts", {}) for one in measured[method].values()]
+        for method in NAMES
+    }
+    if not all(one for rows in parts.values() for one in rows):
+        return []
+    found = [part.rpartition("-") for part in parts["sam"][0]]
+    severities = sorted({severity for _, _, severity in found})
+
+    def mean(method: str, name: str, chosen: list[str]) -> str:
+        values = (one[f"{name}-{s}"]["rates"]["ensemble_accuracy"] for one in parts[method] for s in chosen)
+        return f"{100 * statistics.mean(values):.1f}"
+
+    rows = []
+    for name in dict.fromkeys(name for name, _, _ in found):
+        cells = [mean(method, name, severities) for method in NAMES] + [mean("sam", name, [s]) for s in severities]
+        rows.append([name.replace("_", " "), *cells])
+    text = (
+        "Ensemble accuracy in % under each corruption, mean over the ensembles and all severities, and SAM's at each "
+    )
+    return [f"{text}severity:", _table(rows, ["", *NAMES.values(), *(f"SAM, {severity}" for severity in severities)])]
+
+
+def _table(rows: list[list[Any]], header: list[str]) -> str:
+    return tabulate(rows, header, "pipe", disable_numparse=True)
+
+
+if __name__ == "__main__":
+    run(main, parse_args())
