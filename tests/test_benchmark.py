@@ -14,9 +14,9 @@ def call(*argv):
 def test_table_verdict_and_file(tmp_path, monkeypatch, capsys):
     common = ["--repeats", 3, "--threads", 1, "--save", tmp_path, "--check"]
     case = benchmark.CASES["theory"][0]
-    monkeypatch.setitem(benchmark.CASES, "theory", (case, {"plain": 1e9}))
+    monkeypatch.setitem(benchmark.CASES, "theory", (case, {"explicit, 2 %": 1e9}))
     call("--only", "theory", *common)
-    assert "theory     plain" in capsys.readouterr().out
+    assert "theory     explicit" in capsys.readouterr().out
     # A ratio above its target; what an earlier call found stays.
     case = benchmark.CASES["partition"][0]
     monkeypatch.setitem(benchmark.CASES, "partition", (case, {"np.partition": 1e-9}))
@@ -31,7 +31,17 @@ def test_table_verdict_and_file(tmp_path, monkeypatch, capsys):
         assert found["peak_memory_mib"] > 100
     # Memory is a verdict of its own.
     monkeypatch.setitem(benchmark.CASES, "partition", (case, {"np.partition": None}))
-    monkeypatch.setitem(benchmark.MOST_MEMORY, "partition", 1)
+    monkeypatch.setitem(benchmark.MAX_MEMORY, "partition", 1)
     with pytest.raises(SystemExit, match="1"):
         call("--only", "partition", *common)
     assert capsys.readouterr().out.count("MISSED") == 1
+
+
+def test_scaling(capsys):
+    call("--scaling", "--only", "partition by M", "theory", "--repeats", 3, "--threads", 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:14].strip() for line in lines[1:3]] == ["partition by M", "theory"]
+    assert "n = 3, 1 threads" in lines[3]
+    with pytest.raises(SystemExit, match="2"):
+        call("--scaling", "--only", "fisher16")
+    assert "--only: expected some of training by N" in capsys.readouterr().err

@@ -7,20 +7,12 @@ import pytest
 import torch
 
 import utils.checkpoint
+import utils.files
 from models import create_model
 from utils import InputError, RunError
-from utils.checkpoint import (
-    DamagedError,
-    digest,
-    find_checkpoints,
-    load_checkpoint,
-    load_model,
-    pack_checkpoint,
-    save_checkpoint,
-    write_array,
-    write_atomically,
-    write_json,
-)
+from utils.checkpoint import DamagedError, load_checkpoint, load_model, pack_checkpoint, save_checkpoint
+from utils.files import digest, write_array, write_atomically, write_json
+from utils.run import find_checkpoints
 
 
 def checkpoint_of(name="resnet18", classes=10, width=4, size=32, channels=3, **more):
@@ -113,15 +105,15 @@ def test_nothing_is_executed(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "damaged or not a torch file"),
-        (b"no checkpoint", "damaged or not a torch file"),
-        ("half", "damaged or not a torch file"),
+        (b"", "it is damaged, or not of torch 1.6 or later"),
+        (b"no checkpoint", "it is damaged, or not of torch 1.6 or later"),
+        ("half", "it is damaged, or not of torch 1.6 or later"),
         (None, "cannot be read"),
         ([1, 2], "not a checkpoint"),
         ({"state_dict": {}}, "not a checkpoint"),
         ({"state_dict": {"a": 1}}, "not a checkpoint"),
         ({"model": torch.ones(1)}, "not a checkpoint"),
-        ({"state_dict": {"a": torch.ones(1)}}, "names of no network"),
+        ({"state_dict": {"a": torch.ones(1)}}, "no network known here"),
     ],
 )
 def test_bad_files(content, message, tmp_path):
@@ -143,7 +135,7 @@ def test_checkpoints_of_another_network(tmp_path):
     path = tmp_path / "x.pth"
     for change, message in (
         ({"model": "resnet34"}, r"it lacks layer1\.2"),
-        ({"model": "resnet18", "width": 8}, r"conv1\.weight is \[4, 3, 3, 3\], \[8, 3, 3, 3\] is needed"),
+        ({"model": "resnet18", "width": 8}, r"expected conv1\.weight of shape \[8, 3, 3, 3\], got \[4, 3, 3, 3\]"),
         ({"model": "resnet19"}, "describes a network that cannot be built"),
         ({"width": "wide"}, "describes a network that cannot be built"),
     ):
@@ -169,7 +161,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
             def fail(*_):
                 raise OSError(28, "No space left on device")
 
-            patch.setattr(utils.checkpoint.os, name, fail)
+            patch.setattr(utils.files.os, name, fail)
             with pytest.raises(RunError, match=r"No space left on device; 0\.0 MiB are needed"):
                 write_atomically(path, b"new")
         assert path.read_bytes() == b"old"
@@ -212,7 +204,7 @@ def test_the_previous_checkpoint_is_kept(tmp_path, monkeypatch):
     def no_links(*args):
         raise OSError(1, "Operation not permitted")
 
-    monkeypatch.setattr(utils.checkpoint.os, "link", no_links)
+    monkeypatch.setattr(utils.files.os, "link", no_links)
     write_atomically(path, pack_checkpoint({"state_dict": {"a": torch.tensor([3])}}), previous)
     assert [load_checkpoint(p)["state_dict"]["a"].item() for p in (path, previous)] == [3, 2]
     assert {p.name for p in tmp_path.iterdir()} == {"x", "y"}

@@ -16,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 import main
 from tests.test_ensemble import ROOT, TINY, results, run
-from utils import distributed
+from utils import cli, distributed
 
 FLAGS = [*TINY, "--seed", "13 17 27", "--sam", "--rho", "0.1", "--flat_ratio", "0.4", "--initial_epochs", "2"]
 FLAGS += ["--threads", "1"]
@@ -84,9 +84,9 @@ def test_jobs_give_the_same_bytes(whole, tmp_path):
 )
 def test_automatic_jobs(members, cores, count, threads, monkeypatch):
     """As few processes as shorten the run; a member's threads do not depend on how many they are."""
-    assert main.best_jobs(members, cores) == count
-    assert main.threads_of_jobs(members, cores) == threads
-    monkeypatch.setattr(main, "cores", lambda: cores)
+    assert distributed.best_jobs(members, cores) == count
+    assert distributed.threads_of_jobs(members, cores) == threads
+    monkeypatch.setattr(distributed, "cores", lambda: cores)
     monkeypatch.setattr("torch.distributed.run.run", lambda args: None)
     seeds = [str(seed) for seed in range(members)]
     found = set()
@@ -94,13 +94,13 @@ def test_automatic_jobs(members, cores, count, threads, monkeypatch):
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         args = main.parse_args(["--seed", *seeds, "--jobs", jobs])
         try:
-            main.deal_out(args)
+            main.launch(args)
             found.add(args.threads)
         except SystemExit:
             found.add(int(os.environ["OMP_NUM_THREADS"]))
     assert found == {threads}
     args = main.parse_args(["--seed", *seeds])
-    main.deal_out(args)
+    main.launch(args)
     assert args.threads is None
 
 
@@ -181,10 +181,10 @@ def test_sigterm_for_all(whole, tmp_path):
 
 
 def test_one_process_alone_has_nobody_to_wait_for():
-    assert (distributed.rank(), distributed.ranks(), distributed.agree(3)) == (0, 1, 3)
+    assert (distributed.rank(), distributed.ranks(), distributed.broadcast(3)) == (0, 1, 3)
     scores = np.ones((2, 3), np.float32)
     assert distributed.gather_scores(scores, 2) is scores
-    distributed.meet()
+    distributed.barrier()
     distributed.finish()
     assert not distributed.lost()
 
@@ -203,10 +203,10 @@ def test_jobs_end_as_their_process_that_failed(exitcode, status, message, monkey
     # torchrun reads the program from here, which under pytest's own workers names none.
     monkeypatch.setattr(sys, "argv", ["main.py", "--seed", "1", "2"])
     monkeypatch.setattr(torchrun_module, "run", run)
-    monkeypatch.setattr(main.logging, "disable", lambda level: None)
+    monkeypatch.setattr(distributed.logging, "disable", lambda level: None)
     for name in ("OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL"):
         monkeypatch.setenv(name, os.environ.get(name, "1"))
     with pytest.raises(SystemExit) as stop:
-        main.deal_out(main.parse_args(["--seed", "1", "2", "--jobs", "2", "--threads", "1"]))
+        cli.run(main.launch, main.parse_args(["--seed", "1", "2", "--jobs", "2", "--threads", "1"]))
     assert stop.value.code == status
     assert message in capsys.readouterr().err

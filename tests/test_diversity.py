@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -11,13 +12,17 @@ from utils.diversity import (
     bias_and_variance,
     disagreement,
     disagreement_error_ratio,
+    disagreement_per_sample,
     ensemble_improvement_rate,
     ensemble_variance,
+    error_ratios,
     improvement_bounds,
     linear_cka,
     mean_over_pairs,
     pairwise_js,
     pairwise_kl,
+    squared_distances,
+    subsets_by_size,
 )
 
 
@@ -37,6 +42,24 @@ def test_disagreement_equals_loops():
     pairs = [matrix[i, j].item() for i in range(4) for j in range(i)]
     error = np.mean([(p != labels).double().mean().item() for p in predictions])
     assert disagreement_error_ratio(predictions, labels) == pytest.approx(np.mean(pairs) / error, rel=1e-12)
+    by_sample = [np.mean([a != b for a, b in itertools.combinations(p, 2)]) for p in predictions.T.tolist()]
+    assert disagreement_per_sample(predictions).tolist() == pytest.approx(by_sample, abs=1e-15)
+
+
+def test_ratios_of_rates():
+    draws = error_ratios(torch.tensor([0.5, 1.0]), torch.tensor([0.6, 1.0]), torch.tensor([0.25, 0.0]))
+    assert draws["der"].tolist()[0] == 0.5
+    assert draws["eir"].tolist()[0] == pytest.approx(0.2)
+    assert not draws["der"].isfinite()[1]
+    assert list(error_ratios(0.5, disagreement=0.25)) == ["der"]
+
+
+def test_subsets():
+    assert subsets_by_size(3) == {1: [(0,), (1,), (2,)], 2: [(0, 1), (0, 2), (1, 2)], 3: [(0, 1, 2)]}
+    many = subsets_by_size(12)
+    assert [len(many[size]) for size in (1, 3, 6, 12)] == [12, 200, 200, 1]
+    assert len(set(many[6])) == 200
+    assert many == subsets_by_size(12)
 
 
 def test_disagreement_equals_torch_uncertainty():
@@ -54,6 +77,9 @@ def test_improvement_equals_loops_and_its_limits():
     ensemble = 1 - reference.accuracy(sum(probs) / 3, labels)
     expected = (np.mean(errors) - ensemble) / np.mean(errors)
     assert ensemble_improvement_rate(probs, labels) == pytest.approx(expected, rel=1e-12)
+    geometric = 1 - reference.accuracy(probs.log().mean(dim=0).exp(), labels)
+    by_logits = (np.mean(errors) - geometric) / np.mean(errors)
+    assert ensemble_improvement_rate(probs, labels, "logits") == pytest.approx(by_logits, rel=1e-12)
     same, labels = clones()
     assert ensemble_improvement_rate(same.exp(), labels) == 0
     assert disagreement_error_ratio(same.argmax(dim=2), labels) == 0
@@ -115,8 +141,9 @@ def test_variance_equals_numpy_and_the_authors_form():
     # No digits are lost where the mean is large.
     assert ensemble_variance(outputs.float() + 4096) == pytest.approx(expected, rel=1e-3)
     assert ensemble_variance(outputs[:1].expand(3, -1, -1)) == pytest.approx(0, abs=1e-28)
-    with pytest.raises(ValueError, match="two or more"):
+    with pytest.raises(ValueError, match="2 or more members, got 1"):
         ensemble_variance(outputs[:1])
+    assert mean_over_pairs(squared_distances(outputs)) / 2 == pytest.approx(expected, rel=1e-12)
 
 
 def test_variance_of_gaussians_of_known_covariance():

@@ -16,11 +16,14 @@ import torch
 import main
 import utils.checkpoint
 import utils.ensemble
+import utils.files
+import utils.member
+import utils.run
 import utils.training
 from tests import reference
 from utils import InputError, RunError
 from utils.checkpoint import load_model
-from utils.data import load_data
+from utils.datasets import load_data
 from utils.fisher import per_sample_fisher
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,7 +90,7 @@ def test_averaged_weights(whole, tmp_path, monkeypatch):
     assert summary["averaged"]["members"][0]["checkpoint"].endswith("model_averaged.pth.tar")
 
 
-def test_a_run_of_a_version_without_these_options_goes_on(tmp_path):
+def test_a_run_of_a_version_without_these_options_is_resumed(tmp_path):
     folder = run(tmp_path / "run", [*TINY, "--epochs", "2"])
     before = results(folder)
     settings = json.loads((folder / "args.json").read_text())
@@ -95,7 +98,7 @@ def test_a_run_of_a_version_without_these_options_goes_on(tmp_path):
         del settings[name]
     (folder / "args.json").write_text(json.dumps(settings))
     # What that version hashed: all settings that it had and that count, and the data.
-    for name in [*utils.ensemble.FREE_SETTINGS, "seed"]:
+    for name in [*utils.run.FREE_SETTINGS, "seed"]:
         settings.pop(name, None)
     settings["data"] = load_data("digits").record["sha256_of_arrays_and_split"]
     saved = torch.load(folder / "seed_13" / "checkpoint.pth.tar", weights_only=True)["run"]
@@ -106,18 +109,17 @@ def test_a_run_of_a_version_without_these_options_goes_on(tmp_path):
         run(folder, [*TINY, "--epochs", "2", "--average_from", "0"])
 
 
-@pytest.mark.parametrize("select", ["random", "same"])
-@pytest.mark.parametrize(("partition", "rule"), [("released", "one"), ("paper", "normal")])
-def test_drawn_sets_of_the_size_of_sharpbalances(select, partition, rule, tmp_path):
+@pytest.mark.parametrize("partition", ["random", "same"])
+@pytest.mark.parametrize("reading", ["released", "paper"])
+def test_drawn_sets_of_the_size_of_sharpbalances(partition, reading, tmp_path):
     """The warm-up is the same, so that the sizes are those of the SharpBalance run of the same seeds."""
-    flags = [*SHARPBALANCE, "--epochs", "3", "--partition", partition]
     sizes = []
-    for name, more in (("balance", []), ("drawn", ["--select", select, "--match_size"])):
-        folder = run(tmp_path / name, [*flags, *more])
+    for name, flags in (("balance", [reading]), ("drawn", [partition, "--match_size", reading])):
+        folder = run(tmp_path / name, [*SHARPBALANCE, "--epochs", "3", "--partition", *flags])
         masks = [np.load(folder / f"seed_{seed}" / "sam_mask.npy") for seed in (13, 17)]
         sizes.append([int(mask.sum()) for mask in masks])
     assert sizes[0] == sizes[1]
-    assert (masks[0] <= masks[1]).all() or (masks[1] <= masks[0]).all() or select == "random"
+    assert (masks[0] <= masks[1]).all() or (masks[1] <= masks[0]).all() or partition == "random"
 
 
 def test_label_noise_is_of_the_training_labels(tmp_path):
@@ -135,25 +137,25 @@ def test_label_noise_is_of_the_training_labels(tmp_path):
 # Where a run is killed: before or after the n-th call of a function, each in a process of its own.
 KILLS = {
     "in warm-up, within an epoch": ("utils.training.sharpbalance_step", 10, "before"),
-    "after the first epoch of the first member": ("utils.ensemble.train_epoch", 2, "before"),
-    "during the save of a checkpoint": ("utils.checkpoint.os.fsync", 9, "before"),
-    "between the best and the last checkpoint": ("utils.checkpoint.os.replace", 4, "after"),
-    "between the log and the checkpoint": ("utils.checkpoint.os.replace", 5, "after"),
-    "before the scores": ("utils.ensemble._scores", 1, "before"),
-    "between the scores of two members": ("utils.ensemble._scores", 2, "before"),
+    "after the first epoch of the first member": ("utils.member.train_epoch", 2, "before"),
+    "during the save of a checkpoint": ("utils.files.os.fsync", 9, "before"),
+    "between the best and the last checkpoint": ("utils.files.os.replace", 4, "after"),
+    "between the log and the checkpoint": ("utils.files.os.replace", 5, "after"),
+    "before the scores": ("utils.member.Member.score", 1, "before"),
+    "between the scores of two members": ("utils.member.Member.score", 2, "before"),
     "between scores and split": ("utils.ensemble.sharpness_aware_masks", 1, "before"),
-    "between the masks of two members": ("utils.ensemble.digest", 4, "before"),
-    "after the split": ("utils.ensemble.split", 1, "after"),
+    "between the masks of two members": ("utils.member.digest", 4, "before"),
+    "after the split": ("utils.ensemble.assign_samples", 1, "after"),
     "in the last epoch": ("utils.training.sharpbalance_step", 55, "before"),
-    "before the averages": ("utils.ensemble._save_average", 1, "before"),
-    "between the averages": ("utils.ensemble._save_average", 2, "before"),
+    "before the averages": ("utils.member.Member.save_average", 1, "before"),
+    "between the averages": ("utils.member.Member.save_average", 2, "before"),
     "before the summary": ("utils.ensemble.evaluate_members", 1, "before"),
 }
 KILLER = """
-import importlib, os, signal, sys
+import os, pkgutil, signal, sys
 name, count, when, number = sys.argv.pop(1), int(sys.argv.pop(1)), sys.argv.pop(1), int(sys.argv.pop(1))
 owner, attribute = name.rsplit(".", 1)
-owner = os if owner.endswith(".os") else importlib.import_module(owner)
+owner = pkgutil.resolve_name(owner)
 original, calls = getattr(owner, attribute), 0
 def deadly(*args, **kwargs):
     global calls
@@ -196,10 +198,10 @@ def partial(folder, seed=13):
         (signal.SIGTERM, 143, "utils.training.sharpbalance_step", 10, 3),  # of 7 steps an epoch
         (signal.SIGINT, 130, "utils.training.sharpbalance_step", 45, 3),
         (signal.SIGTERM, 143, "utils.training.sharpbalance_step", 14, 7),
-        (signal.SIGTERM, 143, "utils.ensemble.accuracy", 3, 7),
-        (signal.SIGTERM, 143, "utils.ensemble.predict", 3, 7),
-        (signal.SIGTERM, 143, "utils.ensemble._scores", 2, None),
-        (signal.SIGTERM, 143, "utils.checkpoint.os.replace", 5, None),
+        (signal.SIGTERM, 143, "utils.member.per_sample", 3, 7),
+        (signal.SIGTERM, 143, "utils.member.predict", 3, 7),
+        (signal.SIGTERM, 143, "utils.member.Member.score", 2, None),
+        (signal.SIGTERM, 143, "utils.files.os.replace", 5, None),
         (signal.SIGINT, 130, "utils.ensemble.evaluate_members", 1, None),
     ],
 )
@@ -209,7 +211,7 @@ def test_signals(number, status, name, count, steps, whole, tmp_path):
     done = killed(folder, name, count, "before", number)
     assert done.returncode == status, done.stderr
     assert done.stderr.count("\n") == 1
-    assert "the same command goes on from there" in done.stderr
+    assert "re-run the same command to resume" in done.stderr
     assert not (folder / "lock").exists()
     if steps is not None:
         seed = 13 if count in (3, 45) else 17
@@ -272,7 +274,7 @@ def test_what_is_written(whole):
     assert {path.name for path in (whole / "seed_13").iterdir()} == names
     settings = json.loads((whole / "args.json").read_text())
     assert settings["seed"] == [13, 17]
-    assert settings["select"] == "flattest"
+    assert settings["partition"] == "released"
     assert settings["unselected"] == "one"
     environment = json.loads((whole / "environment.json").read_text())
     assert environment["torch"] == torch.__version__
@@ -293,12 +295,12 @@ def test_scores_and_masks_are_those_of_the_members_at_the_split(whole, tmp_path)
     flags = [*TINY, "--sam", "--rho", "0.1", "--epochs", "4"]
     args = main.parse_args([*flags, "--save_path", str(tmp_path / "run")])
     data = load_data("digits")
-    with utils.ensemble.open_run(args, data):
-        members = [utils.ensemble._open_member(args, data, seed) for seed in args.seed]
-        progress = utils.ensemble._Progress(members, args, len(data.train))
-        for _ in range(2):
-            for member in members:
-                utils.ensemble._train_one_epoch(args, data, member, progress, utils.ensemble.Signals())
+    opened = utils.run.Run(main.settings_of(args), data)
+    with opened.open():
+        members = [utils.member.Member(opened, seed) for seed in args.seed]
+        opened.progress.expect(sum(member.passes_left for member in members))
+        for member in members * 2:
+            member.train_epoch()
     scores = []
     for member in members:
         parts = [per_sample_fisher(member.model.eval(), x, y) for x, y in data.train.in_order(200)]
@@ -336,7 +338,7 @@ def test_a_member_does_not_depend_on_the_others_before_the_split(tmp_path):
 
 
 def test_random_and_same_need_no_scores(tmp_path):
-    folder = run(tmp_path / "run", [*SHARPBALANCE, "--select", "random"])
+    folder = run(tmp_path / "run", [*SHARPBALANCE, "--partition", "random"])
     assert not list(folder.glob("seed_*/fisher.npy"))
     masks = [np.load(path) for path in sorted(folder.glob("seed_*/sam_mask.npy"))]
     assert [mask.sum() for mask in masks] == [323, 323]
@@ -374,16 +376,16 @@ def flipped(content):
         (
             "checkpoint.pth.tar",
             lambda b: b[:-1],
-            r"damaged.*going on from checkpoint_previous\.pth\.tar, after epoch 2",
+            r"damaged.*resuming from checkpoint_previous\.pth\.tar, after epoch 2",
         ),
-        ("checkpoint.pth.tar", flipped, "damaged.*going on from"),
-        ("checkpoint.pth.tar", lambda b: None, "missing; going on from"),
-        ("checkpoint.pth.tar", "seed_17", r"of another member or run \(seed 17\); going on from"),
-        ("checkpoint_partial.pth.tar", lambda b: b"", "damaged.*begins anew"),
+        ("checkpoint.pth.tar", flipped, "damaged.*resuming from"),
+        ("checkpoint.pth.tar", lambda b: None, "missing; resuming from"),
+        ("checkpoint.pth.tar", "seed_17", r"of another member or run \(seed 17\); resuming from"),
+        ("checkpoint_partial.pth.tar", lambda b: b"", "damaged.*is repeated"),
         ("fisher.npy", flipped, ""),
         ("fisher.npy", lambda b: None, ""),
         ("sam_mask.npy", flipped, ""),
-        ("log.jsonl", lambda b: b"{", "written anew from the checkpoint, with 4 lines that lack their seconds"),
+        ("log.jsonl", lambda b: b"{", "rewritten from the checkpoint, with 4 lines that lack their seconds"),
         ("log.jsonl", lambda b: b.replace(b"train_acc", b"train_bcc", 1), "with 1 lines"),
         ("checkpoint.pth.tar.tmp", lambda b: b"half", ""),
     ],
@@ -408,10 +410,10 @@ def test_damage_is_mended(name, damage, message, whole, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["seed_13/checkpoint.pth.tar", "seed_13/checkpoint_previous.pth.tar"], "put one of them back, or remove .*13"),
-        (["seed_13/model_best.pth.tar"], r"model_best\.pth\.tar: damaged.*put it back, or remove .*seed_13"),
+        (["seed_13/checkpoint.pth.tar", "seed_13/checkpoint_previous.pth.tar"], "restore one of them, or remove .*13"),
+        (["seed_13/model_best.pth.tar"], r"model_best\.pth\.tar: damaged.*restore it, or remove .*seed_13"),
         (["args.json"], "cannot be read"),
-        (["environment.json"], r"environment\.json: damaged .*put it back"),
+        (["environment.json"], r"environment\.json: damaged .*restore it"),
     ],
 )
 def test_damage_that_cannot_be_mended(names, message, whole, tmp_path):
@@ -430,19 +432,22 @@ def test_damage_that_cannot_be_mended(names, message, whole, tmp_path):
 
 
 def test_the_best_checkpoint_of_another_epoch_is_refused(whole, tmp_path):
-    def swap(folder):
-        best = folder / "seed_13" / "model_best.pth.tar"
-        epoch = torch.load(best, weights_only=True)["epoch"]
-        other = "checkpoint_previous.pth.tar" if epoch == 4 else "checkpoint.pth.tar"
-        best.write_bytes((folder / "seed_13" / other).read_bytes())
+    """Whichever epoch was best: of the last two, one was not."""
+    folder = whole / "seed_13"
+    best = torch.load(folder / "model_best.pth.tar", weights_only=True)["epoch"]
+    other = "checkpoint_previous.pth.tar" if best == 4 else "checkpoint.pth.tar"
+    epoch = torch.load(folder / other, weights_only=True)["epoch"]
 
-    with pytest.raises(InputError, match=r"model_best.*of epoch 3, the best one was"):
+    def swap(copy):
+        (copy / "seed_13" / "model_best.pth.tar").write_bytes((folder / other).read_bytes())
+
+    with pytest.raises(InputError, match=rf"model_best.*of epoch {epoch - 1}, the best one was {best - 1}"):
         run(changed(whole, tmp_path, swap))
 
 
 def test_a_full_disk(whole, tmp_path, monkeypatch):
     """The run stops in one line that says how much is needed; what was saved is whole, and the run goes on."""
-    folder, original, calls = tmp_path / "run", utils.checkpoint.os.fsync, 0
+    folder, original, calls = tmp_path / "run", utils.files.os.fsync, 0
 
     def full(number):
         nonlocal calls
@@ -451,7 +456,7 @@ def test_a_full_disk(whole, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return original(number)
 
-    monkeypatch.setattr(utils.checkpoint.os, "fsync", full)
+    monkeypatch.setattr(utils.files.os, "fsync", full)
     with pytest.raises(RunError, match=r"could not be written \(No space left on device; [0-9.]+ MiB are needed\)"):
         run(folder)
     assert not list(folder.rglob("*.tmp"))
@@ -464,7 +469,7 @@ def test_a_second_run_on_a_folder_is_refused(whole, tmp_path, monkeypatch):
     refusal = (
         rf"--save_path {re.escape(str(copy))}: process (\d+) on host {re.escape(socket.gethostname())} is training"
     )
-    script = "import sys, time; from pathlib import Path; from utils.checkpoint import locked\n"
+    script = "import sys, time; from pathlib import Path; from utils.run import locked\n"
     script += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", script, str(copy)], cwd=ROOT, stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == b"held\n"
@@ -472,13 +477,13 @@ def test_a_second_run_on_a_folder_is_refused(whole, tmp_path, monkeypatch):
             run(copy)
         assert str(holder.pid) in str(error.value)
         with monkeypatch.context() as patch:  # where the file system has no locks, the process is looked up
-            patch.setattr(utils.checkpoint.fcntl, "flock", no_locks)
+            patch.setattr(utils.run.fcntl, "flock", no_locks)
             with pytest.raises(InputError, match=refusal):
                 run(copy)
         holder.kill()
     assert (copy / "lock").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(utils.checkpoint.fcntl, "flock", no_locks)
+        patch.setattr(utils.run.fcntl, "flock", no_locks)
         run(copy)  # a dead process' lock is taken over
     assert not (copy / "lock").exists()
     assert results(copy) == results(whole)
@@ -530,20 +535,20 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
         with pytest.raises(InputError, match="not empty and not a run"):
             run(tmp_path, [*TINY, *flags])
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="cannot be made"):
+    with pytest.raises(InputError, match="cannot be created"):
         run(tmp_path / "file" / "run", TINY)
     assert {path.name for path in tmp_path.iterdir()} == {"thesis.tex", "file"}
 
 
 def test_a_diverging_member_stops_the_run(whole, tmp_path, monkeypatch):
-    original, calls = utils.ensemble.train_epoch, []
+    original, calls = utils.member.train_epoch, []
 
     def diverge(*args, **kwargs):
         calls.append(1)
         loss, accuracy = original(*args, **kwargs)
         return (float("nan") if len(calls) == 6 else loss), accuracy
 
-    monkeypatch.setattr(utils.ensemble, "train_epoch", diverge)
+    monkeypatch.setattr(utils.member, "train_epoch", diverge)
     with pytest.raises(RunError, match=r"seed 17, epoch 2: the loss is not finite at learning rate 0\.01"):
         run(tmp_path / "run")
     monkeypatch.undo()
@@ -556,7 +561,7 @@ def test_divergence_for_real(tmp_path):
 
 
 def test_scores_that_are_not_finite(tmp_path, monkeypatch):
-    monkeypatch.setattr(utils.ensemble, "per_sample_fisher", lambda m, x, y: torch.full((len(x),), float("inf")))
+    monkeypatch.setattr(utils.member, "per_sample_fisher", lambda m, x, y: torch.full((len(x),), float("inf")))
     with pytest.raises(RunError, match="seed 13, epoch 2: 809 sharpness scores are not finite"):
         run(tmp_path / "run")
     assert not list(tmp_path.glob("run/seed_*/fisher.npy"))
@@ -574,10 +579,10 @@ def test_the_commit_is_dirty_by_code_not_by_results(tmp_path, monkeypatch):
     git("init", "-q")
     git("add", ".")
     git("commit", "-q", "-m", "one")
-    monkeypatch.setattr(utils.ensemble, "__file__", str(tmp_path / "utils" / "file"))
-    commit = utils.ensemble.environment(torch.device("cpu"))["commit"]
+    monkeypatch.setattr(utils.run, "__file__", str(tmp_path / "utils" / "file"))
+    commit = utils.run.environment(torch.device("cpu"))["commit"]
     assert re.fullmatch("[0-9a-f]{7,}", commit)
     (tmp_path / "results" / "file").write_text("other")
-    assert utils.ensemble.environment(torch.device("cpu"))["commit"] == commit
+    assert utils.run.environment(torch.device("cpu"))["commit"] == commit
     (tmp_path / "utils" / "file").write_text("other")
-    assert utils.ensemble.environment(torch.device("cpu"))["commit"] == f"{commit}-dirty"
+    assert utils.run.environment(torch.device("cpu"))["commit"] == f"{commit}-dirty"

@@ -50,7 +50,7 @@ def test_the_mean_is_the_trace_of_the_empirical_fisher_of_curvlinops():
 
 @pytest.fixture(autouse=True)
 def _warn_anew():
-    utils.fisher._warned.clear()
+    utils.fisher.WARNED_OF.clear()
 
 
 def case(model, shape, classes, batch=6, seed=0):

@@ -29,16 +29,17 @@ import measure_diversity
 import measure_diversity_variance
 import measure_sharpness
 import utils.cli
-import utils.data
+import utils.datasets
 import utils.predictions
 from scripts import summarize
 from tests import files
 from tests.test_measure import save_corrupted, save_member
 from tests.test_summarize import SAM, write
 from utils import InputError, cli
-from utils.checkpoint import load_checkpoint, read_settings
-from utils.data import load_data
-from utils.ensemble import LOG, _check_same, _restore_log, open_run
+from utils.checkpoint import load_checkpoint
+from utils.datasets import load_data
+from utils.member import LOG, log_text, restore_log
+from utils.run import Run, read_settings
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 
@@ -166,13 +167,13 @@ class Started(Exception):  # noqa: N818
     """It got as far as the work itself."""
 
 
-def load(name, data_path, device="cpu", train_idx_path=None, val_idx_path=None, download=False, *rest):
+def load(name, data_path, device="cpu", train_idx_path=None, val_idx_path=None, download=False, *rest, **more):
     """The real one, but for the network."""
-    return load_data(name, data_path, "cpu", train_idx_path, val_idx_path, False, *rest)
+    return load_data(name, data_path, "cpu", train_idx_path, val_idx_path, False, *rest, **more)
 
 
-def open_only(args, data):
-    with open_run(args, data):
+def open_only(run):
+    with run.open():
         raise Started
 
 
@@ -184,11 +185,7 @@ def measurement_only(*arguments, **options):
 @contextlib.contextmanager
 def without_work(script):
     """Training, measuring, downloads and settings of the process are away; everything before them is real."""
-    work = (
-        {"load_data": load, "train_ensemble": open_only, "evaluate_members": mock.Mock(side_effect=Started)}
-        if script is main
-        else {"Measurement": measurement_only}
-    )
+    work = {"load_data": load, "train_ensemble": open_only} if script is main else {"Measurement": measurement_only}
     with contextlib.ExitStack() as stack:
         for name, replacement in work.items():
             stack.enter_context(mock.patch.object(script, name, replacement))
@@ -381,7 +378,7 @@ def test_arrays(tmp_path):
 
     def check(mutate):
         with mutated(path, mutate) as content:
-            parts = read(lambda: utils.data._split(898, path, other))
+            parts = read(lambda: utils.datasets.split_indices(898, path, other))
         if parts is not None:
             assert (parts[0] == numpys(content)).all()
 
@@ -395,7 +392,9 @@ def test_blocks(tmp_path):
     def check(mutate):
         for name in ("fog", "labels"):
             with mutated(folder / f"{name}.npy", mutate) as content:
-                found = read(lambda: [np.array(array) for array in utils.data._blocks(folder, data, "fog")])
+                found = read(
+                    lambda: [np.array(array) for array in utils.datasets.corrupted_arrays(folder, data, "fog")]
+                )
             if found is not None:
                 assert (found[name == "labels"] == numpys(content)).all()
 
@@ -406,11 +405,11 @@ def test_caches(tmp_path):
     """Dropped, or what was written."""
     path, logits = tmp_path / "x.npz", np.random.default_rng(0).random((7, 10), dtype=np.float32)
     np.savez(path, about=np.array("about"), logits=logits)
-    assert (utils.predictions._read(path, "about", (7, 10))["logits"] == logits).all()
+    assert (utils.predictions.read_cache(path, "about", (7, 10))["logits"] == logits).all()
 
     def check(mutate):
         with mutated(path, mutate):
-            found = utils.predictions._read(path, "about", (7, 10))
+            found = utils.predictions.read_cache(path, "about", (7, 10))
         assert found is None or (found["logits"] == logits).all()
 
     fuzz(check)
@@ -442,7 +441,7 @@ def test_cifar(tmp_path):
 
     def check(mutate):
         with mutated(path, mutate) as content:
-            found = read(lambda: utils.data._cifar_batch(path, content, "labels", 10))
+            found = read(lambda: utils.datasets.cifar_batch(path, content, "labels", 10))
         if found is not None:
             batch = pickle._Unpickler(io.BytesIO(content), encoding="latin1").load()
             assert (found[0].transpose(0, 3, 1, 2).reshape(-1, 3072) == batch["data"]).all()
@@ -457,7 +456,7 @@ def test_images(tmp_path):
 
     def check(mutate):
         with mutated(path, mutate):
-            pixels = read(lambda: utils.data._read_jpeg(path))
+            pixels = read(lambda: utils.datasets.read_jpeg(path))
         assert pixels is None or (pixels.shape == (64, 64, 3) and pixels.dtype == np.uint8)
 
     fuzz(check)
@@ -498,14 +497,15 @@ def test_settings(tmp_path):
 
 
 def test_the_record_of_the_data(tmp_path):
-    (tmp_path / "args.json").write_text('{"seed": [1]}')
+    args = main.parse_args(["--seed", "1", "--save_path", str(tmp_path)])
+    run = Run(main.settings_of(args), SimpleNamespace(record={"sha256_of_arrays_and_split": "a" * 64}))
+    (tmp_path / "args.json").write_text(json.dumps(run.recorded))
     path = tmp_path / "environment.json"
     path.write_text(json.dumps({"torch": "2", "data": {"sha256_of_arrays_and_split": "a" * 64}}))
-    record = {"sha256_of_arrays_and_split": "a" * 64}
 
     def check(mutate):
         with mutated(path, mutate) as content:
-            accepted = read(lambda: _check_same(tmp_path, {"seed": [1]}, record) or True)
+            accepted = read(lambda: run.check_same() or True)
         assert not accepted or b"a" * 64 in content or b"\\u0061" in content
 
     fuzz(check)
@@ -518,12 +518,12 @@ def test_logs(tmp_path):
     path.write_text("".join(json.dumps({"epoch": 0, "seconds": 1.5} | line) + "\n" for line in lines))
 
     def check(mutate):
-        member = SimpleNamespace(folder=tmp_path, log=copy.deepcopy(lines))
+        log = copy.deepcopy(lines)
         with mutated(path, mutate), contextlib.redirect_stderr(io.StringIO()):
-            _restore_log(member)
-            assert [json.loads(line) for line in path.read_text().splitlines()] == member.log
-        assert [{name: line[name] for name in LOG} for line in member.log] == lines
-        assert all(line["seconds"] is None or isinstance(line["seconds"], float) for line in member.log)
+            restore_log(path, log)
+            assert path.read_text() == log_text(log)
+        assert [{name: line[name] for name in LOG} for line in log] == lines
+        assert all(line["seconds"] is None or isinstance(line["seconds"], float) for line in log)
 
     fuzz(check)
 

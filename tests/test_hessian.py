@@ -61,16 +61,7 @@ def test_product_trace_and_eigenvalues_equal_the_full_matrix():
 
 def test_the_top_eigenvector_equals_that_of_the_full_matrix():
     model, data = net(), batches()
-    images, labels = (torch.cat(x) for x in zip(*data, strict=True))
-    weights = dict(model.named_parameters())
-
-    def loss(flat):
-        pieces = flat.split([w.numel() for w in weights.values()])
-        moved = {name: piece.view(w.shape) for piece, (name, w) in zip(pieces, weights.items(), strict=True)}
-        return F.cross_entropy(functional_call(model, moved, (images,)), labels)
-
-    start = torch.nn.utils.parameters_to_vector(weights.values()).detach()
-    values, vectors = torch.linalg.eigh(torch.autograd.functional.hessian(loss, start))
+    values, vectors = torch.linalg.eigh(full_hessian(model, data))
     assert values[-1] > 1.05 * values[-2]  # or the vector would not be determined
     value, vector, _ = top_eigenpairs(model, data, tolerance=1e-12)
     torch.testing.assert_close(value[0], values[-1], rtol=1e-10, atol=0)
@@ -190,7 +181,9 @@ def test_second_derivatives_of_layers():
         vectors = torch.randn(operator.size, 2, dtype=torch.float64)
         gradients = torch.autograd.grad(F.cross_entropy(model(x), y), operator.parameters, create_graph=True)
         for vector, ours in zip(vectors.T, (operator @ vectors).T, strict=True):
-            theirs = torch.autograd.grad(gradients, operator.parameters, operator._split(vector), retain_graph=True)
+            theirs = torch.autograd.grad(
+                gradients, operator.parameters, operator.as_parameters(vector), retain_graph=True
+            )
             torch.testing.assert_close(ours, torch.cat([t.flatten() for t in theirs]), rtol=1e-9, atol=1e-11)
     assert not any("forward" in vars(module) for module in model.modules())
     one = HessianOperator(model, [(x, y), (x[:, :1], y)])
@@ -247,11 +240,11 @@ def test_bad_arguments():
         HessianOperator(model, data, "zzz")
     with pytest.raises(ValueError, match="no images"):
         HessianOperator(model, [])
-    with pytest.raises(ValueError, match="k: 0"):
+    with pytest.raises(ValueError, match=r"k: expected 1 to \d+, got 0"):
         top_eigenvalues(model, data, 0)
-    with pytest.raises(ValueError, match="probes: 1"):
+    with pytest.raises(ValueError, match=r"probes: expected 2 or more for hutchinson, got 1"):
         hessian_trace(model, data, 1)
-    with pytest.raises(ValueError, match=r"probes: 5 given, hutch\+\+ needs 6"):
+    with pytest.raises(ValueError, match=r"probes: expected 6 or more for hutch\+\+, got 5"):
         hessian_trace(model, data, 5, "hutch++")
-    with pytest.raises(ValueError, match="method: 'xtrace'"):
+    with pytest.raises(ValueError, match=r"method: .*, got 'xtrace'"):
         hessian_trace(model, data, 10, "xtrace")

@@ -26,12 +26,13 @@ import torch
 from PIL import Image
 
 import main
+import measure_diversity
 from scripts import summarize
 from tests import files
 from tests.test_measure import save_corrupted, save_member
 from utils import cli, predictions
 from utils.checkpoint import load_model
-from utils.data import check_corrupted, load_data, read_corrupted
+from utils.datasets import check_corrupted, load_data, read_corrupted
 
 SECONDS, MEMORY = 5, 2**30  # what a refusal may take; seconds of CPU, so that other processes do not count
 
@@ -352,7 +353,12 @@ JSON = {
 # The readers. Each gets a folder, writes what else is needed into it, and reads `bad`, as a script would.
 def read_checkpoint(folder):
     put(folder / "bad", folder / "bad.pth.tar")
-    main.main(main.parse_args(["--evaluate", "--resume", str(folder / "bad.pth.tar")]))
+    measure(folder / "bad.pth.tar", folder)
+
+
+def measure(path, folder):
+    words = ["--resume", str(path), "--save", str(folder / "measured")]
+    predictions.Measurement(predictions.measure_settings(measure_diversity.parse_args(words)))
 
 
 def read_network(folder):
@@ -426,7 +432,7 @@ def read_settings(folder):
 
 def read_settings_of_a_measurement(folder):
     put(folder / "bad", folder / "args.json")
-    predictions.Measurement(main.parse_args(["--evaluate", "--resume", str(folder)]))
+    measure(folder, folder)
 
 
 def read_result(folder):
@@ -588,7 +594,7 @@ def test_arrays(reader, name, processes, tmp_path):
 
 
 def cache_is_dropped(folder):
-    assert predictions._read(folder / "x.npz", "about", (3, 10)) is None
+    assert predictions.read_cache(folder / "x.npz", "about", (3, 10)) is None
 
 
 @pytest.mark.parametrize("name", [*NPY, "packed", "a logit that is not finite", "0 dimensions", "a good one"])

@@ -1,5 +1,6 @@
 """The command line of main.py: what it accepts, what it fills in, and what it refuses."""
 
+import json
 import os
 import re
 import subprocess
@@ -11,11 +12,12 @@ import pytest
 import torch
 
 import main
+import measure_diversity
 from main import parse_args
 from tests import files
 from utils import cli
-from utils.checkpoint import save_checkpoint
-from utils.data import DATASETS
+from utils.datasets import DATASETS
+from utils.run import current_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -84,11 +86,41 @@ def test_partitions():
     sharpbalance = ["--sam", "--flat_ratio", "0.5"]
     for data, unselected in (("cifar10", "others"), ("cifar100", "one"), ("tiny_imgnet", "one"), ("digits", "one")):
         args = parse_args([*sharpbalance, "--data", data])
-        assert (args.select, args.unselected, args.initial_epochs) == ("flattest", unselected, args.epochs // 2)
+        assert (args.partition, args.unselected, args.initial_epochs) == ("released", unselected, args.epochs // 2)
+        args = parse_args([*sharpbalance, "--data", data, "--partition", "random", "--match_size"])
+        assert (args.match_size, args.unselected) == ("released", unselected)
         args = parse_args([*sharpbalance, "--data", data, "--partition", "paper"])
-        assert (args.select, args.unselected) == ("sharpest", "normal")
+        assert (args.partition, args.unselected) == ("paper", "normal")
     args = parse_args([*sharpbalance, "--partition", "paper", "--unselected", "others"])
-    assert (args.select, args.unselected) == ("sharpest", "others")
+    assert (args.partition, args.unselected) == ("paper", "others")
+    args = parse_args([*sharpbalance, "--partition", "same"])
+    assert (args.match_size, args.unselected) == (None, None)
+    for word, reading, unselected in (("paper", "paper", "normal"), ("True", "released", "one"), ("False", None, None)):
+        args = parse_args([*sharpbalance, "--partition", "random", "--match_size", word])
+        assert (args.match_size, args.unselected) == (reading, unselected)
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        (("released", "flattest", "one", False), ("released", "one", None)),
+        (("paper", "sharpest", "normal", False), ("paper", "normal", None)),
+        (("released", "sharpest", "others", False), ("paper", "others", None)),
+        (("paper", "flattest", "normal", False), ("released", "normal", None)),
+        (("released", "random", "one", False), ("random", None, None)),
+        (("paper", "same", "normal", False), ("same", None, None)),
+        (("released", "random", "one", True), ("random", "one", "released")),
+        (("paper", "same", "normal", True), ("same", "normal", "paper")),
+        (("released", None, None, False), ("released", None, None)),
+    ],
+)
+def test_settings_of_earlier_versions(before, now):
+    """--select beside --partition, and a --match_size that was true or false."""
+    recorded = dict(zip(("partition", "select", "unselected", "match_size"), before, strict=True))
+    settings = current_settings({"rho": 0.1} | recorded)
+    assert (settings["partition"], settings["unselected"], settings["match_size"]) == now
+    assert current_settings(settings) == settings
+    assert "select" not in settings
 
 
 def test_default_folders():
@@ -101,15 +133,15 @@ def test_default_folders():
     [
         (["--data", "imagenet"], ["--data", "imagenet", "cifar10"]),
         (["--seed", "13", "13"], ["--seed", "13", "twice"]),
-        (["--seed", "abc"], ["--seed", "'abc'", "whole numbers"]),
+        (["--seed", "abc"], ["--seed: expected whole numbers", "got 'abc'"]),
         (["--seed", "-1"], ["--seed"]),
         (["--seed", "1.5"], ["--seed", "'1.5'"]),
         (["--seed", "٣"], ["--seed", "whole numbers"]),
         (["--seed", str(2**32)], ["--seed", str(2**32)]),
         (["--seed", "9" * 5000], ["--seed", "whole numbers"]),
-        (["--seed", ""], ["--seed", "no seed"]),
+        (["--seed", ""], ["--seed", "got none"]),
         (["--seed"], ["--seed"]),
-        (["--sam", "--rho", "-0.1"], ["--rho", "'-0.1'", "0 or more"]),
+        (["--sam", "--rho", "-0.1"], ["--rho: expected a number >= 0, got '-0.1'"]),
         (["--sam", "--rho", "nan"], ["--rho", "'nan'"]),
         (["--sam", "--rho", "inf"], ["--rho", "'inf'"]),
         (["--sam", "--flat_ratio", "1.5"], ["--flat_ratio", "'1.5'", "from 0 to 1"]),
@@ -117,37 +149,39 @@ def test_default_folders():
         (["--flat_ratio", "0.5"], ["--flat_ratio", "0.5", "--sam"]),
         (["--sam", "False", "--flat_ratio", "0.5"], ["--flat_ratio", "0.5", "--sam"]),
         (["--sam", "--flat_ratio", "0.5", "--epochs", "10", "--initial_epochs", "10"], ["--initial_epochs", "10", "9"]),
-        (["--sam", "maybe"], ["--sam", "'maybe'", "True nor False"]),
+        (["--sam", "maybe"], ["--sam: expected True or False, got 'maybe'"]),
         (["--sam_adaptive"], ["--sam_adaptive", "--sam"]),
-        (["--sam", "--select", "random"], ["--select", "--flat_ratio"]),
+        (["--sam", "--partition", "random"], ["--partition", "--flat_ratio"]),
         (["--sam", "--unselected", "one"], ["--unselected", "--flat_ratio"]),
-        (["--batch_size", "0"], ["--batch_size", "'0'", "2 or more"]),
+        (["--batch_size", "0"], ["--batch_size: expected a whole number >= 2, got '0'"]),
         (["--batch_size", "1"], ["--batch_size", "'1'"]),
         (["--batch_size", "many"], ["--batch_size", "'many'", "whole number"]),
         (["--epochs", "0"], ["--epochs", "'0'"]),
         (["--epochs", "1e3"], ["--epochs", "'1e3'"]),
         (["--lr", "fast"], ["--lr", "'fast'"]),
-        (["--model", "resnet19"], ["--model", "resnet19", "resnet18"]),
+        (["--model", "resnet19"], ["--model: expected one of resnet18, ", "got 'resnet19'"]),
         (["--model", "wrn-40-2", "--width", "6"], ["--width", "6", "multiple of 4"]),
         (["--width", "0"], ["--width", "'0'"]),
         (["--threads", "0"], ["--threads", "'0'"]),
         (["--jobs", "0"], ["--jobs", "'0'"]),
         (["--jobs", "all"], ["--jobs", "'all'"]),
         (["--label_noise", "1.5"], ["--label_noise", "'1.5'"]),
-        (["--match_size"], ["--match_size", "--select random"]),
-        (["--sam", "--flat_ratio", "0.5", "--select", "sharpest", "--match_size"], ["--match_size", "random"]),
-        (["--average_from", "30"], ["--average_from", "30", "no step"]),
+        (["--match_size"], ["--match_size", "--partition random"]),
+        (["--sam", "--flat_ratio", "0.5", "--partition", "paper", "--match_size"], ["--match_size", "random"]),
+        (["--match_size", "other"], ["--match_size: expected one of released, paper, got 'other'"]),
+        (["--select", "random"], ["--select: no such option"]),
+        (["--average_from", "30"], ["--average_from", "30", "less than --epochs"]),
         (["--threads", "5000"], ["--threads", "'5000'", "from 1 to 1024"]),
         (["--epochs", "٣"], ["--epochs", "'٣'"]),
-        (["--data=--"], ["--data", "no value"]),
-        (["--data_path", ""], ["--data_path", "empty path"]),
-        (["--evaluate", "--resume", "x" * 300], ["--resume", "File name too long"]),
+        (["--data=--"], ["--data: expected a value, got '--'"]),
+        (["--data_path", ""], ["--data_path: expected a path, got an empty one"]),
+        (["--resume", "x" * 300], ["--resume", "File name too long"]),
+        (["--evaluate"], ["--evaluate: no such option"]),
         (["--device", "tpu"], ["--device", "tpu", "cpu"]),
         (["--flat_rato", "0.5"], ["--flat_rato", "did you mean --flat_ratio?"]),
         (["--zzz"], ["--zzz", "--help"]),
         (["stray"], ["stray"]),
-        (["--resume", "nowhere"], ["--resume", "nowhere"]),
-        (["--evaluate", "--resume", "nowhere"], ["--resume", "nowhere", "no such file"]),
+        (["--resume", "nowhere"], ["--resume: expected a run folder with args.json, got nowhere"]),
         (["--train_idx_path", "a.npy"], ["--train_idx_path", "--val_idx_path"]),
         (["--data", "cifar10", "--data_path", "nowhere"], ["--data_path", "nowhere", "--download"]),
         (
@@ -177,51 +211,41 @@ def test_bad_files_end_in_one_line(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_checkpoints_that_do_not_fit(tmp_path, capsys):
-    from tests.test_checkpoint import checkpoint_of
-
-    path = tmp_path / "x.pth.tar"
-    save_checkpoint(path, checkpoint_of(classes=10, size=8, channels=1, dataset="fashion_mnist")[1])
-    assert "--dataset digits contradicts the checkpoint" in refused(["--evaluate", "--resume", path], capsys)
-    save_checkpoint(path, checkpoint_of(classes=10, size=32, channels=3, dataset="digits")[1])
-    assert "contradicts the checkpoint" in refused(["--evaluate", "--resume", path], capsys)
-    path.write_bytes(path.read_bytes()[:10000])
-    assert "damaged or not a torch file" in refused(["--evaluate", "--resume", path], capsys)
-
-
-def test_evaluate_and_resume(tmp_path, capsys):
+def test_resume_by_the_folder(tmp_path, capsys):
+    """By the run's own settings, without its command; a flag that contradicts it is refused."""
     flags = ["--width", "2", "--epochs", "2", "--seed", "1 2", "--batch_size", "200", "--save_path", tmp_path / "run"]
     call(flags)
-    output = capsys.readouterr().out
-    table = re.findall(r"checkpoints 'best'.*?\n(.*?)\n\n", output, re.DOTALL)[0].strip()
-    call(["--evaluate", "--save_path", tmp_path / "run"])
-    assert capsys.readouterr().out.strip() == table
-    call(["--evaluate", "--resume", tmp_path / "run" / "seed_1", tmp_path / "run" / "seed_2" / "model_best.pth.tar"])
-    assert capsys.readouterr().out.strip() == table
-    call(["--evaluate", "--resume", tmp_path / "run" / "seed_1"])
-    assert "disagreement" not in capsys.readouterr().out
-    # Taking a run up by its folder alone; a flag that contradicts it is refused.
+    table = capsys.readouterr().out.partition("checkpoints")[2]
     call(["--resume", tmp_path / "run"])
-    assert table in capsys.readouterr().out
+    assert capsys.readouterr().out.partition("checkpoints")[2] == table
     assert "--epochs 3 here, 2 there" in refused(["--resume", tmp_path / "run", "--epochs", "3"], capsys)
+    assert "--overwrite: given with --resume" in refused(["--resume", tmp_path / "run", "--overwrite"], capsys)
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    call(["--resume", moved])
+    assert f"wrote {moved}" in capsys.readouterr().out
+    (moved / "args.json").write_text("[]")
+    assert "args.json: not the settings of a run" in refused(["--resume", moved], capsys)
 
 
-def test_evaluate_takes_the_images_of_the_run(tmp_path, monkeypatch, capsys):
-    """Its split too: by the fixed one, training images would count as validation."""
+def test_the_accuracies_are_those_of_measure_diversity(tmp_path, monkeypatch, capsys):
+    """What was --evaluate: on the images and the split of the run."""
     monkeypatch.chdir(tmp_path)
     np.save("train.npy", np.arange(0, 100))
     np.save("val.npy", np.arange(100, 160))
-    call(["--width", "2", "--epochs", "1", "--seed", "1", "--train_idx_path", "train.npy", "--val_idx_path", "val.npy"])
-    table = re.findall(r"checkpoints 'best'.*?\n(.*?)\n\n", capsys.readouterr().out, re.DOTALL)[0].strip()
-    for flags in ([], ["--resume", "runs/digits_deep_ensemble"], ["--resume", "runs/digits_deep_ensemble/seed_1"]):
-        call(["--evaluate", *flags])
-        assert capsys.readouterr().out.strip() == table
-    np.save("other.npy", np.arange(60, 100))
-    call(["--evaluate", "--val_idx_path", "other.npy", "--train_idx_path", "val.npy"])
-    assert capsys.readouterr().out.strip() != table
-    assert parse_args(["--evaluate", "--data", "cifar10"]).data == "cifar10"
-    Path("runs/digits_deep_ensemble/args.json").write_text("[]")
-    assert "args.json: not the settings of a run" in refused(["--evaluate"], capsys)
+    call(
+        ["--width", "2", "--epochs", "1", "--seed", "1 2", "--train_idx_path", "train.npy", "--val_idx_path", "val.npy"]
+    )
+    summary = json.loads(Path("runs/digits_deep_ensemble/summary.json").read_text())["best"]
+    words = ["--resume", "runs/digits_deep_ensemble", "--mode", "predict,disagreement", "--split", "val,test"]
+    measure_diversity.main(measure_diversity.parse_args([*words, "--bootstrap", "0"]))
+    result = json.loads(Path("measurements/digits_deep_ensemble/diversity.json").read_text())["result"]
+    for split in ("val", "test"):
+        for row, member in zip(summary["members"], result[split]["members"], strict=True):
+            assert row[f"{split}_acc"] == member["accuracy"]
+            assert row[f"{split}_loss"] == pytest.approx(member["nll"], rel=1e-6)
+        assert summary["ensemble"][f"{split}_acc"] == result[split]["ensemble"]["accuracy"]
+        disagreement = summary["ensemble"][f"{split}_disagreement"]
+        assert disagreement == pytest.approx(result[split]["disagreement"]["mean"])
 
 
 def test_notes(capsys):
@@ -249,7 +273,7 @@ def test_help_names_type_and_default_of_every_option(capsys):
         assert action.help
         assert action.type or action.choices or action.dest in ("help", "seed")
     assert "(default: digits)" in text
-    for group in ("data and device", "network", "ensemble", "optimization", "run", "saved members"):
+    for group in ("data and device", "network", "ensemble", "optimization", "run"):
         assert f"\n{group}:" in text
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +13,14 @@ from PIL import Image
 import measure_diversity
 import measure_diversity_variance
 import measure_sharpness
+import utils.diversity
+import utils.metrics
 import utils.predictions
 from models import create_model
 from tests import files, reference
 from utils import cli
 from utils.checkpoint import load_model, save_checkpoint
-from utils.data import CORRUPTIONS, load_data
+from utils.datasets import CORRUPTIONS, load_data
 from utils.metrics import bootstrap_weights, unpack_counts
 
 SCRIPTS = {
@@ -66,8 +69,8 @@ def call(name, *argv):
     """What `python measure_<name>.py ...` does, in this process; the result file."""
     args = SCRIPTS[name].parse_args([str(word) for word in argv])
     cli.run(SCRIPTS[name].main, args)
-    path = args.save / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    found = [args.save / f"{name}.json"] if args.save else list(Path("measurements").glob(f"*/{name}.json"))
+    return json.loads(found[0].read_text()) if found and found[0].exists() else None
 
 
 def refused(capsys, name, *argv):
@@ -92,7 +95,7 @@ def outputs(paths, images):
     for path in paths:
         model, _ = load_model(path)
         with torch.no_grad():
-            logits = torch.cat([model(images.plain(np.array([i]))[0]) for i in range(len(images))])
+            logits = torch.cat([model(images.batch(np.array([i]))[0]) for i in range(len(images))])
         probs.append(torch.softmax(logits.double(), dim=1))
     return torch.stack(probs)
 
@@ -155,6 +158,87 @@ def test_diversity_equals_the_slow_forms(saved, tmp_path):
     assert nll[best] == min(nll.values())
 
 
+BROKEN = [
+    ("metrics", "per_sample", "correct", "member accuracy"),
+    ("metrics", "per_sample", "correct", "ensemble accuracy"),
+    ("metrics", "per_sample", "nll", "ensemble  "),
+    ("metrics", "per_sample", "brier", "ensemble  "),
+    ("metrics", "expected_calibration_error", None, "ensemble  "),
+    ("diversity", "disagreement", None, "disagreement"),
+    ("diversity", "disagreement_error_ratio", None, "DER"),
+    ("diversity", "ensemble_improvement_rate", None, "EIR"),
+    ("diversity", "ensemble_variance", None, "variance of probabilities"),
+    ("diversity", "pairwise_kl", None, "KL"),
+    ("diversity", "pairwise_js", None, "Jensen-Shannon"),
+    ("diversity", "linear_cka", None, "CKA of logits"),
+]
+
+
+@pytest.mark.parametrize(("module", "name", "column", "line"), BROKEN)
+def test_what_is_printed_comes_from_the_tested_function(
+    module, name, column, line, saved, tmp_path, monkeypatch, capsys
+):
+    """One function a number: if it is wrong, so is what the script prints."""
+    common = ["--resume", *saved[1], "--save", tmp_path, "--data_path", tmp_path, "--mode", "all", "--bootstrap", 0]
+
+    def printed():
+        capsys.readouterr()
+        call("diversity", *common)
+        return next(text for text in capsys.readouterr().out.splitlines() if text.strip().startswith(line.strip()))
+
+    before, owner = printed(), {"metrics": utils.metrics, "diversity": utils.diversity}[module]
+    right = getattr(owner, name)
+
+    def wrong(*args, **kwargs):
+        result = right(*args, **kwargs)
+        return 0.5 * result if column is None else result | {column: 0.5 * result[column]}
+
+    monkeypatch.setattr(owner, name, wrong)
+    assert printed() != before
+
+
+@pytest.mark.parametrize("name", ["ensemble_variance", "bias_and_variance"])
+def test_the_printed_variance_comes_from_the_tested_function(name, saved, tmp_path, monkeypatch, capsys):
+    common = ["--resume", *saved[1], "--save", tmp_path, "--data_path", tmp_path]
+    call("variance", *common)
+    before, right = capsys.readouterr().out, getattr(utils.diversity, name)
+
+    def wrong(*args):
+        result = right(*args)
+        return 0.5 * result if isinstance(result, float) else {key: 0.5 * value for key, value in result.items()}
+
+    monkeypatch.setattr(utils.diversity, name, wrong)
+    call("variance", *common)
+    assert capsys.readouterr().out != before
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("worst_case_sharpness", "APGD_worst"),
+        ("average_sharpness", "APGD_average"),
+        ("hessian_trace", "hessian_t"),
+        ("top_eigenpairs", "hessian_e"),
+        ("per_sample_fisher", "fisher"),
+        ("ntk_gram", "NTK"),
+    ],
+)
+def test_the_printed_sharpness_comes_from_the_tested_function(name, mode, saved, tmp_path, monkeypatch, capsys):
+    common = ["--resume", saved[1][0], "--data_path", tmp_path, *SMALL, "--mode", mode, "--norms", "l2", "--save"]
+    call("sharpness", *common, tmp_path / "right")
+    before, right = capsys.readouterr().out.splitlines()[1], getattr(measure_sharpness, name)
+
+    def wrong(*args, **kwargs):
+        result = right(*args, **kwargs)
+        if isinstance(result, dict):
+            return {key: 0.5 * value if isinstance(value, float) else value for key, value in result.items()}
+        return (0.5 * result[0], *result[1:]) if isinstance(result, tuple) else 0.5 * result
+
+    monkeypatch.setattr(measure_sharpness, name, wrong)
+    call("sharpness", *common, tmp_path / "wrong")
+    assert capsys.readouterr().out.splitlines()[1] != before
+
+
 def test_corrupted_by_part_severity_and_mean(saved, tmp_path):
     folder, paths = saved
     data_path = folder / "data"
@@ -165,7 +249,7 @@ def test_corrupted_by_part_severity_and_mean(saved, tmp_path):
     one = corrupted["parts"]["fog-4"]
     images = np.load(data_path / "digits-C" / "fog.npy")[90:120]
     labels = torch.from_numpy(np.load(data_path / "digits-C" / "labels.npy")[90:120])
-    info = load_data("digits", data_path).info
+    info = load_data("digits", data_path).info.preprocessing
     normal = torch.from_numpy((images / 255 - np.array(info.mean)) / np.array(info.std)).permute(0, 3, 1, 2).float()
     for path, row in zip(paths, one["members"], strict=True):
         with torch.no_grad():
@@ -218,14 +302,14 @@ def test_variance_equals_numpy(saved, tmp_path):
     assert test["mse"] == pytest.approx(((probs - onehot) ** 2).sum(2).mean(), rel=1e-5)
     assert len(result["corrupted"]["parts"]) == 75
     assert set(result["corrupted"]["mean"]) >= {"variance_of_probabilities", "bias2", "mse"}
-    assert "between methods" in result["note"]
+    assert "compare methods by the variance of probabilities" in result["note"]
 
 
 def test_one_pass_ever(saved, tmp_path, monkeypatch):
     paths = saved[1]
     common = ["--resume", *paths, "--save", tmp_path, "--data_path", tmp_path, "--split", "test,val,train"]
     first = call("diversity", *common)
-    monkeypatch.setattr(utils.predictions, "forward", no_pass)
+    monkeypatch.setattr(utils.predictions, "predict", no_pass)
     assert call("diversity", *common)["result"] == first["result"]
     call("variance", *common, "--mode", "variance")  # the other script finds them too
     with pytest.raises(AssertionError, match="forward pass"):
@@ -283,7 +367,7 @@ def test_cka(saved, tmp_path):
         model, _ = load_model(path)
         model.linear = torch.nn.Identity()
         with torch.no_grad():
-            rows = model(images.plain(np.arange(len(images)))[0]).double()
+            rows = model(images.batch(np.arange(len(images)))[0]).double()
         features.append((rows - rows.mean(dim=0)).numpy())  # the Gram form would cancel digits otherwise
     for form in ("debiased", "biased"):
         expected = reference.cka_by_gram(*features, form == "debiased")
@@ -310,7 +394,7 @@ def test_one_member_can_be_scored(saved, tmp_path):
 
 @pytest.mark.parametrize("model", ["resnet18", "wrn-40-2"])
 def test_the_authors_checkpoints(model, tmp_path, monkeypatch):
-    """Files as their release writes them, by the command that this project's README gives."""
+    """Files as their release writes them, by a command as docs/MEASURING.md gives it."""
     files.write_cifar(tmp_path / "data" / "cifar100", "cifar100", images=120)
     monkeypatch.chdir(tmp_path)
     for seed in (13, 17):
@@ -410,7 +494,7 @@ def test_sharpness_equals_the_functions(saved, tmp_path):
     images = load_data("digits", tmp_path).train
     index = np.random.RandomState(13).permutation(809)[:10]
     model, _ = load_model(paths[0])
-    scores = reference.fisher_by_samples(model, *images.plain(index))
+    scores = reference.fisher_by_samples(model, *images.batch(index))
     assert result["fisher"]["mean"] == pytest.approx(scores.mean().item(), rel=1e-4)
 
 
@@ -428,7 +512,7 @@ def test_no_measure_leaves_a_trace(saved, tmp_path):
     args = measure_sharpness.parse_args(
         [str(w) for w in ("--resume", paths[0], "--save", tmp_path, "--data_path", tmp_path, *SMALL)]
     )
-    measurement = utils.predictions.Measurement(args)
+    measurement = utils.predictions.Measurement(utils.predictions.measure_settings(args))
     member = measurement.members[0]
     next(iter(member.model.parameters())).requires_grad_(False)
     names = [name for mode in MODES for name in measure_sharpness.part_names(mode, ["l2", "linf"])]
@@ -469,7 +553,7 @@ def test_no_measure_leaves_a_trace(saved, tmp_path):
         same(before, state())
         hook.remove()
     before = state()
-    utils.predictions.forward(member.model, measurement.data.val, features=True)
+    utils.predictions.predict(member.model, measurement.data.val, features=True)
     same(before, state())
 
 
@@ -482,7 +566,7 @@ def test_bad_input(saved, tmp_path, capsys):
     common = ["--save", tmp_path / "out", "--data_path", tmp_path]
     for name, mode in (("diversity", ["--mode", "disagreement"]), ("diversity", ["--mode", "KL"]), ("variance", [])):
         line = refused(capsys, name, "--resume", paths[0], *mode, *common)
-        assert "2 are needed" in line
+        assert "expected 2 or more members" in line
     wide = save_member(tmp_path / "wide.pth.tar", 1, width=4)
     line = refused(capsys, "diversity", "--resume", paths[0], wide, *common)
     assert "wide.pth.tar has width 4" in line
@@ -544,7 +628,9 @@ def test_draws_of_the_calibration_error():
     logits, labels = torch.from_numpy(random.normal(0, 2, (2, 40, 3))), torch.from_numpy(random.integers(0, 3, 40))
     args = measure_diversity.parse_args(["--resume", "x", "--mode", "predict,disagreement", "--bins", "5"])
     weights = bootstrap_weights(40, 6)
-    _, draws = measure_diversity.figures(args, logits, labels, [], {"members": [1.0, 1.0], "ensemble": 1.0}, weights)
+    temperatures = {"members": [1.0, 1.0], "ensemble": 1.0}
+    _, columns, gaps = measure_diversity.measure_part(args, logits, labels, [], temperatures)
+    draws = measure_diversity.resample(weights, columns, gaps)
     confidence, prediction = torch.softmax(logits, 2).mean(0).max(1)
     for weight, drawn in zip(weights, draws["ensemble_ece"], strict=True):
         error = 0.0

@@ -9,12 +9,13 @@ from tests import reference
 from utils.metrics import (
     accuracy,
     bootstrap_weights,
-    brier_score,
     calibration_bins,
+    calibration_gaps,
     ensemble_log_probs,
     expected_calibration_error,
     fit_temperature,
     negative_log_likelihood,
+    per_sample,
     percentile_interval,
     with_temperature,
 )
@@ -31,10 +32,33 @@ def test_equal_the_slow_forms():
     for member in log_probs:
         assert accuracy(member, labels) == pytest.approx(reference.accuracy(member.exp(), labels), abs=1e-15)
         assert negative_log_likelihood(member, labels) == pytest.approx(reference.nll(member.exp(), labels), rel=1e-12)
-        assert brier_score(member, labels) == pytest.approx(reference.brier(member.exp(), labels), rel=1e-12)
+        brier = per_sample(member, labels)["brier"].mean().item()
+        assert brier == pytest.approx(reference.brier(member.exp(), labels), rel=1e-12)
         for bins in (1, 7, 15, 100):
             ece = expected_calibration_error(member.exp(), labels, bins)
             assert ece == pytest.approx(reference.ece(member.exp(), labels, bins), abs=1e-12)
+
+
+def test_columns_are_those_of_each_member():
+    log_probs, labels = case()
+    columns = per_sample(log_probs, labels)
+    for i, member in enumerate(log_probs):
+        probs = member.exp()
+        for j, label in enumerate(labels.tolist()):
+            onehot = torch.nn.functional.one_hot(torch.tensor(label), 7)
+            assert columns["correct"][i, j] == float(probs[j].argmax() == label)
+            assert columns["nll"][i, j].item() == pytest.approx(-math.log(probs[j, label]), rel=1e-12)
+            assert columns["brier"][i, j].item() == pytest.approx((probs[j] - onehot).square().sum().item(), rel=1e-12)
+            assert columns["confidence"][i, j] == probs[j].max()
+    again = per_sample(log_probs, labels, log_probs.exp())
+    assert all(torch.equal(again[name], column) for name, column in columns.items())
+
+
+def test_gaps_give_the_calibration_error():
+    log_probs, labels = case(1)
+    gaps = calibration_gaps(per_sample(log_probs[0], labels), 15)
+    ece = expected_calibration_error(log_probs[0].exp(), labels, 15)
+    assert gaps.mean(dim=0).abs().sum().item() == pytest.approx(ece, rel=1e-12)
 
 
 def test_equal_torchmetrics():
@@ -63,7 +87,7 @@ def test_ece_at_the_edges():
     for bad in (torch.tensor([[1.5, -0.5]]), torch.tensor([[math.nan, 1.0]]), torch.zeros(0, 2)):
         with pytest.raises(ValueError, match="probs: "):
             expected_calibration_error(bad, torch.zeros(len(bad), dtype=torch.int64))
-    with pytest.raises(ValueError, match="n_bins: 0"):
+    with pytest.raises(ValueError, match="n_bins: expected 1 or more, got 0"):
         expected_calibration_error(half, torch.zeros(4, dtype=torch.int64), 0)
 
 

@@ -111,13 +111,13 @@ def test_width_scales_every_layer():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("resnet19", 10), "unknown network 'resnet19'.*resnet18"),
-        (("resnet18", 1), "num_classes: 1"),
-        (("resnet18", 10, 0), "width: 0"),
-        (("resnet18", 10, 64, 7), "image_size: 7"),
-        (("wrn-40-2", 10, 6), "width: 6.*multiple of 4"),
-        (("vit_t", 10, 64, 28), "image_size: 28.*multiple of 8"),
-        (("resnet18", 10, 64, 32, 0), "in_channels: 0"),
+        (("resnet19", 10), "model: expected one of resnet18.* got 'resnet19'"),
+        (("resnet18", 1), "num_classes: .* got 1"),
+        (("resnet18", 10, 0), "width: .* got 0"),
+        (("resnet18", 10, 64, 7), "image_size: .* got 7"),
+        (("wrn-40-2", 10, 6), "width: expected a multiple of 4.* got 6"),
+        (("vit_t", 10, 64, 28), "image_size: expected a multiple of 8.* got 28"),
+        (("resnet18", 10, 64, 32, 0), "in_channels: .* got 0"),
     ],
 )
 def test_impossible_networks(arguments, message):

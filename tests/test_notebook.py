@@ -12,7 +12,8 @@ import pytest
 from scipy.optimize import brentq
 
 from scripts import plot
-from utils import cli, plots
+from utils import cli, plots, theory_plots
+from utils.results import METHODS
 from utils.verification import (
     GRIDS,
     PUBLISHED_POINTS,
@@ -38,7 +39,7 @@ def grids():
 
 @pytest.fixture(scope="module")
 def figures(grids):
-    return plots.theory(grids, published())
+    return theory_plots.theory(grids, published())
 
 
 def test_the_notebook_runs_from_an_empty_kernel(monkeypatch):
@@ -99,16 +100,16 @@ def test_legends_and_labels_are_inside_the_picture_and_off_the_axes(figures):
 
 
 def test_a_method_has_one_colour(figures):
-    assert len({plots.COLOURS[name] for name in ("deep_ensemble", "sam", "sharpbalance")}) == 3
+    assert len({METHODS[name].colour for name in ("deep_ensemble", "sam", "sharpbalance")}) == 3
     (panel, *_) = figures["published"].axes
     lines = {line.get_label(): line.get_color() for line in panel.get_lines()}
-    assert lines["SAM, published"] == lines["SAM (divergent)"] == plots.COLOURS["sam"]
-    assert lines["SharpBalance, published"] == lines["SharpBalance, exact $S$"] == plots.COLOURS["sharpbalance"]
+    assert lines["SAM, published"] == lines["SAM (divergent)"] == METHODS["sam"].colour
+    assert lines["SharpBalance, published"] == lines["SharpBalance, exact $S$"] == METHODS["sharpbalance"].colour
 
 
 def test_files_are_pdf_and_png_and_do_not_change(grids, tmp_path):
-    first = plots.save(plots.trained(grids["trained"]), tmp_path / "a.png")
-    second = plots.save(plots.trained(copy.deepcopy(grids["trained"])), tmp_path / "rho0.5")
+    first = plots.save(theory_plots.trained(grids["trained"]), tmp_path / "a.png")
+    second = plots.save(theory_plots.trained(copy.deepcopy(grids["trained"])), tmp_path / "rho0.5")
     assert [path.name for path in first + second] == ["a.pdf", "a.png", "rho0.5.pdf", "rho0.5.png"]
     content = [path.read_bytes() for path in first]
     assert content == [path.read_bytes() for path in second]
@@ -121,7 +122,7 @@ def test_files_are_pdf_and_png_and_do_not_change(grids, tmp_path):
 
 def test_drawing_leaves_matplotlib_as_it_was(grids, tmp_path):
     before = dict(matplotlib.rcParams)
-    plots.save(plots.theorem(grids["theorem_2_k"], "k"), tmp_path / "a")
+    plots.save(theory_plots.theorem(grids["theorem_2_k"], "k"), tmp_path / "a")
     assert dict(matplotlib.rcParams) == before
 
 
@@ -183,7 +184,7 @@ def test_the_script_draws_the_same_figures(grids, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(plot, "simulate_all", lambda data_sets, progress: grids if data_sets == 2 else None)
     cli.run(plot.main, plot.parse_args(["theory", "--to", str(tmp_path / "new/figures"), "--data-sets", "2"]))
     assert capsys.readouterr().out.count("wrote") == 8
-    for path in plots.save(plots.published(published()), tmp_path / "published"):
+    for path in plots.save(theory_plots.published(published()), tmp_path / "published"):
         assert (tmp_path / "new/figures" / path.name).read_bytes() == path.read_bytes()
     assert len(list((tmp_path / "new/figures").iterdir())) == 15
 
@@ -229,9 +230,9 @@ def test_a_bad_file_of_numbers(text, tmp_path, capsys):
     ("words", "message"),
     [
         (["theory"], "--to"),
-        (["nothing", "--to", "x"], "invalid choice: 'nothing'"),
-        (["theory", "--to", __file__], "no folder can be made there"),
-        (["theory", "--to", "x", "--data_sets", "1"], "'1' given, a whole number of 2 or more is needed"),
+        (["nothing", "--to", "x"], "kind: expected one of tradeoff, "),
+        (["theory", "--to", __file__], "cannot be written (File exists)"),
+        (["theory", "--to", "x", "--data_sets", "1"], "--data_sets: expected a whole number >= 2, got '1'"),
     ],
 )
 def test_bad_input_to_the_script(words, message, capsys):

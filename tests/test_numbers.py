@@ -11,8 +11,10 @@ import measure_diversity
 import measure_diversity_variance
 import measure_sharpness
 import utils.ensemble
+import utils.member
 from utils import RunError, cli
-from utils.data import load_data
+from utils.datasets import load_data
+from utils.run import Run
 
 TINY = ["--width", "2", "--epochs", "2", "--initial_epochs", "1", "--lr", "0.01", "--sam", "--rho", "0.05"]
 SMALL = ["--n_iters", "2", "--n_draws", "4", "--probes", "6", "--top_k", "2"]
@@ -60,7 +62,7 @@ def test_one_training_sample_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         train(tmp_path / "run", *split(tmp_path, [7], [100]), "--seed", "1")
     assert end.value.code == 2
-    assert "train.npy: 1 sample, 2 or more are needed" in capsys.readouterr().err
+    assert "train.npy: expected 2 or more samples, got 1" in capsys.readouterr().err
 
 
 def test_one_validation_image_and_absent_classes(tmp_path, capsys):
@@ -94,7 +96,7 @@ def test_one_validation_image_and_absent_classes(tmp_path, capsys):
 @pytest.mark.parametrize("step", [1, 2])
 def test_a_gradient_that_is_not_finite(value, step, tmp_path, monkeypatch):
     """The run stops in its epoch, at the latest by the loss on validation, and saves nothing of it."""
-    made = utils.ensemble.create_model
+    made = utils.member.create_model
     calls = []
 
     def poisoned(*args, **kwargs):
@@ -107,19 +109,19 @@ def test_a_gradient_that_is_not_finite(value, step, tmp_path, monkeypatch):
         model.linear.weight.register_hook(hook)
         return model
 
-    monkeypatch.setattr(utils.ensemble, "create_model", poisoned)
+    monkeypatch.setattr(utils.member, "create_model", poisoned)
     args = main.parse_args(["--width", "2", "--epochs", "1", "--batch_size", "1000", "--seed", "4", "--sam"])
     args.save_path = tmp_path / "run"
     # One batch, whose two passes are the two calls: the loss at w is finite, and the weights are not afterwards.
     with pytest.raises(RunError, match="seed 4, epoch 0: the loss is not finite"):
-        utils.ensemble.train_ensemble(args, load_data("digits"))
+        utils.ensemble.train_ensemble(Run(main.settings_of(args), load_data("digits")))
     assert calls
     assert not list((tmp_path / "run").rglob("*.pth.tar"))
 
 
 def test_equal_scores_of_all_members(tmp_path, monkeypatch):
     """Then all pick the same samples, and the rest is dealt out: the run goes on as with any other scores."""
-    monkeypatch.setattr(utils.ensemble, "per_sample_fisher", lambda model, images, labels: torch.ones(len(images)))
+    monkeypatch.setattr(utils.member, "per_sample_fisher", lambda model, images, labels: torch.ones(len(images)))
     for unselected, counts in (("normal", (10, 10)), ("one", (15, 15)), ("others", (15, 15))):
         flags = [*split(tmp_path, range(20), range(30, 40)), "--flat_ratio", "0.5", "--unselected", unselected]
         train(tmp_path / unselected, *flags, "--seed", "1 2", "--batch_size", "8")

@@ -14,11 +14,13 @@ from scripts import plot
 from tests.test_ensemble import ROOT
 from tests.test_measure import save_member
 from utils import cli, landscape, plots
-from utils.checkpoint import load_model, write_array, write_json
-from utils.data import load_data
+from utils.checkpoint import load_model
+from utils.datasets import load_data
+from utils.files import write_array, write_json
 from utils.hessian import top_eigenvalues
 from utils.metrics import pack_counts, paired_bootstrap, t_interval
-from utils.partition import sharpness_aware_masks
+from utils.partition import PARTITION_RULE, sharpness_aware_masks
+from utils.results import METHODS, read_ensemble
 
 DEEP = {
     "data": "digits",
@@ -29,13 +31,13 @@ DEEP = {
     "sam_adaptive": False,
     "flat_ratio": 0.0,
     "initial_epochs": 2,
-    "select": None,
+    "partition": "released",
     "unselected": None,
 }
 SAM = DEEP | {"sam": True, "rho": 0.1}
-SHARPBALANCE = SAM | {"flat_ratio": 0.5, "select": "flattest", "unselected": "one"}
-PAPER = SHARPBALANCE | {"select": "sharpest", "unselected": "normal"}
-METHODS = {"deep": DEEP, "sam": SAM, "sharpbalance": SHARPBALANCE}
+SHARPBALANCE = SAM | {"flat_ratio": 0.5, "unselected": "one"}
+PAPER = SHARPBALANCE | {"partition": "paper", "unselected": "normal"}
+TRAINED = {"deep": DEEP, "sam": SAM, "sharpbalance": SHARPBALANCE}
 IMAGES = 50
 SEVERITIES = (1, 2, 3, 4, 5)
 
@@ -98,7 +100,7 @@ def measure(folder, settings, seeds=(1, 2), accuracy=0.8, sharpness=2.0, corrupt
 @pytest.fixture
 def three(tmp_path):
     """One ensemble of each method."""
-    accuracies = zip(METHODS.items(), (0.7, 0.8, 0.9), (9.0, 3.0, 2.0), strict=True)
+    accuracies = zip(TRAINED.items(), (0.7, 0.8, 0.9), (9.0, 3.0, 2.0), strict=True)
     return [measure(tmp_path / "m" / n, s, accuracy=a, sharpness=x) for (n, s), a, x in accuracies]
 
 
@@ -111,7 +113,7 @@ def make_run(folder, settings, seeds=(1, 2), epochs=4, checkpoints=False):
     write_json(folder / "environment.json", {"data": data.record})
     random = np.random.default_rng(len(folder.name))
     scores = random.exponential(size=(len(seeds), len(data.train))).astype(np.float32)
-    masks = sharpness_aware_masks(scores, settings["flat_ratio"], settings["select"] or "flattest", "one")
+    masks = sharpness_aware_masks(scores, settings["flat_ratio"], PARTITION_RULE[settings["partition"]], "one")
     for i, seed in enumerate(seeds):
         member = folder / f"seed_{seed}"
         member.mkdir()
@@ -131,14 +133,14 @@ def make_run(folder, settings, seeds=(1, 2), epochs=4, checkpoints=False):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    return [make_run(folder / name, settings, checkpoints=True) for name, settings in METHODS.items()]
+    return [make_run(folder / name, settings, checkpoints=True) for name, settings in TRAINED.items()]
 
 
 @pytest.fixture
 def few_steps(monkeypatch):
-    monkeypatch.setattr(plot, "ALONG", [-0.5, 0.0, 0.5])
-    monkeypatch.setattr(plot, "BETWEEN", [0.0, 0.5, 1.0])
-    monkeypatch.setattr(plot, "TOP", [-0.01, 0.0, 0.01])
+    monkeypatch.setattr(landscape, "ALONG", [-0.5, 0.0, 0.5])
+    monkeypatch.setattr(landscape, "BETWEEN", [0.0, 0.5, 1.0])
+    monkeypatch.setattr(landscape, "TOP", [-0.01, 0.0, 0.01])
 
 
 def call(kind, folders, to):
@@ -146,7 +148,7 @@ def call(kind, folders, to):
 
 
 def figure(kind, folders, to="x"):
-    return plot.KINDS[kind](plot.parse_args([kind, "--from", *map(str, folders), "--to", str(to)]))
+    return plot.draw(plot.parse_args([kind, "--from", *map(str, folders), "--to", str(to)]))
 
 
 def refused(capsys, kind, folders, to):
@@ -203,7 +205,9 @@ def test_tradeoff(three, tmp_path):
         pytest.approx([x, 20 * a]) for x, a in ((9, 0.7), (3, 0.8), (2, 0.9))
     ]
     edges = [line.get_markeredgecolor() for line in points]
-    assert [plots.to_rgb(c) for c in edges] == [plots.to_rgb(plots.COLOURS[m]) for m in list(plots.COLOURS)[:3]]
+    assert [plots.to_rgb(c) for c in edges] == [
+        plots.to_rgb(METHODS[key].colour) for key in ("deep_ensemble", "sam", "released")
+    ]
     assert len({line.get_markerfacecolor() for line in points}) == 3
     assert len(axis.collections) == 6  # bars in both directions
     assert "1 ensemble of 2 members" in one._supxlabel.get_text()
@@ -247,7 +251,7 @@ def test_benchmark(three, tmp_path):
 
 def test_labels_are_not_cut_off(tmp_path):
     """Of this figure the ticks, and with them the room that labels take, depend on the size of the font."""
-    folders = sorted((ROOT / "results/fashion_mnist/noisy_labels").iterdir())
+    folders = sorted((ROOT / "results/fashion_mnist/noisy_labels/measurements").iterdir())
     plot.main(plot.parse_args(["benchmark", "--from", *map(str, folders), "--to", str(tmp_path / "bars")]))
     with Image.open(tmp_path / "bars.png") as picture:
         pixels = np.asarray(picture.convert("L"))
@@ -318,7 +322,7 @@ def test_sets(runs, tmp_path):
     assert len(picks.texts) == 6
     assert flat.images[0].get_array().shape == sharp.images[0].get_array().shape == (8, 10 * 9 - 1)
     ranks = np.argsort(np.argsort(scores, axis=1), axis=1).mean(axis=0)
-    first = train.info.std[0] * train.plain(np.array([ranks.argmin()]))[0][0, 0].numpy() + train.info.mean[0]
+    first = train.images[int(ranks.argmin()), :, :, 0].numpy() / 255
     np.testing.assert_allclose(flat.images[0].get_array()[:, :8], first, atol=1e-6)
     assert sharp.get_xticklabels()[0].get_text().startswith(f"{labels[ranks.argmax()]}: ")
     assert all(
@@ -345,11 +349,15 @@ def test_landscape(runs, few_steps, tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     content = json.loads(path.read_text())
     data = load_data("digits")
-    batches = plot.subset(data.val)
+    batches = landscape.subset(data.val)
     model, _ = load_model(runs[0] / "seed_1" / "model_best.pth.tar")
     with torch.no_grad():
         images, labels = zip(*batches, strict=True)
         loss = torch.nn.functional.cross_entropy(model(torch.cat(images)), torch.cat(labels)).item()
+    tops = [top["losses"] for top in content["runs"][0]["top"].values()]
+    assert [line.get_ydata().tolist() for line in middle.get_lines()[3:5]] == tops
+    pair = next(iter(content["runs"][0]["between"].values()))
+    assert right.get_lines()[0].get_xydata().tolist() == [[0.0, pair[0]], [0.5, pair[1]], [1.0, pair[2]]]
     curves = next(iter(content["runs"][0]["along"].values()))
     assert [values[1] for values in curves] == pytest.approx([loss, loss], rel=1e-5)
     assert curves[0] != curves[1]
@@ -365,9 +373,9 @@ def test_landscape(runs, few_steps, tmp_path, monkeypatch):
     def computed(*args):
         raise AssertionError("computed what the file holds")
 
-    monkeypatch.setattr(plot, "losses_along", computed)
-    monkeypatch.setattr(plot, "losses_between", computed)
-    monkeypatch.setattr(plot, "top_direction", computed)
+    monkeypatch.setattr(landscape, "losses_along", computed)
+    monkeypatch.setattr(landscape, "losses_between", computed)
+    monkeypatch.setattr(landscape, "top_direction", computed)
     call("landscape", runs, tmp_path / "a")
     call("landscape", [path], tmp_path / "b")
     assert (tmp_path / "a.pdf").read_bytes() == (tmp_path / "b.pdf").read_bytes()
@@ -382,11 +390,11 @@ def test_landscape(runs, few_steps, tmp_path, monkeypatch):
     assert "Top eigenvector" not in one._supxlabel.get_text()
     with monkeypatch.context() as patch:
         tops = {key: top for one in content["runs"] for key, top in one["top"].items()}
-        patch.setattr(plot, "along_top", lambda model, batches: tops.popitem()[1])
+        patch.setattr(landscape, "along_top", lambda model, batches: tops.popitem()[1])
         figure("landscape", runs, tmp_path / "c")
     assert not tops
     # Other images or steps are another matter.
-    monkeypatch.setattr(plot, "IMAGES", 40)
+    monkeypatch.setattr(landscape, "IMAGES", 40)
     with pytest.raises(AssertionError, match="computed"):
         figure("landscape", runs, tmp_path / "a")
 
@@ -434,27 +442,43 @@ def test_the_curvature_along_the_top_eigenvector():
 
 
 def test_a_method_has_one_name_and_colour(tmp_path):
-    settings = [PAPER, SAM | {"rho": 0.2}, SAM, SHARPBALANCE, DEEP, SHARPBALANCE | {"select": "random"}]
-    ensembles = plot.measured([measure(tmp_path / str(i), one) for i, one in enumerate(settings)])
-    rows = plots.looks(plot.groups_of(ensembles).values())
-    assert [row["label"] for row in rows] == [
-        "deep ensemble",
-        r"SAM, $\rho$ = 0.1",
-        r"SAM, $\rho$ = 0.2",
-        "SharpBalance",
-        "SharpBalance, the paper's sets",
-        "SAM on random samples",
+    random, same = (SHARPBALANCE | {"partition": name, "unselected": None} for name in ("random", "same"))
+    settings = [PAPER, SAM | {"rho": 0.2}, SAM, SHARPBALANCE, DEEP, random, same, SAM | {"sam_adaptive": True}]
+    ensembles = [read_ensemble(measure(tmp_path / str(i), one)) for i, one in enumerate(settings)]
+    groups = plots.line_styles(ensembles)
+    names = ["deep ensemble", "SAM", "SAM", "SharpBalance (released)", "SharpBalance (paper)"]
+    names += ["SAM on random samples", "SAM on the same random samples", "ASAM"]
+    assert [group.label for group in groups] == [
+        *(names[0], r"SAM, $\rho$ = 0.1", r"SAM, $\rho$ = 0.2"),
+        *names[3:],
     ]
-    colours = [row["colour"] for row in rows]
-    assert len(set(colours)) == 6
-    assert colours[3] == plots.to_rgb(plots.COLOURS["sharpbalance"])
-    (unknown,) = plots.looks([plot.measured([measure(tmp_path / "theirs", DEEP, trained=None)])])
-    assert unknown["label"] == "theirs"
+    assert [group.ensembles[0].method.partition(", ")[0] for group in groups] == names  # as tables have it
+    colours = [group.colour for group in groups]
+    assert len(set(colours)) == 8
+    assert colours[3] == plots.to_rgb(METHODS["released"].colour)
+    assert len({(group.marker, group.line) for group in groups}) == 8
+    (unknown,) = plots.line_styles([read_ensemble(measure(tmp_path / "theirs", DEEP, trained=None))])
+    assert unknown.label == "theirs"
+
+
+def test_settings_that_tell_groups_apart(tmp_path):
+    """Those of one method; the number of members is one of them."""
+    settings = [SHARPBALANCE, SHARPBALANCE | {"unselected": "normal"}, SHARPBALANCE | {"flat_ratio": 0.3}]
+    folders = [measure(tmp_path / str(i), one) for i, one in enumerate(settings)]
+    folders.append(measure(tmp_path / "3", SHARPBALANCE, seeds=(1, 2, 3)))
+    folders.append(measure(tmp_path / "sam", SAM))
+    assert [group.label for group in plots.line_styles(list(map(read_ensemble, folders)))] == [
+        "SAM",
+        "SharpBalance (released), $k$ = 0.5, unselected = one, members = 2",
+        "SharpBalance (released), $k$ = 0.5, unselected = normal, members = 2",
+        "SharpBalance (released), $k$ = 0.3, unselected = one, members = 2",
+        "SharpBalance (released), $k$ = 0.5, unselected = one, members = 3",
+    ]
 
 
 def test_bad_measurements(three, tmp_path, capsys):
     to = tmp_path / "x"
-    assert "none/diversity.json: missing" in refused(capsys, "benchmark", [tmp_path / "none"], to)
+    assert "none/diversity.json: cannot be read (No such file" in refused(capsys, "benchmark", [tmp_path / "none"], to)
     data = {"dataset": "digits", "test": IMAGES, "sha256_of_arrays_and_split": "other"}
     other = measure(tmp_path / "other", PAPER, data=data)
     assert "data differs" in refused(capsys, "tradeoff", [*three, other], to)
@@ -490,17 +514,18 @@ def test_bad_runs(runs, tmp_path, capsys, monkeypatch):
     to = tmp_path / "x"
     assert "args.json" in refused(capsys, "curves", [tmp_path], to)
     assert "do not come from scores" in refused(capsys, "sets", [runs[1]], to)
-    assert "name one folder" in refused(capsys, "sets", runs, to)
+    assert "--from: expected one run folder for sets, got 3 folders" in refused(capsys, "sets", runs, to)
     (tmp_path / "y.json").write_text('{"seeds": [1], "shares": {"classes": [[0.5]]}, "pictures": [], "note": ""}')
-    assert "y.json: not the numbers of such a figure" in refused(capsys, "sets", [tmp_path / "y.json"], to)
+    assert "y.json: not the numbers of sets" in refused(capsys, "sets", [tmp_path / "y.json"], to)
     broken = make_run(tmp_path / "broken", SHARPBALANCE)
     (broken / "seed_2" / "sam_mask.npy").unlink()
     error = refused(capsys, "sets", [broken], to)
     assert "seed_2/sam_mask.npy: missing" in error
     write_array(broken / "seed_2" / "sam_mask.npy", np.ones(7, dtype=bool))
-    assert "shape [7]" in refused(capsys, "sets", [broken], to)
+    error = refused(capsys, "sets", [broken], to)
+    assert "seed_2/sam_mask.npy: expected 809 numbers, one for each training image, got [7]" in error
     (broken / "seed_1" / "log.jsonl").write_text("{}\n")
-    assert "seed_1/log.jsonl: missing or not the log" in refused(capsys, "curves", [broken], to)
+    assert "seed_1/log.jsonl: missing or not the log of a run" in refused(capsys, "curves", [broken], to)
     (broken / "seed_1" / "log.jsonl").write_text("")
     assert "holds no epoch" in refused(capsys, "curves", [broken], to)
     assert "model_best.pth.tar is missing" in refused(capsys, "landscape", [broken], to)
@@ -511,16 +536,17 @@ def test_bad_runs(runs, tmp_path, capsys, monkeypatch):
     assert "data differs" in refused(capsys, "curves", [runs[0], broken], to)
     assert "are not those of the run" in refused(capsys, "sets", [broken], to)
     (broken / "environment.json").unlink()
-    assert "environment.json: missing" in refused(capsys, "curves", [broken], to)
-    write_json(tmp_path / "x.json", {})
-    assert "x.json: not the numbers of a landscape" in refused(capsys, "landscape", [tmp_path / "x.json"], to)
+    assert "environment.json: cannot be read (No such file" in refused(capsys, "curves", [broken], to)
+    for content in ({}, {"about": {}, "runs": [{}]}, {"about": {}, "runs": 3}):
+        write_json(tmp_path / "x.json", content)
+        assert "x.json: not the numbers of a landscape" in refused(capsys, "landscape", [tmp_path / "x.json"], to)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["sets", "--to", "x"], "sets is drawn from result folders"),
-        (["theory", "--from", "a", "b", "--to", "x"], "argument --from: 2 given; theory is drawn from one theory.json"),
+        (["theory", "--from", "a", "b", "--to", "x"], "--from: expected one theory.json, got 2 files"),
     ],
 )
 def test_bad_words(words, message, capsys):

@@ -4,10 +4,12 @@ import doctest
 import glob
 import importlib
 import itertools
+import json
 import os
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 from pathlib import Path
 
@@ -15,12 +17,20 @@ import pytest
 import torch
 from torch.distributed.run import get_args_parser
 
+from models import create_model
+from sam import SAM
+from scripts import benchmark, experiment
 from tests import files
 from utils import cli
+from utils.results import read_ensemble
+from utils.training import sharpbalance_step
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / name for name in ("README.md", "INSTALL.md", "CONTRIBUTING.md")]
-DOCUMENTS += sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("results/*/README.md")])
+DOCUMENTS += sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("results/*/README.md"), *ROOT.glob("results/*/INTER*.md")])
+LINKED = [*DOCUMENTS, *ROOT.glob("CHANGELOG.md"), *ROOT.glob("results/*/regime.md")]
+README = (ROOT / "README.md").read_text()
+LAYOUT = README.partition("## Layout\n\n```\n")[2].partition("```")[0]
 CODE = re.compile(
     r"^ *```(?P<language>\w*)\n(?P<block>.*?)^ *```"
     r"|^ {4}(?P<indented>(?:python|bash|torchrun) [^\n]*)"
@@ -41,16 +51,16 @@ TINY = {
     "scripts/make_corrupted.py": ["--corruptions", "contrast", "--to", "elsewhere", "--data_path", "data"],
     "scripts/summarize.py": [],
     "scripts/plot.py": [],  # but `theory` simulated anew, which tests/test_notebook.py does
-    "scripts/benchmark.py": ["--only", "partition", "--repeats", "3"],
+    "scripts/benchmark.py": ["--repeats", "3", "--only"],  # see `tiny`
+    "scripts/report.py": [],
 }
-# Shell scripts that only call python: it is seen how they call it.
-RECORDED = [
-    "scripts/quickstart.sh",
-    "scripts/reproduce_fashion_mnist.sh",
-    *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("scripts/[emt]*/*.sh"))),
-]
-RECORDED.remove("scripts/experiments/paper.sh")  # which is sourced
+# Shell scripts that only call python, with what they are called with here: it is seen how they call it.
+RECORDED = {str(path.relative_to(ROOT)): [] for path in sorted(ROOT.glob("scripts/[emt]*/*.sh"))}
+RECORDED |= {"scripts/quickstart.sh": [], "scripts/reproduce_fashion_mnist.sh": ["hour"]}
 QUICKSTART = "runs/quickstart/sharpbalance"
+SMALL_QUICKSTART = ["--width", "2", "--epochs", "2", "--initial_epochs", "1", "--batch_size", "64", "--seeds", "13 17"]
+SMALL_QUICKSTART += ["--measure_flags", "--bootstrap 20"]
+SMALL_QUICKSTART += ["--sharpness_flags", "--mode APGD_worst --norms l2 --batch_num 2 --n_iters 2"]
 COMMAND = re.compile(r"(?<!\S)(?:[A-Z_]+=\S+ )*(?:python \w\S*\.py\b|bash scripts/|torchrun )")
 
 
@@ -108,13 +118,23 @@ def load(script):
 
 def tiny(script, argv):
     """The arguments that make a command cheap."""
+    if script == "scripts/benchmark.py":
+        return [*argv, *TINY[script], "partition by N" if "--scaling" in argv else "partition"]
     if script != "main.py":
         return [*argv, *TINY.get(script, [])]
     args = load(script).parse_args(argv)
-    if args.evaluate or "--resume" in argv:
+    if "--resume" in argv:
         return argv
     epochs = ["--epochs", "2", "--initial_epochs", "1"] if args.flat_ratio else ["--epochs", "1"]
     return [*argv, "--width", "2", *epochs, "--batch_size", "64", "--seed", "13 17", "--data_path", "data"]
+
+
+def parse(script, argv):
+    """The arguments of a script; of an experiment also those that it hands to main.py."""
+    args = load(script).parse_args(argv)
+    if script == "scripts/experiment.py":
+        load("main.py").parse_args(args.train)
+    return args
 
 
 def call(script, argv):
@@ -125,6 +145,7 @@ def call(script, argv):
 
 def calls_of(script, folder, argv=()):
     """The arguments of each call of python in a shell script, by a python that only writes them down."""
+    argv = argv or RECORDED[script]
     (folder / "bin").mkdir(parents=True, exist_ok=True)
     for name in ("python", "ruff", "torchrun"):
         # In one write: scripts may call it side by side.
@@ -137,10 +158,6 @@ def calls_of(script, folder, argv=()):
         "VENV": os.path.relpath(folder, ROOT),
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
     }
-    if script.startswith("scripts/experiments/"):  # which write some files themselves
-        shutil.rmtree(folder / "places", ignore_errors=True)
-        places = ("RUNS", "MEASUREMENTS", "RESULTS", "DATA_PATH")
-        environment |= {name: str(folder / "places" / name) for name in places}
     done = subprocess.run(["bash", script, *argv], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = [record.split("\0") for record in calls.read_text().split("\0\0") if record]
@@ -152,6 +169,13 @@ def with_sourced(path):
     text = path.read_text()
     sourced = re.findall(r'^source "\$\(dirname .*?\)/([\w./]+)"', text, re.MULTILINE)
     return text + "".join(with_sourced(path.parent / name) for name in sourced)
+
+
+def variables_of(path):
+    """The environment variables that a shell script reads, itself or through scripts/experiment.py."""
+    text = with_sourced(path)
+    names = set(re.findall(r"\$\{([A-Z_]+):-", text))
+    return names | ({name.upper() for name in experiment.ENVIRONMENT} if "scripts/experiment.py" in text else set())
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +194,11 @@ def clone(tmp_path_factory, stub):
     shutil.copytree(ROOT / "results", folder / "results")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr(
+            experiment, "call", lambda words, log=None, jobs=1: call(str(words[0]), list(map(str, words[1:])))
+        )
         for script, *argv in calls_of("scripts/quickstart.sh", stub):
-            call(script, tiny(script, argv))
+            call(script, [*argv, *SMALL_QUICKSTART])
         for command in COMMANDS:
             for word, after in itertools.pairwise(shlex.split(command)):
                 run = Path(after)
@@ -201,17 +228,16 @@ def test_commands(command, inside, stub):
     path = ROOT / script
     assert path.is_file()
     if path.suffix == ".sh":
-        text = with_sourced(path)
-        assert all(f"${{{name}:-" in text for name in variables)
+        assert set(variables) <= variables_of(path)
         subprocess.run(["bash", "-n", path], check=True)
         for words in calls_of(script, stub, argv) if script in RECORDED else []:
-            load(words[0]).parse_args(words[1:])
+            parse(words[0], words[1:])
         return
     if argv == ["--help"]:
         with pytest.raises(SystemExit, match="0"):
             load(script).parse_args(argv)
         return
-    load(script).parse_args(argv)
+    parse(script, argv)
     simulates = argv[:1] == ["theory"] and "--from" not in argv
     if script in TINY and not command.startswith("torchrun") and not simulates:
         call(script, tiny(script, argv))
@@ -222,7 +248,7 @@ def test_shell_scripts_call_python_with_options_that_it_has(script, inside, stub
     calls = calls_of(script, stub)
     assert calls
     for name, *argv in calls:
-        load(name).parse_args(argv)
+        parse(name, argv)
 
 
 @pytest.mark.parametrize(("document", "language", "code"), SNIPPETS)
@@ -247,6 +273,7 @@ def options_of(script, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(cli.Parser, "parse_args", keep)
+        patch.setattr(cli.Parser, "parse_known_args", keep)
         with pytest.raises(SystemExit):
             load(script).parse_args([])
     return parsers[0]._option_string_actions
@@ -284,20 +311,115 @@ def test_places():
     """Files and folders of the repository that the documents name, and their links."""
     named = 0
     for document, language, text in CODES:
-        for place in PLACE.findall(text) if language in ("", "text") else []:
+        for place in PLACE.findall(text) if language in ("", "text") and text != LAYOUT else []:
             for word in expand(place.rstrip(".")):
                 assert glob.glob(str(ROOT / word)), f"{document}: {word}"
                 named += 1
     assert named > 20
-    for document in DOCUMENTS:
+    for document in LINKED:
         for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
-def test_files_of_a_run(inside):
-    """The README's listing of a run names files that a run has."""
-    listings = [text for name, _, text in CODES if name == "README.md" and text.startswith("runs/")]
-    listing = next(text for text in listings if "args.json" in text)
-    names = {path.name for path in (inside / QUICKSTART).rglob("*")}
-    for line in listing.splitlines()[1:]:
+@pytest.mark.parametrize("folder", [QUICKSTART, QUICKSTART.replace("runs", "measurements")])
+def test_listings_of_folders(folder, inside):
+    """The documents' listings of a run and of its measurements name files that these have."""
+    listings = [text for _, _, text in CODES if text.startswith(f"{folder.split('/')[0]}/") and "\n    " in text]
+    assert len(listings) == 1
+    names = {path.name for path in (inside / folder).rglob("*")} | {"seed_27"}
+    for line in listings[0].splitlines()[1:]:
         assert line.split()[0].rstrip("/") in names, line
+
+
+def test_the_readme_is_short_and_comes_to_the_point():
+    """At most 1,900 words, as wc counts them, and the three lines of the step within the first 450."""
+    assert len(README.split()) <= 1900
+    first = " ".join(README.split()[:450])
+    for line in (
+        "g = grad L_s(w)",
+        "eps = rho g / ||g||",
+        "w <- SGD step with (a/B) grad L_n(w) + (b/B) grad L_s(w + eps)",
+    ):
+        assert line in first
+
+
+def test_layout():
+    """Its tree names files that exist, each in the folder under which it is indented."""
+    folder, found = ROOT, []
+    for line in LAYOUT.splitlines():
+        names = re.split(r" {2,}", line.strip())[0].split(", ")
+        folder = folder if line.startswith("  ") else ROOT
+        found += [folder / name for name in names]
+        if len(names) == 1 and names[0].endswith("/") and folder == ROOT:
+            folder = ROOT / names[0]
+    assert [str(path) for path in found if not path.exists()] == []
+    assert len(found) > 40
+
+
+def test_the_step_of_the_readme():
+    """It is `sharpbalance_step`, but for the rounding."""
+    code = next(text for _, language, text in SNIPPETS if language == "python" and text.startswith("def step("))
+    found = {}
+    exec(compile(code, "README.md", "exec"), found)
+    images, labels, sam = torch.randn(6, 3, 32, 32, dtype=torch.float64), torch.arange(6), torch.arange(6) < 4
+    weights = []
+    for ours in (False, True):
+        torch.manual_seed(0)
+        model = create_model("resnet18", 10, 2).double()
+        optimizer = SAM(model.parameters(), rho=0.5, lr=0.1, momentum=0.9, weight_decay=5e-4)
+        for _ in range(2):
+            if ours:
+                sharpbalance_step(model, optimizer, images, labels, sam)
+            else:
+                found["step"](model, optimizer, torch.nn.functional.cross_entropy, images, labels, sam)
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+    # The README's share of SAM samples is a float32.
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+    torch.manual_seed(0)
+    start = torch.cat([p.detach().flatten() for p in create_model("resnet18", 10, 2).double().parameters()])
+    assert (weights[0] - start).abs().max() > 1e-2
+
+
+METHODS = {
+    "deep ensemble": "deep_ensemble",
+    "SAM on random samples, as many": "random",
+    "ensemble of averages (EoA)": "eoa",
+    "SharpBalance (released)": "sharpbalance",
+    "SharpBalance (paper)": "sharpbalance_paper",
+}
+VALUES = ("member", "ensemble", "corrupted_ensemble", "disagreement")
+
+
+@pytest.mark.parametrize(("document", "rows"), [("README.md", 4), ("results/fashion_mnist/INTERPRETATION.md", 16)])
+def test_tables_of_results_are_those_of_the_result_files(document, rows):
+    """Each row of each table of Fashion-MNIST, noisy labels first: mean ± standard deviation over the ensembles."""
+    tables = re.split(r"\| \| member \| ensemble \|.*\n", (ROOT / document).read_text())[1:]
+    found = 0
+    for setting, table in zip(("noisy_labels", "clean_labels"), tables, strict=False):
+        folder = ROOT / "results" / "fashion_mnist" / setting
+        rho = json.loads((folder / "plan.json").read_text())["chosen"]["rho"]
+        for line in table.partition("\n\n")[0].splitlines()[1:]:
+            label, *cells = line.strip("| ").split(" | ")
+            assert ("(chosen on validation)" in label) == (label.startswith(f"SAM, rho {rho:g} "))
+            label, _, value = label.removesuffix(" (chosen on validation)").partition(", rho ")
+            method = f"sam_{value or f'{rho:g}'}" if label == "SAM" else METHODS[label]
+            assert label == "SAM" or float(value or rho) == rho
+            places = [
+                place for place in folder.glob(f"measurements/{method}_*") if place.name[len(method) + 1 :].isdigit()
+            ]
+            values = [read_ensemble(place).values for place in places]
+            assert len(values) == (7 if setting == "noisy_labels" else 5)
+            for name, cell in zip(VALUES, cells, strict=True):
+                numbers = [100 * one[name] for one in values]
+                assert cell == f"{statistics.mean(numbers):.1f} ± {statistics.stdev(numbers):.1f}", (label, name)
+            found += 1
+    assert found == rows
+
+
+def test_table_of_speed_is_that_of_the_result_file():
+    """What the program prints of these times."""
+    content = json.loads((ROOT / "results" / "benchmark.json").read_text())
+    text = (ROOT / "docs" / "SPEED.md").read_text()
+    for name in benchmark.CASES:
+        for line, _ in benchmark.rows_of(name, content[name]):
+            assert line.rstrip() in text

@@ -196,7 +196,7 @@ def test_wrong_order_of_calls():
         optimizer.first_step()
     with pytest.raises(RuntimeError, match="second_step: the weights are not perturbed"):
         optimizer.second_step()
-    with pytest.raises(RuntimeError, match="needs a closure"):
+    with pytest.raises(RuntimeError, match="expected a closure"):
         optimizer.step()
     closure_of(model, optimizer, *batch())()
     optimizer.first_step()

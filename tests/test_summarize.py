@@ -14,7 +14,7 @@ from scipy import stats
 
 from scripts import summarize
 from utils import cli
-from utils.checkpoint import write_json
+from utils.files import write_json
 from utils.metrics import (
     bootstrap_weights,
     calibration_bins,
@@ -26,11 +26,11 @@ from utils.metrics import (
     t_interval,
     unpack_counts,
 )
-from utils.results import keep, read_ensemble
+from utils.results import copy_results, read_ensemble
 
 ROOT = Path(__file__).resolve().parent.parent
-SAM = {"sam": True, "rho": 0.1, "sam_adaptive": False, "flat_ratio": 0.0, "select": None, "unselected": None}
-SHARPBALANCE = SAM | {"flat_ratio": 0.5, "select": "flattest", "unselected": "one", "initial_epochs": 15}
+SAM = {"sam": True, "rho": 0.1, "sam_adaptive": False, "flat_ratio": 0.0, "partition": "released", "unselected": None}
+SHARPBALANCE = SAM | {"flat_ratio": 0.5, "unselected": "one", "initial_epochs": 15}
 IMAGES = 200
 
 
@@ -94,7 +94,7 @@ def test_one_ensemble_each(tmp_path, capsys):
     b = write(tmp_path / "sharp", SHARPBALANCE, (1, 2), 0.85, sharpness=1.5)
     call(a, b)
     out = capsys.readouterr().out
-    assert "SharpBalance (flattest, one), rho 0.1, k 0.5, T_d 15" in out
+    assert "SharpBalance (released), rho 0.1, k 0.5, T_d 15" in out
     assert "80.00 [79.00, 81.00]" in out
     assert "75.00 ± 1.41" in out
     assert "2.0000 ± 0.1000" in out
@@ -119,7 +119,7 @@ def test_several_ensembles_are_one_row_and_pairs_have_the_same_seeds(tmp_path, c
     text = ",".join(rows[1])
     assert f"81.00 ± 1.00 [{interval[0]:.2f}, {interval[1]:.2f}]" in text
     # Seeds 1 and 2 are in both: 83.5 - 81 and 85 - 82.
-    trained = "--sam True --rho 0.1 --sam_adaptive False --flat_ratio 0.0"
+    trained = "--sam True --rho 0.1 --sam_adaptive False --flat_ratio 0.0 --partition released"
     first, second = (torch.zeros(IMAGES) for _ in range(2))
     first[162:167] = second[164:170] = 1
     low, high = (100 * edge for edge in crossed_interval(torch.stack([first, second])))
@@ -131,7 +131,7 @@ def test_several_ensembles_are_one_row_and_pairs_have_the_same_seeds(tmp_path, c
     )
     call(*sam, *other, "--format", "markdown", "--to", tmp_path / "t" / "table.md")
     text = (tmp_path / "t" / "table.md").read_text()
-    assert text.count("\n| --- |") == 2
+    assert len(re.findall(r"^\|[-|]+\|$", text, re.MULTILINE)) == 2
     assert "NLL, ECE and sharpness: over ensembles only" in text
 
 
@@ -224,14 +224,14 @@ def test_the_data_are_named(tmp_path, capsys):
     assert "resnet18 of width 8, 7 training images, 20 % of their labels wrong, checkpoints" in text
 
 
-def test_kept_files_give_the_same_table(tmp_path, capsys):
-    """`keep` leaves out what no table needs."""
+def test_copied_files_give_the_same_table(tmp_path, capsys):
+    """`copy_results` leaves out what no table needs."""
     folder = write(tmp_path / "a" / "sam", SAM, (1, 2), 0.9, sharpness=2.0)
     content = json.loads((folder / "diversity.json").read_text())
     part = content["result"]["test"]
     content["result"]["corrupted"] = {"mean": part, "parts": {"fog-1": part}}
     write_json(folder / "diversity.json", content)
-    keep(folder, tmp_path / "b" / "sam")
+    copy_results(folder, tmp_path / "b" / "sam")
     kept = json.loads((tmp_path / "b" / "sam" / "diversity.json").read_text())
     assert kept["result"]["corrupted"]["parts"] == {"fog-1": {"rates": part["rates"]}}
     tables = []
@@ -239,6 +239,12 @@ def test_kept_files_give_the_same_table(tmp_path, capsys):
         call(tmp_path / name / "sam")
         tables.append(capsys.readouterr().out.replace(str(tmp_path / name), ""))
     assert tables[0] == tables[1]
+    # Without a corrupted set, too.
+    write(tmp_path / "c" / "sam", SAM, (1, 2), 0.9, sharpness=2.0)
+    copy_results(tmp_path / "c" / "sam", tmp_path / "d" / "sam")
+    for name in ("diversity.json", "sharpness.json"):
+        before, after = (json.loads((tmp_path / place / "sam" / name).read_text()) for place in "cd")
+        assert before == after
 
 
 def test_the_table_of_digits_is_that_of_its_result_files(tmp_path, monkeypatch):
@@ -265,7 +271,7 @@ def test_large_numbers_are_short(tmp_path, capsys):
 def test_bad_input(tmp_path, capsys):
     a = write(tmp_path / "a", SAM, (1, 2), 0.8)
     (tmp_path / "none").mkdir()
-    assert "none/diversity.json: missing" in refused(capsys, a, tmp_path / "none")
+    assert "none/diversity.json: cannot be read (No such file" in refused(capsys, a, tmp_path / "none")
     (tmp_path / "none" / "diversity.json").write_text("[1]")
     assert "not a result file" in refused(capsys, a, tmp_path / "none")
     (tmp_path / "none" / "diversity.json").write_text('{"result": {}}')
@@ -313,7 +319,7 @@ def test_counts_survive():
     counts = np.random.default_rng(0).integers(0, 60000, 1000)
     assert (unpack_counts(pack_counts(counts)) == counts).all()
     for text in ("", "x", "AAAA"):
-        with pytest.raises(ValueError, match="no packed counts"):
+        with pytest.raises(ValueError, match="not packed counts"):
             unpack_counts(text)
 
 
@@ -381,7 +387,7 @@ def test_intervals_over_ensembles_and_images_cover(spread):
 
 @pytest.mark.parametrize(("ensembles", "share"), [(3, 0.83), (7, 0.57)])
 def test_students_interval_over_few_ensembles_covers_too_little(ensembles, share):
-    """The shares that README names, where the images matter."""
+    """The shares that docs/MEASURING.md names, where the images matter."""
     random = np.random.default_rng(0)
     parts = [(0.05, (ensembles, 1)), (1, (1, 300)), (0.5, (ensembles, 300))]
     found = [t_interval(sum(a * random.normal(size=n) for a, n in parts).mean(axis=1)) for _ in range(2000)]
@@ -426,7 +432,7 @@ def test_averaged_weights_are_a_method_of_their_own(tmp_path, capsys):
     call(b, a)
     text = capsys.readouterr().out
     assert "checkpoints 'last'" in text
-    assert re.search(r"^difference of +SAM, rho 0\.1, averaged \(EoA\)$", text, re.MULTILINE)
+    assert re.search(r"^difference of +ensemble of averages \(EoA\), SAM, rho 0\.1$", text, re.MULTILINE)
     assert "+10.00" in text
 
 
@@ -435,5 +441,5 @@ def test_packed_counts_that_are_cut_off():
     counts = np.random.default_rng(0).integers(0, 200, 1000)
     packed = base64.b64decode(pack_counts(counts))
     assert (unpack_counts(base64.b64encode(packed).decode()) == counts).all()
-    with pytest.raises(ValueError, match="no packed counts"):
+    with pytest.raises(ValueError, match="not packed counts"):
         unpack_counts(base64.b64encode(packed[:-300]).decode())

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import create_model
 from sam import SAM
-from utils.data import DatasetInfo, ImageSet
+from utils.data import ImageSet, Preprocessing
 from utils.training import sharpbalance_step, train_epoch
 
 WAITS = {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.masked_select.default", "aten.item.default"}
@@ -82,8 +82,8 @@ def test_a_step_waits_for_nothing(share, bn_perturbed):
 
 def test_an_epoch_waits_only_for_its_two_sums():
     random = np.random.default_rng(0)
-    info = DatasetInfo(5, 16, (0.5,) * 3, (0.2,) * 3, 2, True, (), "")
-    data = ImageSet(random.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8), random.integers(0, 5, 40), info)
+    preprocessing = Preprocessing((0.5,) * 3, (0.2,) * 3, padding=2, flip=True)
+    data = ImageSet(random.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8), random.integers(0, 5, 40), preprocessing)
     model = network()
     optimizer = SAM(model.parameters(), rho=0.1, lr=0.1, momentum=0.9)
     with Waits(free=(torch.bool, torch.int64)) as waits:

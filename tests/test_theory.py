@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import warnings
 from fractions import Fraction
@@ -5,10 +6,12 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.optimize import minimize
 
 from tests import reference
 from utils import theory
 from utils.theory import (
+    Regression,
     largest_stable_rho,
     maximum_over_ball,
     phi,
@@ -21,9 +24,11 @@ from utils.theory import (
     simulate_trained,
     wishart_eigenvalues,
 )
-from utils.verification import PUBLISHED_K, PUBLISHED_POINTS, PUBLISHED_RHO, SETTING
+from utils.verification import published
 
 BASE = {"n": 3000, "d": 150, "eta": 0.01, "rho0": 0.01, "sigma2": 0.1, "w_norm": 3.922}
+SMALL = {"n": 60, "d": 6, "eta": 0.05, "rho": 0.1, "k": 2, "rho0": 0.1, "sigma2": 0.1, "w_norm": 1.0}
+NAMES = ("variance", "sharpness", "member_sharpness")
 
 
 @pytest.fixture(autouse=True)
@@ -77,14 +82,14 @@ def _powers(eigenvalues, eta, rho):
 
 @pytest.mark.parametrize(("n", "d"), [(30, 12), (12, 30), (7, 7), (5, 1)])
 def test_the_bidiagonal_law_is_that_of_data(n, d):
-    """Largest eigenvalue and trace of drawn spectra against those of drawn data: Kolmogorov-Smirnov."""
+    """Largest eigenvalue and two moments of drawn spectra against those of drawn data: Kolmogorov-Smirnov."""
     random = np.random.default_rng(1)
     drawn = np.array([wishart_eigenvalues(n, d, random) for _ in range(1500)])
     explicit = [np.linalg.eigvalsh((a := random.standard_normal((n, d)) / math.sqrt(d)).T @ a) for _ in range(1500)]
     assert drawn.shape == (1500, d)
     assert (np.diff(drawn, axis=1) >= 0).all()
-    for figure in (lambda e: e[:, -1], lambda e: e.sum(axis=1), lambda e: (e**2).sum(axis=1)):
-        assert stats.ks_2samp(figure(drawn), figure(np.array(explicit))).pvalue > 1e-3
+    for statistic in (lambda e: e[:, -1], lambda e: e.sum(axis=1), lambda e: (e**2).sum(axis=1)):
+        assert stats.ks_2samp(statistic(drawn), statistic(np.array(explicit))).pvalue > 1e-3
 
 
 def balls():
@@ -122,9 +127,7 @@ def test_the_maximum_is_certified_and_never_below_a_search():
         assert (points @ g + (points**2 * values).sum(axis=1) / 2).max() <= found["value"] * (1 + 1e-9) + 1e-300
 
 
-def test_the_maximum_equals_scipys_trust_region_solver():
-    from scipy.optimize import minimize
-
+def test_the_maximum_equals_a_general_solver():
     random = np.random.default_rng(2)
     for d in (2, 6, 20):
         values, g = np.sort(random.exponential(size=d)), random.standard_normal(d)
@@ -154,7 +157,7 @@ def test_many_problems_at_once():
     for i, row in enumerate(g):
         alone = maximum_over_ball(values, row, 0.4)
         assert together["value"][i] == pytest.approx(alone["value"], rel=1e-12)
-        assert together["argmax"].shape == (6, 9)
+    assert together["argmax"].shape == (6, 9)
 
 
 def test_closed_form_equals_step_by_step():
@@ -165,8 +168,7 @@ def test_closed_form_equals_step_by_step():
     values, vectors = np.linalg.eigh(data.T @ data)
     fast = sam_point(values, teacher @ vectors, starts @ vectors, eta, rho, k, rho0)
     slow = reference.simulate_sam_step_by_step(data, teacher, starts, eta, rho, k, rho0)
-    for name in ("variance", "sharpness", "member_sharpness"):
-        assert fast[name] == pytest.approx(slow[name], rel=1e-10), name
+    assert [fast[name] for name in NAMES] == pytest.approx([slow[name] for name in NAMES], rel=1e-10)
 
 
 def test_closed_form_of_blocks_equals_step_by_step():
@@ -177,8 +179,7 @@ def test_closed_form_of_blocks_equals_step_by_step():
     teacher, starts = random.standard_normal(d), random.standard_normal((s, 6, d))
     fast = sharpbalance_point([a.T @ a for a in parts], teacher, starts, eta, rho, k, rho0)
     slow = reference.simulate_blocks_step_by_step(parts, teacher, starts, eta, rho, k, rho0)
-    for name in ("variance", "sharpness", "member_sharpness"):
-        assert fast[name] == pytest.approx(slow[name], rel=1e-10), name
+    assert [fast[name] for name in NAMES] == pytest.approx([slow[name] for name in NAMES], rel=1e-10)
 
 
 SAM_SETTINGS = [(k, rho) for k in (1, 2, 3, 5) for rho in (0.0, 0.08, 0.16)]
@@ -233,14 +234,19 @@ def test_the_deviation_from_the_limit_shrinks_like_1_over_d():
     [(3, 0.5, 29464, 30194), (3, 1.5, 21391, 21380), (5, 1.0, 19486, 19471), (14, 0.4, 14386, 14330)],
 )
 def test_the_exact_sum_of_theorem_2(k, rho, measured, exact):
-    """S from the bound; the Monte Carlo values were found independently of this code."""
-    bounds = sharpbalance_bounds(k=k, rho=rho, s=10, **BASE)
-    curvature = BASE["rho0"] ** 2 / 2 * (math.sqrt(20) + 1) ** 2
-    S = ((bounds["sharpness_upper"] - curvature) * 10 / (BASE["rho0"] * BASE["w_norm"])) ** 2
+    """The Monte Carlo values were found independently of this code."""
+    S, authors = _sums(**BASE, k=k, rho=rho, s=10)
     assert pytest.approx(exact, abs=1) == S
     assert pytest.approx(measured, rel=0.03) == S
-    authors = ((bounds["sharpness_upper_authors"] - curvature) * 10 / (BASE["rho0"] * BASE["w_norm"])) ** 2
     assert 1.015 < authors / S < 1.06
+
+
+def _sums(**setting):
+    """S, exact and as the authors have it, from the bounds."""
+    bounds, rho0 = sharpbalance_bounds(**setting), setting["rho0"]
+    curvature = rho0**2 / 2 * (math.sqrt(setting["n"] / setting["d"]) + 1) ** 2
+    scale = setting["s"] / (rho0 * setting["w_norm"])
+    return [((bounds[name] - curvature) * scale) ** 2 for name in ("sharpness_upper", "sharpness_upper_authors")]
 
 
 def test_the_exact_sum_against_large_random_blocks():
@@ -252,28 +258,21 @@ def test_the_exact_sum_against_large_random_blocks():
         total = sum(blocks)
         powers = sum(np.linalg.matrix_power(np.eye(d) - eta * x - eta * rho * x @ x, k) for x in blocks)
         draws.append(np.sum((total @ powers) ** 2) / d)
-    bounds = sharpbalance_bounds(int(s * ratio * d), d, eta, rho, k, 1.0, 0.1, 1.0, s)
-    curvature = (math.sqrt(s * ratio) + 1) ** 2 / 2
-    S = ((bounds["sharpness_upper"] - curvature) * s) ** 2
+    S, authors = _sums(n=int(s * ratio * d), d=d, eta=eta, rho=rho, k=k, rho0=1.0, sigma2=0.1, w_norm=1.0, s=s)
     assert np.mean(draws) == pytest.approx(S, rel=0.01)
-    authors = ((bounds["sharpness_upper_authors"] - curvature) * s) ** 2
     assert abs(np.mean(draws) - S) < abs(np.mean(draws) - authors)
 
 
 def test_the_published_points():
     """Figure 1(b), read off the vector graphic: upper bound and variance of every point."""
-    base = BASE | {"w_norm": SETTING["w_norm"], "k": PUBLISHED_K}
-    for rho, (sharpness, variance) in zip(PUBLISHED_RHO["sam"], PUBLISHED_POINTS["sam"], strict=True):
-        bounds = sam_bounds(rho=rho, **base)
-        assert bounds["sharpness_upper"] == pytest.approx(sharpness, abs=1e-4)
-        assert bounds["variance"] == pytest.approx(variance, abs=1e-5)
-        assert not bounds["stable"]
-    for rho, (sharpness, variance) in zip(PUBLISHED_RHO["sharpbalance"], PUBLISHED_POINTS["sharpbalance"], strict=True):
-        bounds = sharpbalance_bounds(rho=rho, s=10, **base)
-        assert bounds["sharpness_upper_authors"] == pytest.approx(sharpness, abs=1e-4)
-        assert bounds["variance"] == pytest.approx(variance, abs=1e-5)
-        assert 0.005 < bounds["sharpness_upper_authors"] - bounds["sharpness_upper"] < 0.015
-        assert bounds["stable"]
+    rows = published()
+    assert [len(rows[method]) for method in ("sam", "sharpbalance")] == [17, 17]
+    for row in rows["sam"] + rows["sharpbalance"]:
+        sharpness = row["sharpness_upper" if row["method"] == "sam" else "sharpness_upper_authors"]
+        assert sharpness == pytest.approx(row["published_sharpness"], abs=1e-4)
+        assert row["variance_bound"] == pytest.approx(row["published_variance"], abs=1e-5)
+        assert row["stable"] == (row["method"] == "sharpbalance")
+        assert row["method"] == "sam" or 0.005 < sharpness - row["sharpness_upper"] < 0.015
 
 
 def test_known_values_of_theorem_1():
@@ -298,19 +297,51 @@ def test_stability():
         sam_bounds(k=2, rho=0.31, **BASE)  # once
     with pytest.warns(UserWarning, match="eta must be below"):
         sam_bounds(k=2, rho=0.0, **(BASE | {"eta": 0.1}))
-    # What the word means: beyond the limit more steps make the variance grow.
+    # What stable means: beyond the limit more steps make the variance grow.
     for rho, grows in ((limit * 0.98, False), (limit * 1.02, True)):
         few, many = (sam_bounds(k=k, rho=rho, **BASE)["variance"] for k in (60, 90))
         assert (many > few) == grows
 
 
 def test_the_same_call_gives_the_same_numbers():
-    arguments = BASE | {"k": 2, "rho": 0.1, "n_data": 3, "n_init": 5}
-    assert simulate_sam(**arguments) == simulate_sam(**arguments)
-    assert simulate_sam(**arguments) != simulate_sam(**arguments, seed=1)
-    small = {"n": 60, "d": 6, "eta": 0.05, "rho": 0.1, "k": 2, "rho0": 0.1, "sigma2": 0.1, "w_norm": 1.0, "n_data": 3}
-    assert simulate_sharpbalance(**small, s=3) == simulate_sharpbalance(**small, s=3)
-    assert simulate_trained(**small) == simulate_trained(**small)
+    for simulate in (
+        lambda **options: simulate_sam(**SMALL, **options),
+        lambda **options: simulate_sharpbalance(**SMALL, s=3, **options),
+        lambda **options: simulate_trained(Regression(**SMALL), flat_ratio=0.5, **options),
+    ):
+        assert simulate(n_data=3) == simulate(n_data=3) != simulate(n_data=3, seed=1)
+        # The first data sets do not depend on their number: third value from the means, then both standard errors.
+        two, three = simulate(n_data=2), simulate(n_data=3)
+        for name in NAMES:
+            values = [two[name] - two[f"{name}_se"], two[name] + two[f"{name}_se"], 3 * three[name] - 2 * two[name]]
+            assert np.std(values, ddof=1) / math.sqrt(3) == pytest.approx(three[f"{name}_se"], rel=1e-6)
+
+
+def test_arguments_by_position():
+    numbers = list(SMALL.values())
+    assert list(SMALL) == ["n", "d", "eta", "rho", "k", "rho0", "sigma2", "w_norm"]
+    assert sam_bounds(*numbers) == sam_bounds(**SMALL)
+    assert sharpbalance_bounds(*numbers, 3) == sharpbalance_bounds(**SMALL, s=3)
+    assert simulate_sam(*numbers, 3, 5, 1) == simulate_sam(**SMALL, n_data=3, n_init=5, seed=1)
+    assert simulate_sharpbalance(*numbers, 3, 2, 5, 1) == simulate_sharpbalance(
+        **SMALL, s=3, n_data=2, n_init=5, seed=1
+    )
+
+
+def test_a_regression_derives_its_quantities():
+    regression = Regression(**SMALL, s=2)
+    assert regression.ratio == 5
+    assert regression.largest_eigenvalue == pytest.approx((math.sqrt(5) + 1) ** 2)
+    assert regression.phi(3, 2) == phi(3, 2, SMALL["eta"], SMALL["rho"], 5)
+    assert regression.stable
+    assert not dataclasses.replace(regression, rho=2).stable
+    random = np.random.default_rng(0)
+    assert np.linalg.norm(dataclasses.replace(regression, w_norm=2.5).teacher(random)) == pytest.approx(2.5)
+    starts = regression.starts(random, 100, 200)
+    assert starts.shape == (100, 200, 6)
+    assert starts.var() == pytest.approx(0.1, rel=0.02)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        regression.n = 3
 
 
 def test_one_block_is_sam():
@@ -321,52 +352,71 @@ def test_one_block_is_sam():
     assert one["sharpness_upper"] == pytest.approx(sam["sharpness_upper"])
     a = simulate_sharpbalance(k=3, rho=0.1, s=1, **BASE, n_data=20)
     b = simulate_sam(k=3, rho=0.1, **BASE, n_data=20)
-    for name in ("variance", "sharpness", "member_sharpness"):
+    _assert_same_law(a, b, NAMES)
+
+
+def _assert_same_law(a, b, names):
+    for name in names:
         assert abs(a[name] - b[name]) < 4 * math.hypot(a[f"{name}_se"], b[f"{name}_se"])
 
 
 def test_the_trained_algorithm_contains_sam():
     """All rows with SAM: the same law as `simulate_sam`, apart from the mean over a few members."""
-    arguments = BASE | {"n": 600, "k": 4, "rho": 0.1, "n_data": 30}
-    a = simulate_trained(**arguments, members=4, flat_ratio=1.0, unselected="normal", warmup=2)
+    setting = BASE | {"n": 600, "k": 4, "rho": 0.1}
+    options = {"members": 4, "warmup": 2, "n_data": 30}
+    a = simulate_trained(Regression(**setting), **options, flat_ratio=1.0, unselected="normal")
     assert a["sam_share"] == 1
-    b = simulate_sam(**arguments)
-    for name in ("variance", "member_sharpness"):
-        assert abs(a[name] - b[name]) < 4 * math.hypot(a[f"{name}_se"], b[f"{name}_se"])
-    part = simulate_trained(**arguments, members=4, flat_ratio=0.3, warmup=2)
+    _assert_same_law(a, simulate_sam(**setting, n_data=30), ("variance", "member_sharpness"))
+    part = simulate_trained(Regression(**setting), **options, flat_ratio=0.3)
     assert 0.3 < part["sam_share"] < 1
     assert part["member_sharpness"] > a["member_sharpness"]
+
+
+def test_the_trained_algorithm_contains_gradient_descent():
+    """No row with SAM after the warm-up: the same numbers as rho = 0, apart from the warm-up."""
+    regression = Regression(**SMALL | {"k": 4})
+    options = {"flat_ratio": 0.0, "unselected": "normal", "n_data": 2}
+    found = simulate_trained(regression, **options, warmup=0)
+    assert found["sam_share"] == 0
+    descent = dataclasses.replace(regression, rho=0.0)
+    for flat_ratio in (0.0, 1.0):
+        same = simulate_trained(descent, **options | {"flat_ratio": flat_ratio}, warmup=0)
+        assert [same[name] for name in NAMES] == pytest.approx([found[name] for name in NAMES], rel=1e-12)
+    assert simulate_trained(regression, **options, warmup=2)["variance"] != pytest.approx(found["variance"], rel=1e-3)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"eta": -0.1}, "eta: -0.1 given, a finite number above 0"),
-        ({"eta": math.nan}, "eta: nan"),
-        ({"rho": -1}, "rho: -1 given, a finite number of 0 or more"),
-        ({"rho0": 0}, "rho0: 0 given, a finite number above 0"),
-        ({"k": 0}, "k: 0 given, a whole number of 1 or more"),
-        ({"k": 2.5}, "k: 2.5"),
-        ({"s": 7}, "s: 7 given, a divisor of n = 3000"),
-        ({"n": 0}, "n: 0"),
-        ({"d": 1}, "d: 1"),
-        ({"sigma2": -1}, "sigma2: -1"),
-        ({"w_norm": math.inf}, "w_norm: inf"),
-        ({"n_data": 1}, "n_data: 1"),
-        ({"n_init": 1}, "n_init: 1"),
+        ({"eta": -0.1}, "eta: expected a finite number > 0, got -0.1"),
+        ({"eta": math.nan}, "eta: expected a finite number > 0, got nan"),
+        ({"rho": -1}, "rho: expected a finite number >= 0, got -1"),
+        ({"rho0": 0}, "rho0: expected a finite number > 0, got 0"),
+        ({"k": 0}, "k: expected a whole number >= 1, got 0"),
+        ({"k": 2.5}, "k: .* got 2.5"),
+        ({"s": 7}, "s: expected a divisor of n = 3000, got 7"),
+        ({"n": 0}, "n: .* got 0"),
+        ({"d": 1}, "d: expected a whole number >= 2, got 1"),
+        ({"sigma2": -1}, "sigma2: .* got -1"),
+        ({"w_norm": math.inf}, "w_norm: .* got inf"),
+        ({"n_data": 1}, "n_data: .* got 1"),
+        ({"n_init": 1}, "n_init: .* got 1"),
     ],
 )
 def test_bad_arguments(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{message}"):
         simulate_sharpbalance(**(BASE | {"k": 3, "rho": 0.1, "s": 10, "n_data": 2, "n_init": 2} | change))
 
 
 def test_bad_arguments_of_the_others():
-    with pytest.raises(ValueError, match="i: -1"):
-        phi(-1, 0, 0.01, 0.1, 2)
-    with pytest.raises(ValueError, match="ratio: 0"):
-        phi(1, 0, 0.01, 0.1, 0)
-    with pytest.raises(ValueError, match="warmup: 9 given, a whole number from 0 to 3"):
-        simulate_trained(**BASE, k=3, rho=0.1, warmup=9)
-    with pytest.raises(ValueError, match="eta: 0"):
-        sam_bounds(**(BASE | {"eta": 0}), k=3, rho=0.1)
+    regression = Regression(**BASE, k=3, rho=0.1)
+    for message, call in (
+        ("i: .* got -1", lambda: phi(-1, 0, 0.01, 0.1, 2)),
+        ("ratio: .* got 0", lambda: phi(1, 0, 0.01, 0.1, 0)),
+        ("warmup: expected a whole number from 0 to 3, got 9", lambda: simulate_trained(regression, warmup=9)),
+        ("members: .* got 1", lambda: simulate_trained(regression, members=1)),
+        ("s: expected 1, .* got 3", lambda: simulate_trained(dataclasses.replace(regression, s=3))),
+        ("eta: .* got 0", lambda: sam_bounds(**BASE | {"eta": 0}, k=3, rho=0.1)),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            call()

@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import create_model
+import utils.training
+from models import create_model, evaluating
 from sam import SAM
 from tests import reference
-from utils.data import DatasetInfo, ImageSet
-from utils.training import evaluating, learning_rate, predict, sharpbalance_step, train_epoch
+from utils.data import ImageSet, Preprocessing
+from utils.training import learning_rate, predict, sharpbalance_step, train_epoch
 
 HYPER = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-3}
 
@@ -201,8 +202,8 @@ def test_bf16():
 
 def small_set(n=37, seed=0):
     random = np.random.default_rng(seed)
-    info = DatasetInfo(5, 16, (0.5,) * 3, (0.25,) * 3, 2, True, (), "")
-    return ImageSet(random.integers(0, 256, (n, 16, 16, 3), dtype=np.uint8), random.integers(0, 5, n), info)
+    preprocessing = Preprocessing((0.5,) * 3, (0.25,) * 3, padding=2, flip=True)
+    return ImageSet(random.integers(0, 256, (n, 16, 16, 3), dtype=np.uint8), random.integers(0, 5, n), preprocessing)
 
 
 def test_evaluation_changes_nothing():
@@ -238,11 +239,14 @@ def test_train_epoch_averages_over_samples():
     assert sum(passes) == 37 + 19
 
 
-def test_predict_and_evaluating():
+def test_predict_and_evaluating(monkeypatch):
     model, data = resnet(torch.float32), small_set()
     model.layer1.eval()
-    logits = predict(model, data, batch_size=7)
+    monkeypatch.setattr(utils.training, "PREDICTION_BATCH", 7)
+    logits, features = predict(model, data, features=True)
     assert logits.shape == (37, 5)
+    torch.testing.assert_close(features @ model.linear.weight.detach().T + model.linear.bias.detach(), logits.clone())
+    assert predict(model, data)[1] is None
     assert not model.layer1.training
     assert model.layer2.training
     with evaluating(model):

@@ -41,23 +41,28 @@ import utils.ensemble
 from models import create_model
 from tests.test_ensemble import results
 from utils import InputError, cli, distributed
-from utils.checkpoint import CHECKPOINTS, PREVIOUS, load_checkpoint, pack_checkpoint, write_atomically
-from utils.data import Data, ImageSet, load_data
+from utils.checkpoint import load_checkpoint, pack_checkpoint
+from utils.data import Data, ImageSet
+from utils.datasets import load_data
+from utils.files import write_atomically
+from utils.run import CHECKPOINTS, PREVIOUS, Run
 
 FLAGS = ["--width", "2", "--epochs", "4", "--batch_size", "16", "--seed", "13 17", "--sam", "--rho", "0.1"]
 FLAGS += ["--flat_ratio", "0.4", "--initial_epochs", "2", "--average_from", "1", "--threads", "1"]
 # Where a session can be killed or told to stop: before a call of one of these.
 POINTS = (
     "utils.training.sharpbalance_step",
-    "utils.ensemble.predict",
-    "utils.ensemble.per_sample_fisher",
+    "utils.member.predict",
+    "utils.member.per_sample_fisher",
     "utils.ensemble.sharpness_aware_masks",
-    "utils.ensemble.digest",
-    "utils.ensemble.pack_checkpoint",
-    "utils.ensemble.save_checkpoint",
-    "utils.ensemble.write_atomically",
-    "utils.ensemble.write_array",
+    "utils.member.digest",
+    "utils.member.pack_checkpoint",
+    "utils.member.save_checkpoint",
+    "utils.member.write_atomically",
+    "utils.member.write_array",
     "utils.ensemble.write_json",
+    "utils.run.write_json",
+    "utils.run.write_atomically",
     "utils.ensemble.evaluate_members",
     "os.fsync",
     "os.replace",
@@ -102,15 +107,14 @@ class Harness:
         parts = {}
         for part, count in (("train", 40), ("val", 20), ("test", 30)):
             images = getattr(whole, part)
-            padding = images.info.padding
-            crops = images._crops[:count, padding, padding].contiguous().numpy()
-            parts[part] = ImageSet(crops, images.labels[:count].numpy().copy(), images.info)
+            few = images.images[:count].contiguous().numpy(), images.labels[:count].numpy().copy()
+            parts[part] = ImageSet(*few, images.preprocessing)
         self.data = Data("digits", whole.info, **parts, mislabelled=whole.mislabelled[:40], record=whole.record)
         # The processes that are forked from this one inherit what it has compiled.
         calls = collections.Counter()
         originals = {point: count_calls(point, calls) for point in POINTS}
         before = time.monotonic()
-        utils.ensemble.train_ensemble(self.args(root / "reference"), self.data)
+        utils.ensemble.train_ensemble(Run(main.settings_of(self.args(root / "reference")), self.data))
         self.seconds, self.calls = time.monotonic() - before, calls
         for point, original in originals.items():
             patch(point, original)
@@ -149,7 +153,7 @@ class Harness:
 
             def train(args: argparse.Namespace) -> None:
                 distributed.join(torch.device("cpu"), args.seed, args.save_path)
-                utils.ensemble.train_ensemble(args, self.data)
+                utils.ensemble.train_ensemble(Run(main.settings_of(args), self.data))
 
             cli.run(train, self.args(folder, flags))
             status = 0
@@ -457,7 +461,7 @@ def arm_write(kind: str, number: int, code: int, room: int | None, share: float)
         files += not (kind == "write that lies" and "seed_" not in str(path))
         return Faulty(file)
 
-    patch("utils.checkpoint.open", faulty_open)
+    patch("utils.files.open", faulty_open)
 
 
 def run_faults(count: int, seed: int, only: int | None = None) -> dict[str, collections.Counter]:

@@ -1,0 +1,254 @@
+"""scripts/report.py: the verdicts, the signs of the claims, and the page."""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from scripts import experiment, report, summarize
+from tests.test_ensemble import ROOT
+from tests.test_summarize import SAM, write
+from utils import cli
+from utils.metrics import crossed_interval
+from utils.results import METHODS, Ensemble
+
+
+def test_verdict():
+    """By scipy's interval, of values without spread too; over images as well where they are given."""
+    assert report.verdict([1.0, 1.1, 1.2])[0] == "supported"
+    assert report.verdict([-1.0, -1.1, -1.2])[0] == "contradicted"
+    assert report.verdict([1.0, -1.1, 0.2])[0] == "undecided"
+    gaps = [0.3, 0.1, 0.7, 0.2]
+    low, high = stats.t.interval(0.95, 3, np.mean(gaps), stats.sem(gaps))
+    _, mean, interval = report.verdict(gaps)
+    assert mean == pytest.approx(0.325)
+    assert interval == pytest.approx([low, high])
+    # Ensembles that agree on a difference which three images of a thousand make.
+    images = torch.zeros(1000)
+    images[:3] = 1
+    assert report.verdict([0.003, 0.003, 0.003])[0] == "supported"
+    assert report.verdict([images] * 3)[:2] == ("undecided", pytest.approx(0.003))
+    # Where one of them is not known by image, over ensembles.
+    some = report.verdict([images, 0.002, images])
+    assert some == report.verdict([images.mean().item(), 0.002, images.mean().item()])
+    assert report.verdict([-images - 1] * 3)[0] == "contradicted"
+
+
+def test_claims_have_the_sign_of_their_words():
+    """Each is above 0 if it is right; numbers in which they are told apart."""
+    names = ("ensemble", "corrupted_ensemble", "disagreement", "eir", "sharpness")
+    numbers = {
+        "deep_ensemble": (0.80, 0.50, 0.30, 0.40, 3.0),
+        "sam_0.05": (0.82, 0.55, 0.20, 0.30, 2.0),
+        "sam_0.2": (0.70, 0.40, 0.10, 0.10, 1.0),
+        "sharpbalance": (0.85, 0.57, 0.22, 0.35, 1.5),
+        "sharpbalance_paper": (0.84, 0.60, 0.19, 0.33, 1.5),
+        "random": (0.86, 0.56, 0.25, 0.31, 1.5),
+    }
+    measured = {
+        method: {"11": Ensemble(Path(), method, (11,), dict(zip(names, values, strict=True)))}
+        for method, values in numbers.items()
+    }
+    measured |= {"sam": measured["sam_0.05"], "sam_largest": measured["sam_0.2"]}
+    for images in (False, True):
+        if images:
+            for found in measured.values():
+                ensemble = found["11"]
+                ensemble.by_sample = {
+                    name: torch.full((4,), value, dtype=torch.float64)
+                    for name, value in ensemble.values.items()
+                    if name != "sharpness"
+                }
+        gaps = {claim.name: float(np.mean(np.asarray(claim.gap(measured, "11")))) for claim in report.CLAIMS}
+        logs, rates = np.log([3, 2, 1]), np.array([0.3, 0.2, 0.1])
+        assert gaps == pytest.approx(
+            {
+                "i": np.cov(logs, rates)[0, 1] / np.var(logs, ddof=1),
+                "i, diversity": 0.20,
+                "i, sharpness": math.log(3),
+                "ii": 0.10,
+                "iii, released": 0.02,
+                "iii, paper": 0.05,
+                "iv, released": 0.03,
+                "iv, paper": 0.02,
+                "v, corrupted": 0.03,
+                "v, clean": -0.01,
+                "vi, corrupted": 0.01,
+                "vi, clean": -0.01,
+                "vi, diversity": -0.03,
+                "vii, released": 0.02,
+                "vii, paper": -0.01,
+            }
+        )
+
+
+def test_methods_have_one_name():
+    assert list(report.NAMES.values()) == [
+        METHODS[key].name for key in ("deep_ensemble", "sam", "released", "paper", "random")
+    ]
+    assert report.NAMES["sharpbalance"] == "SharpBalance (released)"
+    assert report.NAMES["sharpbalance_paper"] == "SharpBalance (paper)"
+
+
+PLAN = {
+    "environment": {"cpus": 2, "torch": "2"},
+    "jobs": 2,
+    "chosen": {"rho": 0.1, "k": 0.5, "T_d": 5},
+    "validation": {
+        "deep ensemble": 0.45,
+        "rho": {"0.1": 0.5, "0.2": 0.4},
+        "k": {"0.3": 0.52, "0.5": 0.53},
+        "T_d": {"2": 0.51, "5": 0.53},
+    },
+    "mislabelled": {"all": 0.2} | {f"{m}{s}": 0.25 for m in report.NAMES for s in ("", "_size")},
+}
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Result files in which SharpBalance is better than SAM by one point, and SAM than a deep ensemble by 0.4 to 3."""
+    methods = {"deep_ensemble": 0.0, "sam_0.1": 0.02, "sam_0.2": 0.01, "eoa": 0.0}
+    methods |= {"sharpbalance": 0.03, "sharpbalance_paper": 0.02, "random": 0.02}
+    folder = tmp_path / "noisy_labels"
+    folder.mkdir()
+    (folder / "plan.json").write_text(json.dumps(PLAN))
+    for i, seed in enumerate(("11", "21", "31")):
+        for method, gain in methods.items():
+            rho = float(method[4:]) if method[:4] == "sam_" else 0.1
+            place, accuracy = (
+                folder / "measurements" / f"{method}_{seed}",
+                0.8 + gain + 0.01 * i * (method == "sam_0.1"),
+            )
+            write(place, SAM | {"rho": rho, "epochs": 9, "at": method}, (int(seed), 99), accuracy, 1.0 + gain)
+            content = json.loads((place / "diversity.json").read_text())
+            content["data"] |= {"train": 100, "val": 10}
+            content["result"]["corrupted"] = {"mean": content["result"]["test"] | {"samples": 10.0}}
+            (place / "diversity.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def call(folder):
+    cli.run(report.main, report.parse_args([str(folder)]))
+
+
+def refused(folder, capsys):
+    with pytest.raises(SystemExit) as end:
+        call(folder)
+    assert end.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error
+    return error
+
+
+def test_report(results, capsys):
+    call(results)
+    assert capsys.readouterr().out == f"wrote {results / 'README.md'}\n"
+    text = squeezed((results / "README.md").read_text())
+    assert text.count("| 3 | **") == len(report.CLAIMS)
+    # The first images are right: 166 of 200 by SharpBalance, 164, 166 and 168 by SAM, 164 on random samples.
+    gaps = torch.zeros(3, 200)
+    gaps[0, 164:166], gaps[2, 166:168] = 1, -1
+    low, high = (100 * edge for edge in crossed_interval(gaps))
+    claim = "| iv, released | clean images: ensemble accuracy, SharpBalance (released) - SAM |"
+    assert f"{claim} +0.00 points | [{low:.2f}, {high:.2f}] | 3 | **undecided** |" in text
+    low, high = (100 * edge for edge in crossed_interval(gaps[:1].expand(3, 200)))
+    line = f"SAM on random samples | +1.00 points | [{low:.2f}, {high:.2f}] | 3 | **undecided** |"
+    assert f"| vi, clean | clean images: ensemble accuracy, SharpBalance (released) - {line}" in text
+    assert "| i, sharpness | logarithm of sharpness, deep ensemble - SAM with the largest rho | -0.010 |" in squeezed(
+        text
+    )
+    edge = "(an end of what was tried)"
+    assert (
+        "validation: deep ensemble 45.00 %; SAM, rho 0.1: 50.00 %, rho 0.2: 40.00 %, chosen 0.1 "
+        + edge
+        + "; SharpBalance "
+        "(released) on the first seeds, k 0.3: 52.00 %, k 0.5: 53.00 %, chosen 0.5 "
+        + edge
+        + "; likewise, T_d 2: 51.00 %, "
+        "T_d 5: 53.00 %, chosen 5 " + edge + ". One ensemble on 10 images has a standard error of 11.3 points"
+    ) in text
+    assert (
+        "within an adaptive l2 ball of radius 0.5, mean over 20 batches of 5 training images, by 'tight' in 7" in text
+    )
+    assert "Of the training images 20.0 % have a wrong label." in text
+    assert "SAM on random samples 25.0 % (sets of 25 % of the images)." in text
+    for name in ("tables.md", *(f"{kind}.png" for kind in report.FIGURES)):
+        assert f"(noisy_labels/{name})" in text
+
+
+def squeezed(text):
+    return re.sub(" +", " ", text)
+
+
+def test_one_value_that_was_chosen_without_others():
+    plan = {"chosen": {"rho": 0.2, "k": 0.5, "T_d": 5}, "validation": {"k": {"0.3": 0.1, "0.5": 0.2, "0.7": 0.1}}}
+    scores = "k 0.3: 10.00 %, k 0.5: 20.00 %, k 0.7: 10.00 %, chosen 0.5"
+    assert report.choices(plan) == f"rho 0.2; SharpBalance (released) on the first seeds, {scores}; T_d 5"
+
+
+def test_bad_results(results, tmp_path, capsys):
+    folder = results / "noisy_labels"
+    assert "expected folders with a plan.json; run scripts/experiment.py first" in refused(folder, capsys)
+    for change in ({"chosen": {}}, {"chosen": {"rho": "x"}}, {"validation": 3}, {"jobs": None, "environment": None}):
+        (folder / "plan.json").write_text(json.dumps(PLAN | change))
+        assert f"{folder}: not an experiment with all methods of the claims (" in refused(results, capsys)
+    (folder / "plan.json").write_text("{")
+    assert "plan.json: cannot be read" in refused(results, capsys)
+    (folder / "plan.json").write_text(json.dumps(PLAN))
+    shutil.rmtree(folder / "measurements" / "random_21")
+    assert f"{folder}: expected the same two or more seeds for all methods" in refused(results, capsys)
+    for place in (folder / "measurements").glob("random_*"):
+        shutil.rmtree(place)
+    assert "not an experiment with all methods of the claims (KeyError('random'))" in refused(results, capsys)
+    assert not (results / "README.md").exists()
+
+
+def test_table_of_corruptions():
+    """Means over severities and ensembles; no table without the numbers."""
+    measured = {method: {} for method in ("deep_ensemble", "sam", "sharpbalance", "sharpbalance_paper", "random")}
+    for i, method in enumerate(measured):
+        for seeds, shift in (("11", 0.0), ("21", 0.1)):
+            parts = {f"{name}-{s}": 0.1 * i + 0.02 * s + shift for s in (1, 3) for name in ("glass_blur", "fog")}
+            parts = {name: {"rates": {"ensemble_accuracy": rate}} for name, rate in parts.items()}
+            content = {"result": {"corrupted": {"parts": parts}}}
+            measured[method][seeds] = Ensemble(Path(), method, (11,), content=content)
+    text, table = report.by_corruption(measured)
+    assert text.startswith("Ensemble accuracy in % under each corruption")
+    header, _, glass, fog = table.splitlines()
+    assert re.findall(r"[^|]+", squeezed(header)) == [
+        " ",
+        *(f" {name} " for name in [*report.NAMES.values(), "SAM, 1", "SAM, 3"]),
+    ]
+    assert squeezed(glass) == "| glass blur | 9.0 | 19.0 | 29.0 | 39.0 | 49.0 | 17.0 | 21.0 |"
+    assert squeezed(fog).startswith("| fog | 9.0 |")
+    for ensemble in measured["sam"].values():
+        ensemble.content["result"] = {}
+    assert report.by_corruption(measured) == []
+
+
+def test_the_report_in_the_repository_is_that_of_its_result_files(tmp_path):
+    shutil.copytree(ROOT / "results/fashion_mnist", tmp_path / "x", ignore=shutil.ignore_patterns("README.md", "*.png"))
+    call(tmp_path / "x")
+    assert (tmp_path / "x/README.md").read_text() == (ROOT / "results/fashion_mnist/README.md").read_text()
+
+
+@pytest.mark.parametrize("setting", ["noisy_labels", "clean_labels"])
+def test_the_tables_in_the_repository_are_those_of_their_result_files(setting, tmp_path, monkeypatch):
+    """By the command that draws an experiment again, apart from its figures, which depend on matplotlib's version."""
+    place = Path("results/fashion_mnist") / setting
+    shutil.copytree(ROOT / place, tmp_path / place, ignore=shutil.ignore_patterns("*.md", "*.png"))
+    monkeypatch.chdir(tmp_path)
+
+    def tables(words, *more):
+        if words[0] == "scripts/summarize.py":
+            summarize.main(summarize.parse_args(list(map(str, words[1:]))))
+
+    monkeypatch.setattr(experiment, "call", tables)
+    experiment.main(experiment.parse_args([f"fashion_mnist/{setting}", "--redraw"]))
+    assert (place / "tables.md").read_text() == (ROOT / place / "tables.md").read_text()
