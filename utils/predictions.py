@@ -69,6 +69,8 @@ def load_members(paths: list[Path], at_least: int = 1, why: str = "", **known: o
     members: list[SavedMember] = []
     for path in paths:
         model, checkpoint = load_model(path, **known)
+        if "note" in checkpoint:
+            print(f"note: {path}: {checkpoint['note']}", file=sys.stderr)
         digest = hashlib.sha256()
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -241,7 +243,9 @@ class Measurement:
         recorded = read_settings(run) if run else {}
         self.trained = {name: value for name, value in recorded.items() if name not in FREE_SETTINGS} or None
         data = settings.data or recorded.get("data")
-        self.members = load_members(paths, at_least, why, model=settings.model, width=settings.width, dataset=data)
+        size = DATASETS[data].image_size if str(data) in DATASETS else None
+        known = {"model": settings.model, "width": settings.width, "dataset": data, "image_size": size}
+        self.members = load_members(paths, at_least, why, **known)
         data = self.members[0].network["dataset"]
         if data is None:
             raise InputError(f"--data: {paths[0]} does not say which data set its network was trained on; name it")
