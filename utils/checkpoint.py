@@ -250,7 +250,9 @@ def _clean_archive(content: bytes) -> io.BytesIO:
         entries = archive.infolist()
         # torch compresses nothing; what is compressed could hold a thousand times the size of the file.
         if any(e.compress_type for e in entries) or sum(e.file_size for e in entries) > len(content):
-            raise _RefusedError("its entries are packed, or larger than the file, as torch.save never writes them")
+            raise _RefusedError(
+                "its entries are packed, or larger than the file, as torch.save never writes them; give the original"
+            )
         if len({e.filename for e in entries}) < len(entries):
             raise ValueError("it holds a file twice")
         for entry in entries:
