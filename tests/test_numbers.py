@@ -10,11 +10,11 @@ import main
 import measure_diversity
 import measure_diversity_variance
 import measure_sharpness
-import utils.ensemble
 import utils.member
-from utils import RunError, cli
+from models import create_model
+from utils import cli
+from utils.checkpoint import load_model
 from utils.datasets import load_data
-from utils.run import Run
 
 TINY = ["--width", "2", "--epochs", "2", "--initial_epochs", "1", "--lr", "0.01", "--sam", "--rho", "0.05"]
 SMALL = ["--n_iters", "2", "--n_draws", "4", "--probes", "6", "--top_k", "2"]
@@ -92,31 +92,59 @@ def test_one_validation_image_and_absent_classes(tmp_path, capsys):
     assert "--mode CKA" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("step", [1, 2])
-def test_a_gradient_that_is_not_finite(value, step, tmp_path, monkeypatch):
-    """The run stops in its epoch, at the latest by the loss on validation, and saves nothing of it."""
+@pytest.fixture
+def poison(monkeypatch):
+    """Networks some of whose gradients, counted from 0, are a value that is not finite."""
     made = utils.member.create_model
-    calls = []
 
-    def poisoned(*args, **kwargs):
-        model = made(*args, **kwargs)
+    def start(value, which):
+        calls = []
 
-        def hook(gradient):
-            calls.append(1)
-            return torch.full_like(gradient, value) if len(calls) == step else gradient
+        def poisoned(*args, **kwargs):
+            model = made(*args, **kwargs)
 
-        model.linear.weight.register_hook(hook)
-        return model
+            def hook(gradient):
+                calls.append(1)
+                return torch.full_like(gradient, value) if which(len(calls) - 1) else gradient
 
-    monkeypatch.setattr(utils.member, "create_model", poisoned)
-    args = main.parse_args(["--width", "2", "--epochs", "1", "--batch_size", "1000", "--seed", "4", "--sam"])
+            model.linear.weight.register_hook(hook)
+            return model
+
+        monkeypatch.setattr(utils.member, "create_model", poisoned)
+
+    return start
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_gradient_that_is_not_finite(value, which, poison, tmp_path, capsys):
+    """A step of SAM is skipped where either of its gradients is not finite, and the terminal says so."""
+    poison(value, lambda call: call == which)
+    # One batch, whose two passes are the two calls: the only step.
+    train(tmp_path / "run", "--epochs", "1", "--batch_size", "1000", "--seed", "4")
+    expected = "warning: member with seed 4, epoch 0: 1 of 1 steps were skipped, since their gradients are not finite"
+    assert expected in capsys.readouterr().err.splitlines()
+    saved = load_model(tmp_path / "run" / "seed_4" / "checkpoint.pth.tar")[0]
+    torch.manual_seed(4)
+    start = create_model("resnet18", 10, 2, 8, 1)
+    assert all(torch.equal(p, q) for p, q in zip(saved.parameters(), start.parameters(), strict=True))
+
+
+def test_many_gradients_that_are_not_finite(poison, tmp_path, capsys):
+    """The run goes on after few, and ends with one line after 20 steps in a row; all earlier epochs are saved."""
+    few, many = range(20, 40), range(100, 1000)  # two calls a step, 21 steps an epoch
+    poison(float("inf"), lambda call: call in few or call in many)
+    args = main.parse_args(["--width", "2", "--epochs", "5", "--batch_size", "40", "--seed", "4", "--sam"])
     args.save_path = tmp_path / "run"
-    # One batch, whose two passes are the two calls: the loss at w is finite, and the weights are not afterwards.
-    with pytest.raises(RunError, match="seed 4, epoch 0: the loss is not finite"):
-        utils.ensemble.train_ensemble(Run(main.settings_of(args), load_data("digits")))
-    assert calls
-    assert not list((tmp_path / "run").rglob("*.pth.tar"))
+    with pytest.raises(SystemExit) as end:
+        cli.run(main.main, args)
+    assert end.value.code == 1
+    first, second, last = (line for line in capsys.readouterr().err.splitlines() if "skipped" in line)
+    assert first.startswith("warning: member with seed 4, epoch 0: 10 of 21 steps were skipped")
+    assert second.startswith("warning: member with seed 4, epoch 2: 13 of 21 steps were skipped")
+    assert "error: member with seed 4, epoch 3: 21 of 21 steps were skipped" in last
+    assert "the last 34 in a row; start anew with a smaller --lr or --rho and another --save_path" in last
+    assert len((tmp_path / "run" / "seed_4" / "log.jsonl").read_text().splitlines()) == 3
 
 
 def test_equal_scores_of_all_members(tmp_path, monkeypatch):

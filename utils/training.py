@@ -1,6 +1,7 @@
 """Training and evaluating one network: the SharpBalance step, an epoch of it, and the logits of an image set."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import islice
@@ -12,9 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from models import evaluating
 from sam import SAM
+from utils import RunError
 from utils.data import ImageSet
 
 PREDICTION_BATCH = 512
+MAX_SKIPPED = 20  # steps in a row whose gradients are not finite, at the end of an epoch
 
 
 def sharpbalance_step(
@@ -34,11 +37,11 @@ def sharpbalance_step(
         eps = rho g / (||g||_2 + 1e-12)                    over all parameters (`optimizer` may be adaptive)
         w  <- base optimizer's step with (a/B) grad L_n(w) + (b/B) grad L_s(w + eps)
 
-    b = 0 is the base optimizer's step, a = 0 is SAM's. Both SAM passes see the same augmented images. Weight decay is
-    in the step only. Each forward pass is in train mode, normalises with the statistics of its own part, and updates
-    the running statistics of BatchNorm, as in the authors' release; with bn_perturbed="freeze" the pass at w + eps
-    normalises in the same way but updates nothing. Where a part is one sample and a BatchNorm would see one value a
-    channel, that sample joins the other part.
+    b = 0 is the base optimizer's step, a = 0 is SAM's. A step with b > 0 is skipped where g or the sum is not finite.
+    Both SAM passes see the same augmented images. Weight decay is in the step only. Each forward pass is in train mode,
+    normalises with the statistics of its own part, and updates the running statistics of BatchNorm, as in the authors'
+    release; with bn_perturbed="freeze" the pass at w + eps normalises in the same way but updates nothing. Where a part
+    is one sample and a BatchNorm would see one value a channel, that sample joins the other part.
 
     Args:
         model: the network, in train mode.
@@ -162,17 +165,22 @@ def train_epoch(
 
     Returns:
         Mean loss and accuracy (0 to 1) over the epoch, each sample at the weights of its own step; sums over samples,
-        divided once, so that batches of different size count right.
+        divided once, so that batches of different size count right. A line on stderr says how many steps were skipped.
+
+    Raises:
+        RunError: if the last `MAX_SKIPPED` steps were all skipped.
     """
     # So that layers that draw from the global generator (none of ours do) depend on member and epoch alone as well.
     torch.manual_seed((seed << 20) + epoch)
     model.train()
     loss_sum = torch.zeros((), dtype=torch.float64 if data.device.type != "mps" else torch.float32, device=data.device)
     correct_sum, steps = loss_sum.clone(), 0
+    optimizer.skipped[0] = 0
     if position is not None:
         steps = position["steps"]
         loss_sum += position["loss_sum"]
         correct_sum += position["correct_sum"]
+        optimizer.skipped = torch.tensor(position.get("skipped", (0, 0)))
         torch.set_rng_state(position["rng"])
         if position["rng_cuda"] is not None and data.device.type == "cuda":
             torch.cuda.set_rng_state(position["rng_cuda"], data.device)
@@ -182,6 +190,7 @@ def train_epoch(
             "steps": steps,
             "loss_sum": loss_sum.item(),
             "correct_sum": correct_sum.item(),
+            "skipped": optimizer.skipped.tolist(),
             "rng": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state(data.device) if data.device.type == "cuda" else None,
         }
@@ -193,7 +202,16 @@ def train_epoch(
         correct_sum += correct
         steps += 1
         after_step(len(index) + int(mask.sum()), here)
-    return loss_sum.item() / len(data), correct_sum.item() / len(data)
+    # The only read of the device in an epoch.
+    loss, correct, skipped, in_a_row = torch.stack([loss_sum, correct_sum, *optimizer.skipped.to(loss_sum)]).tolist()
+    if skipped:
+        where = f"member with seed {seed}, epoch {epoch}: {skipped:.0f} of {steps} steps were skipped"
+        where += ", since their gradients are not finite"
+        if in_a_row >= MAX_SKIPPED and math.isfinite(loss):  # a loss that is not finite ends the run in any case
+            way_out = "start anew with a smaller --lr or --rho and another --save_path"
+            raise RunError(f"{where}, the last {in_a_row:.0f} in a row; {way_out}")
+        print(f"warning: {where}", file=sys.stderr)
+    return loss / len(data), correct / len(data)
 
 
 @torch.inference_mode()
