@@ -176,7 +176,7 @@ def test_networks_are_inferred(model, size, classes, tmp_path):
         (prefixed("module.") | STATE, "the weights of a network twice"),
         ({"args": 1, "epoch": 3}, "expected named tensors, as in a state_dict, got a dict of 'args', 'epoch'"),
         (torch.ones(3), "got a Tensor"),
-        ({n.replace("linear", "fc"): t for n, t in STATE.items()}, "got conv1.weight, bn1.weight, bn1.bias, ...: no n"),
+        ({n.replace("linear", "fc"): t for n, t in STATE.items()}, "conv1.weight, bn1.weight, ..., fc.bias: no n"),
         ({n: t for n, t in STATE.items() if "layer3.1" not in n}, "no network known here"),
         ({n: t for n, t in STATE.items() if "layer3.1.bn1" not in n}, "it lacks layer3.1.bn1.weight"),
     ],
@@ -269,6 +269,10 @@ NAMED = {
     "packed once more": (
         lambda: zipped("a/data.pkl", "a/version", packing=zipfile.ZIP_DEFLATED),
         "its entries are packed",
+    ),
+    "quantized": (
+        lambda: saved({"a.b": torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8)}),
+        "expected dense tensors, got sparse, quantized",
     ),
     "a picture": (lambda: b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "a file of unknown kind"),
 }

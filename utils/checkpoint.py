@@ -170,7 +170,7 @@ def load_checkpoint(path: str | Path, ours: bool = False) -> dict[str, Any]:
     except DamagedError:
         raise
     except _RefusedError as error:
-        raise DamagedError(f"{path}: {error}") from error
+        raise DamagedError(f"{path}: {'damaged: ' * ours}{error}") from error
     except pickle.UnpicklingError as error:
         # Left out is torch's own first line, which advises to load the file without this protection.
         refused = re.search(r"GLOBAL ([\w.]{1,99})", str(error))
@@ -182,10 +182,11 @@ def load_checkpoint(path: str | Path, ours: bool = False) -> dict[str, Any]:
     except Exception as error:  # a damaged archive raises nearly anything
         raise DamagedError(f"{path}: it is damaged ({first_line(error)[:200]}); {read}") from error
     state = checkpoint["state_dict"].values()
-    dense = all(v.layout == torch.strided and v.device.type == "cpu" and not v.is_quantized for v in state)
+    if not all(v.layout == torch.strided and v.device.type == "cpu" and not v.is_quantized for v in state):
+        raise DamagedError(f"{path}: expected dense tensors, got sparse, quantized or empty ones; save the dense ones")
     # A tensor may show few numbers as many, which a later copy would write out.
-    if not dense or sum(v.numel() * v.element_size() for v in state) > len(content):
-        raise DamagedError(f"{path}: damaged: its tensors are not dense ones, or are larger than the file")
+    if sum(v.numel() * v.element_size() for v in state) > len(content):
+        raise DamagedError(f"{path}: damaged: its tensors are larger than the file")
     return checkpoint
 
 
@@ -465,9 +466,9 @@ def _described(path: str | Path, checkpoint: dict[str, Any], known: dict[str, An
     try:
         network = _infer_network(state)
     except (LookupError, StopIteration, TypeError, ZeroDivisionError) as error:  # other tensors, or of other dimensions
-        some = ", ".join(name[:60] for name in list(state)[:3])
+        some = ", ".join(name[:60] for name in [*list(state)[:2], "...", list(state)[-1]])
         expected = f"expected the names and shapes of a network known here ({', '.join(MODELS)})"
-        raise InputError(f"{path}: {expected}, got {some}, ...: no network known here") from error
+        raise InputError(f"{path}: {expected}, got {some}: no network known here") from error
     if network["image_size"] is None:  # it takes images of any size, a ResNet of this form of any that are not Tiny's
         size = known.get("image_size") or 32
         network["image_size"] = 32 if size >= 64 and network["model"].startswith("resnet") else size
