@@ -34,15 +34,13 @@ class Preprocessing:
 class DatasetInfo:
     """Facts of a data set.
 
-    `places` are the folders below --data_path where the set is looked for; `marker` is a file or folder that shows that
-    it is there.
+    `places` are the folders below --data_path where the set is looked for first.
     """
 
     num_classes: int
     image_size: int
     preprocessing: Preprocessing
     places: tuple[str, ...]
-    marker: str
 
     @property
     def channels(self) -> int:
