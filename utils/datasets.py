@@ -4,6 +4,7 @@ import functools
 import gzip
 import hashlib
 import io
+import re
 import sys
 import warnings
 from collections.abc import Iterable
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from utils import InputError, places
 from utils.corruptions import CONSTANTS, SEVERITIES
@@ -101,7 +102,7 @@ def load_data(
     images, labels, test_images, test_labels = arrays
     if len(images) < 1 / VALIDATION_SHARE and train_idx_path is None and val_idx_path is None:
         problem = f"--data_path {data_path}: expected 10 or more training images of {name}, got {len(images)}"
-        raise InputError(f"{problem}, of which 10 % would be no validation image; --val_idx_path names some")
+        raise InputError(f"{problem}, so that 10 % are no validation image; give --train_idx_path and --val_idx_path")
     train_index, val_index = split_indices(len(images), train_idx_path, val_idx_path)
     digest = hashlib.sha256()
     for array in (*arrays, train_index, val_index):
@@ -118,6 +119,8 @@ def load_data(
     train = ImageSet(images[train_index], train_labels, training, device)
     val = ImageSet(images[val_index], labels[val_index], unaugmented, device)
     test = ImageSet(test_images, test_labels, unaugmented, device)
+    if name in COUNTS:
+        _compare_with_published(name, arrays, files)
     return Data(name, info, train, val, test, mislabelled, record)
 
 
@@ -155,10 +158,12 @@ def split_indices(samples: int, train: str | Path | None, val: str | Path | None
     for flag, path in (("--train_idx_path", train), ("--val_idx_path", val)):
         index = load_array(Path(path), flag + " ")
         if index.ndim != 1 or index.dtype.kind not in "iu" or not len(index):
-            raise InputError(f"{flag} {path}: expected a list of whole numbers, got {index.dtype} {index.shape}")
+            problem = f"{flag} {path}: expected an .npy list of whole numbers, got {index.dtype} {list(index.shape)}"
+            raise InputError(problem + "; numpy.flatnonzero makes one of a mask" * (index.dtype == bool))
         twice = len(index) > samples or len(np.unique(index)) < len(index)
         if twice or index.min() < 0 or index.max() >= samples:
-            raise InputError(f"{flag} {path}: indices must be distinct and from 0 to {samples - 1}")
+            found = "some of them twice" if twice else f"{index.min()} to {index.max()}"
+            raise InputError(f"{flag} {path}: expected distinct indices from 0 to {samples - 1}, got {found}")
         parts.append(index.astype(np.int64))
     if len(parts[0]) < 2:  # BatchNorm has no spread of one sample
         raise InputError(f"--train_idx_path {train}: expected 2 or more samples, got 1")
@@ -180,8 +185,7 @@ def _read_published(name: str, data_path: Path, download: bool) -> tuple[Arrays,
     while True:
         folder = folder or places.fetch(name, data_path, damaged)
         try:
-            arrays, files = read(folder, info)
-            break
+            return read(folder, info)
         except InputError as error:
             if name == "tiny_imgnet" or damaged:
                 raise
@@ -189,8 +193,6 @@ def _read_published(name: str, data_path: Path, download: bool) -> tuple[Arrays,
                 raise InputError(f"{error}; --download fetches the published set") from error
             note(f"{error}; the published set is fetched")
             folder, damaged = None, True
-    _compare_with_published(name, arrays, files)
-    return arrays, files
 
 
 @functools.cache
@@ -211,9 +213,10 @@ def _compare_with_published(name: str, arrays: Arrays, files: list[dict]) -> Non
     for part, labels in (("training", arrays[1]), ("test", arrays[3])):
         sizes = np.bincount(labels, minlength=DATASETS[name].num_classes)
         if not sizes.all():
-            facts.append(f"{(sizes == 0).sum()} of its {len(sizes)} classes have no {part} images")
-        elif sizes.min() < sizes.max():
-            facts.append(f"its classes have {sizes.min()} to {sizes.max()} {part} images, published are equally many")
+            facts.append(f"{(sizes == 0).sum()} of {len(sizes)} classes have no {part} images")
+        sizes = sizes[sizes > 0]
+        if sizes.min() < sizes.max() and not others:
+            facts.append(f"classes have {sizes.min()} to {sizes.max()} {part} images, published are equally many")
     if others:
         more = f" and {len(others) - 2} more" if others[2:] else ""
         facts.append(f"the md5 of {', '.join(others[:2])}{more} differs")
@@ -251,9 +254,12 @@ def _read_cifar(folder: Path, info: DatasetInfo) -> tuple[Arrays, list[dict]]:
 
 def cifar_batch(path: Path, content: bytes, key: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [N, 32, 32, 3] and labels int64 [N] of a CIFAR batch; `key` is that of the labels."""
+    _refuse_other(path, content)
     with refusing(f"{path}: not a CIFAR batch", "nothing in it was executed"):
         try:
             batch = ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
+        except EOFError as error:
+            raise ValueError("it ends too early") from error
         except KeyError as error:  # no entry in its table of operations
             raise ValueError(f"operation {error} of pickle") from error
     if not isinstance(batch, dict):
@@ -262,15 +268,29 @@ def cifar_batch(path: Path, content: bytes, key: str, classes: int) -> tuple[np.
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != 3072:
         found = f"{images.dtype} {list(images.shape)}" if isinstance(images, np.ndarray) else type(images).__name__
         raise InputError(f"{path}: expected 'data' to be uint8 [images, 3072], got {found}")
-    whole = labels.dtype.kind in "iu" if isinstance(labels, np.ndarray) else isinstance(labels, list)
-    if whole and isinstance(labels, list):  # of lists in lists, numpy would make more numbers than the file has bytes
+    whole = labels.dtype.kind in "iu" if isinstance(labels, np.ndarray) else isinstance(labels, list | tuple)
+    if whole and isinstance(
+        labels, list | tuple
+    ):  # of lists in lists, numpy would make more numbers than the file has bytes
         whole = all(type(label) is int and abs(label) < 2**31 for label in labels)
     if not whole or np.shape(labels) != (len(images),) or not len(images):
-        raise InputError(f"{path}: expected one whole number in '{key}' for each of the {len(images)} images")
+        found = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, np.ndarray) else type(labels).__name__
+        found += f" of {len(labels)}" if isinstance(labels, list | tuple) else ""
+        problem = f"{path}: expected one whole number in '{key}' for each of the {len(images)} images"
+        raise InputError(f"{problem}, got {found if labels is not None else 'no such entry'}")
     labels = np.array(labels)
     _check_labels(path, labels, classes)
     pixels = np.ascontiguousarray(images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
     return pixels, labels.astype(np.int64)
+
+
+def _refuse_other(path: Path, content: bytes) -> None:
+    """Refuse what often lies where a file of a data set is expected, by its name."""
+    others = {rb"version https://git-lfs": "a git-lfs pointer, not the file itself; fetch that by git lfs pull"}
+    others |= {rb"\s*<(?i:!doctype|html|head|\?xml)": "a web page; download the file itself", rb"\Z": "empty"}
+    for start, what in others.items():
+        if re.match(start, content[:512]):
+            raise InputError(f"{path}: {what}")
 
 
 def _read_fashion_mnist(folder: Path, info: DatasetInfo) -> tuple[Arrays, list[dict]]:
@@ -296,6 +316,7 @@ def _read_idx(path: Path, content: bytes, magic: int, item: tuple[int, ...]) -> 
 
     Whether it is packed is seen from its first bytes: browsers unpack files and leave their names as they are.
     """
+    _refuse_other(path, content)
     packed = content[:2] == b"\x1f\x8b"
     stream = gzip.GzipFile(fileobj=io.BytesIO(content)) if packed else io.BytesIO(content)
     with refusing(f"{path}: not a readable IDX file"):
@@ -407,12 +428,18 @@ def _read_jpegs(files: list[tuple[Path, int]]) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(images), np.array([label for _, label in files])
 
 
+def _open_image(path: Path) -> Image.Image:
+    try:
+        return Image.open(path, formats=("JPEG", "PNG"))  # for some others Pillow starts programs
+    except UnidentifiedImageError as error:
+        raise ValueError("neither JPEG nor PNG") from error
+
+
 def read_jpeg(path: Path) -> np.ndarray:
     """An image of TinyImageNet, JPEG or PNG, uint8 [64, 64, 3]."""
     size = DATASETS["tiny_imgnet"].image_size
     check_file(path, MAX_IMAGE)
-    # No other formats: for some of them Pillow starts programs.
-    with refusing(f"{path}: not a readable image"), Image.open(path, formats=("JPEG", "PNG")) as image:
+    with refusing(f"{path}: not a readable image"), _open_image(path) as image:
         if image.size != (size, size):
             raise ValueError(f"expected {size}x{size} pixels, got {image.size[0]}x{image.size[1]}")
         if image.mode.startswith(("I", "F")):
@@ -526,11 +553,10 @@ def corrupted_arrays(folder: Path, data: Data, name: str) -> tuple[np.ndarray, n
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
         raise InputError(f"{labels_path}: expected {len(images)} integers, got {labels.dtype} {list(labels.shape)}")
     _check_labels(labels_path, labels, data.info.num_classes)
-    fifths = labels.reshape(severities, -1)
-    if (fifths != fifths[0]).any():
+    fifths, expected = labels.reshape(severities, -1), data.test.labels.cpu().numpy()
+    if (fifths != fifths[0]).any() or np.array_equal(labels, expected):
         problem = f"{labels_path}: expected {severities} times the same labels, severity by severity"
         raise InputError(f"{problem}; a set of one severity alone cannot be measured")
-    expected = data.test.labels.cpu().numpy()
     if fifths.shape[1] == len(expected) and (fifths != expected).any():
         raise InputError(f"{labels_path}: expected {severities} times the labels of the test set, in its order")
     return images, labels.astype(np.int64)

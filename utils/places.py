@@ -9,8 +9,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from filelock import FileLock
-
 from utils import InputError, first_line
 from utils.files import refusing
 
@@ -44,8 +42,8 @@ SOURCES = {
     "tiny_imgnet": "tiny-imagenet-200.zip, unpacked",
     "fashion_mnist": "the four IDX files of https://github.com/zalandoresearch/fashion-mnist",
 }
-OTHER_FORMS = {".bin": "of the binary version", ".mat": "of the Matlab version", ".parquet": "a Parquet file"}
-OTHER_FORMS |= {".csv": "a table", ".npz": "an .npz file", ".arrow": "an Arrow file", ".tfrecord": "a TFRecord"}
+OTHER_FORMS = {".bin": "is of the binary version", ".mat": "is of the Matlab version", ".csv": "is a table"}
+OTHER_FORMS |= {end: f"is of the {end} form" for end in (".parquet", ".npz", ".arrow", ".tfrecord", ".h5", ".pt")}
 ARCHIVE = re.compile(r"\.(zip|7z|rar|tgz|tbz2?|tar(\.\w+)?)$", re.IGNORECASE)
 PACKED = r"(?:fixed|\d)*(?:tar|zip|7z|rar|tgz)"  # how names of archives end, as `plain` spells them
 # What systems and tools leave behind: hidden files, ._* and .DS_Store of macOS, @eaDir and #recycle of file servers.
@@ -134,29 +132,34 @@ def archives(folder: Path, stem: str) -> Iterator[Path]:
 def unpacking(archive: Path) -> str:
     """That an archive is not unpacked, with the command that does it."""
     source, target = shlex.quote(str(archive)), shlex.quote(str(archive.parent))
-    commands = {".zip": f"unzip -q {source} -d {target}", ".7z": f"7z x {source} -o{target}"}
+    commands = {".zip": f"unzip -qo {source} -d {target}", ".7z": f"7z x {source} -o{target}"}
     commands[".rar"] = f"unrar x {source} {target}"
-    return f"{archive} is not unpacked: {commands.get(archive.suffix.lower(), f'tar -xf {source} -C {target}')}"
+    command = commands.get(archive.suffix.lower(), f"tar -xf {source} -C {target}")
+    return f"{archive} is not unpacked: unpack it ({command})"
 
 
 def not_found(name: str, data_path: Path) -> str:
     """Why a data set is not found: what was looked for where, what is there instead, and the way out."""
     lacking = {folder: missing(name, folder) for folder in folders(name, data_path)}
     folder = min(lacking, key=lambda folder: len(lacking[folder]))
-    hint = _hint(name, data_path)
+    hint, parts = _hint(name, data_path), [f"--data_path {data_path}: no {name} found"]
     if len(lacking[folder]) < len(FILES[name]):
-        problem, way_out = f"{folder} lacks {', '.join(lacking[folder])}", "unpack the archive anew"
+        parts += [f"{folder} lacks {', '.join(lacking[folder])}", hint or "unpack the archive anew"]
+    elif hint:
+        parts.append(hint)
     else:
-        problem = f"looked for {', '.join(FILES[name])} in {', '.join(str(data_path / p) for p in PLACES[name])}"
-        way_out, hint = "give the folder that holds the data sets", hint or _content(data_path)
-    way_out += "" if name == "tiny_imgnet" else ", or --download"
-    return f"--data_path {data_path}: no {name} found ({problem}){hint and '; '}{hint}; {way_out}"
+        parts.append(f"looked for {', '.join(FILES[name])} in {', '.join(str(data_path / p) for p in PLACES[name])}")
+        parts += [_content(data_path), "give the folder that holds the data sets"]
+    return "; ".join(parts) + ("" if name == "tiny_imgnet" else ", or --download")
 
 
 def _content(folder: Path) -> str:
     if not os.path.isdir(folder):
         return "it is a file" if os.path.isfile(folder) else "there is no such folder"
-    names = [path.name for path in _within(folder)]
+    try:
+        names = [path.name for path in visible(folder)]
+    except InputError as error:
+        return str(error)
     return f"found there: {', '.join(names[:5]) or 'nothing'}" + (f" and {len(names) - 5} more" if names[5:] else "")
 
 
@@ -168,21 +171,21 @@ def _hint(name: str, data_path: Path) -> str:
     near = [data_path, *named([data_path], f"{stem}.*"), *folders(name, data_path)]
     near = list(dict.fromkeys([*near, *named(near, f"{stem}.*")]))
     packed = [path for folder in near for path in archives(folder, f"{stem}(?!c(?:extra)?{PACKED})")]
-    other = [path for path in packed if re.search("binary|matlab", path.name)]
-    for path in packed:
-        if path not in other:
-            return unpacking(path)
-    way_out = f"which is not read: get {SOURCES[name]}"
-    for path in [*other, *(path for folder in near for path in _within(folder))]:
-        form = "of the version for other programs" if path in other else OTHER_FORMS.get(path.suffix.lower())
-        if form and re.search(f"{stem}|databatch", plain(path.parent.name + path.name)):
-            return f"{path} is {form}, {way_out}"
-        if name != "tiny_imgnet" and path.name == "train" and re.match(stem, plain(path.parent.name)) and path.is_dir():
-            return f"{path} holds folders of images, {way_out}"
+    foreign = [path for path in packed if re.search("binary|matlab", path.name)]
+    if len(packed) > len(foreign):
+        return unpacking(next(path for path in packed if path not in foreign))
+    near += [inner for folder in near[1:] for inner in subfolders(folder)]
+    for path in [*foreign, *(path for folder in near for path in _within(folder))]:
+        form = "is of the binary or Matlab version" if path in foreign else OTHER_FORMS.get(path.suffix.lower())
+        where = plain("".join(path.parts[-3:]))
+        if path.name == "train" and name != "tiny_imgnet" and re.match(stem, plain(path.parent.name)) and path.is_dir():
+            form, where = "holds folders of images", stem
+        if form and (re.search(f"{stem}|databatch", where) or where == stem):
+            return f"{path} {form}, which this program does not read: get {SOURCES[name]}"
     for folder in data_path.absolute().parents[:2]:
         whole = find(name, folder)
         if whole is not None:
-            return f"it is in {whole}"
+            return f"it is in {whole}: give this folder"
     return ""
 
 
@@ -219,9 +222,12 @@ def fetch(name: str, data_path: Path, damaged: bool = False) -> Path:
     with refusing(f"--download: {data_path} cannot be written"), ExitStack() as stack:
         data_path.mkdir(parents=True, exist_ok=True)
         try:
-            stack.enter_context(FileLock(data_path / ".download.lock"))
-        except (OSError, NotImplementedError):
-            pass  # a file system without locks: where several processes fetch it, each moves whole files
+            import fcntl
+
+            file = stack.enter_context(open(data_path / ".download.lock", "w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except (ImportError, OSError):
+            pass  # a system or file system without locks: where several processes fetch it, each moves whole files
         else:
             for left in data_path.glob(".download-*"):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
