@@ -16,8 +16,9 @@ import utils.datasets
 from tests import files, reference
 from utils import InputError
 from utils.data import ImageSet, Preprocessing, batch_slices
-from utils.datasets import DATASETS, load_data, mislabel
+from utils.datasets import load_data, mislabel
 from utils.files import load_array
+from utils.places import PLACES
 
 COLOUR = Preprocessing((0.5, 0.4, 0.3), (0.2, 0.3, 0.25), padding=4, flip=True)
 
@@ -163,7 +164,7 @@ def test_digits():
 @pytest.mark.parametrize("place", [0, 1, 2, 3])
 @pytest.mark.parametrize("old_numpy", [True, False])
 def test_cifar(name, place, old_numpy, tmp_path):
-    folder = files.write_cifar(tmp_path / DATASETS[name].places[place], name, images=20, old_numpy=old_numpy)
+    folder = files.write_cifar(tmp_path / PLACES[name][place], name, images=20, old_numpy=old_numpy)
     data = load_data(name, tmp_path)
     total = 100 if name == "cifar10" else 20
     assert (len(data.train), len(data.val), len(data.test)) == (total - total // 10, total // 10, 20)
@@ -482,6 +483,11 @@ def test_names_of_idx_files(spelling, packed, dotted, tmp_path):
     for path in list(folder.iterdir()):
         name = path.name.removesuffix(".gz")
         path.rename(folder / spelling.format(name.replace("-idx", ".idx") if dotted else name))
+    assert load_data("fashion_mnist", folder).record["sha256_of_arrays_and_split"] == digest
+    for path in list(folder.iterdir()):  # as unpacked by some programs
+        path.rename(folder / "x")
+        (folder / path.name.removesuffix(".gz")).mkdir()
+        (folder / "x").rename(folder / path.name.removesuffix(".gz") / path.name.replace(".idx", "-idx"))
     assert load_data("fashion_mnist", folder).record["sha256_of_arrays_and_split"] == digest
 
 

@@ -40,6 +40,7 @@ def touch(folder, *names):
         ("fashion_mnist", "fashion-mnist-master/data/fashion"),
         ("fashion_mnist", "raw"),
         ("fashion_mnist", "FashionMNIST"),
+        ("fashion_mnist", "f-mnist"),
         ("tiny_imgnet", "tiny-imagenet-200/tiny-imagenet-200"),
         ("tiny_imgnet", "Tiny-ImageNet"),
     ],

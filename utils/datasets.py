@@ -26,19 +26,19 @@ from utils.places import FILES, PLACES, idx_file, named, plain, subfolders, visi
 # torchvision and scikit-learn take more than a second to import; the functions that need them import them.
 
 
-def _info(name: str, classes: int, size: int, mean: tuple, std: tuple) -> DatasetInfo:
-    return DatasetInfo(classes, size, Preprocessing(mean, std, padding=4, flip=True), PLACES[name])
+def _info(classes: int, size: int, mean: tuple, std: tuple) -> DatasetInfo:
+    return DatasetInfo(classes, size, Preprocessing(mean, std, padding=4, flip=True))
 
 
 # Means and deviations of the colour sets are those of the authors' release; of the grey ones, those of their training
 # images.
 DATASETS = {
-    "cifar10": _info("cifar10", 10, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": _info("cifar100", 100, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "tiny_imgnet": _info("tiny_imgnet", 200, 64, (0.480, 0.448, 0.397), (0.276, 0.269, 0.282)),
-    "fashion_mnist": _info("fashion_mnist", 10, 32, (0.2190,), (0.3318,)),
+    "cifar10": _info(10, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": _info(100, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "tiny_imgnet": _info(200, 64, (0.480, 0.448, 0.397), (0.276, 0.269, 0.282)),
+    "fashion_mnist": _info(10, 32, (0.2190,), (0.3318,)),
     # A mirrored digit is another sign, and in 8 pixels a shift by one is large.
-    "digits": DatasetInfo(10, 8, Preprocessing((0.3053,), (0.3763,), padding=1), ()),
+    "digits": DatasetInfo(10, 8, Preprocessing((0.3053,), (0.3763,), padding=1)),
 }
 
 # The corrupted copies of the test sets: those that are published, and those that scripts/make_corrupted.py makes.
@@ -535,7 +535,7 @@ def _corrupted_files(folder: Path, data: Data) -> list[tuple[Path, int]]:
     classes, found = data.record["files"][0]["classes"], _folder_names(folder)
     if len(found) > data.info.num_classes:
         problem = f"{folder}: expected the {len(classes)} classes of the training images, got {len(found)}"
-        raise InputError(f"{problem}, as frost of zenodo.org/records/2536630; the set of records/8206060 is mended")
+        raise InputError(f"{problem}, as frost of zenodo.org/records/2536630; get records/8206060")
     _check_classes(folder, found, classes, "the classes of the training images")
     return _files_of_classes(folder, classes)
 

@@ -96,8 +96,9 @@ def folders(name: str, data_path: Path) -> list[Path]:
 
 
 def idx_file(folder: Path, name: str) -> Path | None:
-    """An IDX file, packed or not; some programs write the name with a dot, as in train-images.idx3-ubyte."""
-    names = [spelling + end for spelling in (name, name.replace("-idx", ".idx")) for end in ("", ".gz")]
+    """An IDX file, packed or not; some programs write a dot, as in train-images.idx3-ubyte, some a folder for each."""
+    spellings = (name, name.replace("-idx", ".idx"))
+    names = [inner + end for spelling in spellings for inner in (spelling, f"{spelling}/{name}") for end in ("", ".gz")]
     return next((folder / spelling for spelling in names if os.path.isfile(folder / spelling)), None)
 
 
