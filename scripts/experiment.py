@@ -40,6 +40,7 @@ from utils.data import Data
 from utils.datasets import CORRUPTED, DATASETS, find_corrupted, load_data
 from utils.distributed import cores
 from utils.files import load_json, read_json, write_array, write_atomically, write_json
+from utils.places import PLACES, find
 from utils.results import copy_results
 from utils.run import environment, read_settings
 
@@ -213,10 +214,10 @@ class Experiment:
         """Make the corrupted copies of the first test images, beside a link to the data."""
         args, folder = self.args, self.args.runs / f"corrupted_{self.args.corrupted}"
         folder.mkdir(parents=True, exist_ok=True)
-        files = self.load().record["files"]
-        link = folder / (DATASETS[args.data].places or ("", ""))[1]
-        if files and not link.exists():
-            link.symlink_to(Path(files[0]["path"]).parent.resolve(), target_is_directory=True)
+        self.load()
+        if args.data in PLACES and not (folder / PLACES[args.data][1]).exists():
+            data = find(args.data, args.data_path).resolve()
+            (folder / PLACES[args.data][1]).symlink_to(data, target_is_directory=True)
         flags = ["--data", args.data, "--data_path", args.data_path, "--to", folder, "--images", args.corrupted]
         command = ["scripts/make_corrupted.py", *flags, "--workers", args.jobs]
         name = f"{CORRUPTED[args.data]} of {args.corrupted} images"

@@ -467,11 +467,9 @@ def test_lists_of_images(name, tmp_path):
     folder = files.write_tiny_imagenet(tmp_path, classes=2, per_class=5)
 
     def check(mutate):
-        with mutated(folder / name, mutate) as content:
+        with mutated(folder / name, mutate):
             data = read(lambda: load_data("tiny_imgnet", folder))
-        if data is not None:
-            assert len(data.train) == 9
-            assert len(data.test) == (len([x for x in content.decode().splitlines() if x]) if "val" in name else 4)
+        assert data is None or (len(data.train), len(data.test)) == (9, 4)
 
     fuzz(check, 8)
 

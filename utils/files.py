@@ -181,13 +181,13 @@ def read_bytes(path: Path, limit: int | None = MAX_FILE) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """A text in UTF-8.
+    """A text in UTF-8, without the mark that some editors put before it.
 
     Raises:
         InputError: naming the file.
     """
     with refusing(f"{path}: not a text in UTF-8"):
-        return read_bytes(path, MAX_TEXT).decode()
+        return read_bytes(path, MAX_TEXT).decode("utf-8-sig")
 
 
 _NDARRAY = object()  # stands for numpy.ndarray: the class itself, called, could reserve any amount of memory
@@ -205,6 +205,7 @@ class ArrayUnpickler(pickle._Unpickler):
             ("multiarray", "_reconstruct"): _new_array,
             ("numpy", "ndarray"): _NDARRAY,
             ("numpy", "dtype"): _new_dtype,
+            ("multiarray", "scalar"): _number,
             ("numeric", "_frombuffer"): _array_from_bytes,
             ("_codecs", "encode"): _latin1_bytes,
         }
@@ -259,6 +260,10 @@ def _new_dtype(code: str, *flags: object) -> np.dtype:
     if not isinstance(code, str) or not re.fullmatch(r"[|<>]?[biuf][1248]", code):
         raise pickle.UnpicklingError(f"it holds an array of objects or strings ({str(code)[:20]}), not of numbers")
     return np.dtype(code, *flags)
+
+
+def _number(dtype: np.dtype, content: bytes) -> int | float | bool:
+    return np.frombuffer(content, dtype, count=1).item()
 
 
 def _array_from_bytes(buffer: bytes, dtype: np.dtype, shape: tuple, _order: str) -> np.ndarray:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from utils import InputError, RunError, first_line
 from utils.checkpoint import NETWORK, load_model
 from utils.data import Data, ImageSet
-from utils.datasets import CORRUPTED, DATASETS, check_corrupted, find_corrupted, load_data, read_corrupted
+from utils.datasets import DATASETS, check_corrupted, find_corrupted, load_data, read_corrupted
 from utils.distributed import start_device
 from utils.files import array_of, write_atomically, write_json
 from utils.run import FREE_SETTINGS, environment, find_checkpoints, read_settings, run_of
@@ -113,10 +113,7 @@ def parts_of(
     """
     if split != "corrupted":
         return [Part(split, lambda: getattr(data, split))]
-    folder = find_corrupted(data.name, data_path)
-    if folder is None:
-        problem = f"--split corrupted: no {CORRUPTED[data.name]}/ in {data_path} or beside the data set"
-        raise InputError(f"{problem}; leave it out, or name the folder that holds it by --data_path")
+    folder = find_corrupted(data.name, data_path, required=True)
     check_corrupted(folder, data, corruptions, severities)
     return [
         Part(f"{name}-{severity}", partial(read_corrupted, folder, data, name, severity), name, severity)
@@ -275,8 +272,7 @@ class Measurement:
             other = self.members[0].network[name]
             if other != value:
                 raise InputError(f"--data {data}: its {name} is {value}, the network of {paths[0]} has {other}")
-        found = find_corrupted(data, places["data_path"]) is not None
-        self.splits = settings.split or (["test", "corrupted"] if found else ["test"])
+        self.splits = settings.split or ["test", *(["corrupted"] if find_corrupted(data, places["data_path"]) else [])]
         self.bar = tqdm(disable=not sys.stderr.isatty(), unit="img", unit_scale=True, dynamic_ncols=True, delay=2)
         self._parts: dict[str, list[Part]] = {}
         self.predictions = Predictions(self.members, save, features, self.bar.update)
