@@ -25,7 +25,7 @@ from utils import InputError, cli, distributed
 from utils.datasets import AUGMENTATIONS, DATASETS, load_data
 from utils.ensemble import train_ensemble
 from utils.partition import PARTITION_RULE, SCORE_FREE, UNSELECTED
-from utils.run import Run, Settings, begun_by_this_job, check_known, commit_of, read_settings, recorded_paths
+from utils.run import Run, Settings, begun_by_this_job, check_known, commit_of, read_settings, relative_paths
 
 # The paper's recipe for the colour sets, small ones for the others: (width, epochs, batch_size, lr).
 RECIPES = {
@@ -254,7 +254,7 @@ def main(args: argparse.Namespace) -> None:
         note(f"{why}: the result is the same, but late; --threads {cores} is faster, and differs in the last bits")
     split = {"train_idx_path": args.train_idx_path, "val_idx_path": args.val_idx_path}
     training = {"label_noise": args.label_noise, "augmentation": args.augmentation}
-    with recorded_paths(args.resume, data_path=args.data_path, **split):
+    with relative_paths(args.resume, data_path=args.data_path, **split):
         data = load_data(args.data, args.data_path, device, **split, download=args.download, **training)
     settings = settings_of(args)
     if not distributed.rank():

@@ -91,19 +91,19 @@ class _Output(io.FileIO):
 
     def write(self, data: Any) -> int:
         """As FileIO's, but for a pipe or a terminal that is closed."""
-        number = self.fileno()
+        number, name = self.fileno(), "standard output" if self.fileno() == 1 else "standard error"
         try:
             return super().write(data)
         except OSError as error:
-            hung_up = error.errno == errno.EIO and stat.S_ISCHR(os.fstat(number).st_mode)
-            if error.errno != errno.EPIPE and not hung_up:
-                error.filename = "standard output" if number == 1 else "standard error"
+            terminal = stat.S_ISCHR(os.fstat(number).st_mode)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, number)  # so that what is left to print does not fail again
+            os.close(null)
+            if error.errno != errno.EPIPE and not (error.errno == errno.EIO and terminal):
+                error.filename = name  # a full disk, for instance
                 raise
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, number)
-        os.close(null)
         if number == 1:
-            print("note: standard output is closed; going on without it", file=sys.stderr)
+            print(f"note: {name} is closed; going on without it", file=sys.stderr)
         return memoryview(data).nbytes
 
 
@@ -124,7 +124,7 @@ def _open_streams() -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            setattr(sys, name, open(os.devnull, "w", errors="shown"))  # noqa: SIM115
         elif stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
             stream.flush()
             buffer, lines = io.BufferedWriter(_Output(number, "w", closefd=False)), stream.line_buffering
@@ -151,6 +151,7 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
     """Call a script's main; an error that the user can fix becomes one line: bad input status 2, a failed run 1."""
     try:
         main(args)
+        sys.stdout.flush()
     except InputError as error:
         fail(str(error), status=2)
     except RunError as error:

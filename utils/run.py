@@ -173,8 +173,8 @@ def begun_by_this_job(folder: Path) -> bool:
 
 
 @contextmanager
-def recorded_paths(run: Path | None, **paths: Path | None) -> Iterator[None]:
-    """Say of an error about a relative path that the run's args.json named it, and what it is relative to.
+def relative_paths(run: Path | None, **paths: Path | None) -> Iterator[None]:
+    """Say in an error about a relative path what it is relative to, and whether a run's args.json named it.
 
     Args:
         run: the folder of the run whose settings are used, if there is one.
@@ -185,9 +185,13 @@ def recorded_paths(run: Path | None, **paths: Path | None) -> Iterator[None]:
     except InputError as error:
         recorded = read_settings(run) if run and (run / "args.json").is_file() else {}
         for name, path in paths.items():
-            if path and not path.is_absolute() and str(path) == recorded.get(name) and str(path) in str(error):
-                origin = f"--{name} {path} is from {run / 'args.json'}, here relative to {Path.cwd()}"
-                raise InputError(f"{error}; {origin}") from error
+            if path is None or path.is_absolute() or str(path) not in str(error):
+                continue
+            place = f"--{name} {path} is relative to {Path.cwd()}"
+            if str(path) == recorded.get(name):
+                raise InputError(f"{error}; {place}, and comes from {run / 'args.json'}") from error
+            if not os.path.exists(path):
+                raise InputError(f"{error}; {place}") from error
         raise
 
 
