@@ -130,6 +130,8 @@ def _open_streams() -> None:
             buffer, lines = io.BufferedWriter(_Output(number, "w", closefd=False)), stream.line_buffering
             lines = lines or stream.write_through  # python -u
             setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, "shown", line_buffering=lines))
+        elif isinstance(stream, io.TextIOWrapper):  # of a program that calls the script's functions
+            stream.reconfigure(errors="shown")
 
 
 def fail(message: str, status: int) -> NoReturn:
