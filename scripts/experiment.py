@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from tabulate import tabulate
 
-from utils import InputError, RunError, cli
+from utils import InputError, RunError, cli, table_cell
 from utils.data import Data
 from utils.datasets import CORRUPTED, DATASETS, find_corrupted, load_data
 from utils.distributed import cores
@@ -93,8 +93,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if own:
         parser.error(f"{own.split('=')[0]}: set by --methods and --seeds; choose among these, or call main.py")
     for name in ("runs", "measurements", "results"):
-        place = (getattr(args, name) or f"{name}/{args.preset}").format(data=args.data)
-        setattr(args, name, None if place == "none" else Path(place))
+        place = (getattr(args, name) or f"{name}/{args.preset}").replace("{data}", args.data)
+        try:
+            setattr(args, name, None if place == "none" else cli.path(place))
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"--{name}: {error}")
     args.seeds = [seeds.strip() for seeds in args.seeds.split(",")][: args.ensembles]
     args.jobs = cores() if args.jobs == "auto" else args.jobs
     if args.images and not args.validation:
@@ -145,11 +148,11 @@ def main(args: argparse.Namespace) -> None:
     experiment.prepare()
     plan = experiment.train()
     if args.results:
-        rows = [[name, *row.values()] for name, row in plan["runs"].items()]
+        rows = [[table_cell(name), *row.values()] for name, row in plan["runs"].items()]
         text = tabulate(rows, ["run", *next(iter(plan["runs"].values()))], "github", floatfmt=".4f")
         args.results.mkdir(parents=True, exist_ok=True)
         write_json(args.results / "plan.json", plan)
-        write_atomically(args.results / "validation.md", (text + "\n").encode())
+        write_atomically(args.results / "validation.md", (text + "\n").encode(errors="backslashreplace"))
     if not args.skip_measuring:
         experiment.measure()
         experiment.compare()

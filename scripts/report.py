@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from tabulate import tabulate
 
-from utils import InputError, results
+from utils import InputError, results, table_cell
 from utils.cli import Parser, path, run
 from utils.files import read_json, write_atomically
 from utils.results import METHODS, Ensemble, Gap
@@ -137,7 +137,7 @@ def main(args: argparse.Namespace) -> None:
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             what = f"not an experiment with all methods of the claims ({error!r})"
             raise InputError(f"{folder}: {what}; run scripts/experiment.py again") from error
-    write_atomically(args.results / "README.md", ("\n\n".join(blocks) + "\n").encode())
+    write_atomically(args.results / "README.md", ("\n\n".join(blocks) + "\n").encode(errors="backslashreplace"))
     print(f"wrote {args.results / 'README.md'}")
 
 
@@ -250,6 +250,7 @@ def by_corruption(measured: Measured) -> list[str]:
 
 
 def _table(rows: list[list[Any]], header: list[str]) -> str:
+    rows = [list(map(table_cell, row)) for row in rows]
     return tabulate(rows, header, "pipe", disable_numparse=True)
 
 

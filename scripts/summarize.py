@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tabulate import tabulate
 
-from utils import InputError, first_line, results
-from utils.cli import Parser, run
+from utils import InputError, first_line, results, table_cell
+from utils.cli import Parser, path, run
 from utils.files import write_atomically
 from utils.results import Ensemble
 from utils.run import OLD_DEFAULTS
@@ -39,9 +39,9 @@ LONG = ("and", "trained with")  # sources that are left out on the terminal
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(__doc__)
-    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="folders that measure_*.py wrote")
+    parser.add_argument("folders", type=path, nargs="+", metavar="FOLDER", help="folders that measure_*.py wrote")
     parser.add_argument("--format", choices=("text", "markdown", "latex", "csv"), default="text", help="of the tables")
-    parser.add_argument("--to", type=Path, metavar="FILE", help="write there instead of on the terminal")
+    parser.add_argument("--to", type=path, metavar="FILE", help="write there instead of on the terminal")
     return parser.parse_args(argv)
 
 
@@ -63,7 +63,7 @@ def main(args: argparse.Namespace) -> None:
         args.to.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--to {args.to}: cannot be written ({error.strerror}); name another file") from error
-    write_atomically(args.to, text.encode())
+    write_atomically(args.to, text.encode(errors="backslashreplace"))
 
 
 def tables(ensembles: list[Ensemble], form: str) -> str:
@@ -162,6 +162,8 @@ def _table(rows: list[list[str]], form: str) -> str:
     if form == "text":
         return tabulate(zip(*rows, strict=True), tablefmt="plain", disable_numparse=True) + "\n"
     style = {"markdown": "github", "latex": "latex"}[form]
+    if form == "markdown":
+        rows = [list(map(table_cell, row)) for row in rows]
     text = tabulate(rows[1:], rows[0], style, disable_numparse=True, colalign=("left",), stralign="right")
     return (text.replace("±", r"$\pm$") if form == "latex" else text) + "\n"
 

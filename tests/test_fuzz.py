@@ -206,7 +206,7 @@ def means_what_it_says(words, args, options):
         text = text if equals else words[places[-1] + 1]
         value = getattr(args, option.dest)
         if isinstance(value, Path):
-            assert value == Path(text)
+            assert value == Path(text).expanduser()
             assert text
         else:
             assert value == type(value)(text)
@@ -240,6 +240,7 @@ def test_flags(name, folder, monkeypatch):
             path.unlink() if path.is_file() or path.is_symlink() else path.rmdir()
 
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(folder / "folder"))  # what ~ stands for
     check()
 
 

@@ -13,3 +13,8 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def table_cell(value: object) -> str:
+    """A value as a cell of a Markdown table, which a | in a name would end."""
+    return str(value).replace("|", "\\|")

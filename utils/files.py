@@ -1,5 +1,6 @@
 """Files: atomic writes, and reads that never execute anything or take more memory than a file can hold."""
 
+import errno
 import hashlib
 import io
 import json
@@ -18,6 +19,8 @@ from utils import InputError, RunError, first_line
 
 # Upper limits, well above what the published data sets and our own files need.
 MAX_JSON, MAX_FILE, MAX_TEXT = 2**28, 2**28, 2**24
+# What systems answer that cannot sync a folder: FUSE, network and Windows file systems, folders without read access.
+NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
 
 
 @contextmanager
@@ -48,16 +51,25 @@ def open_atomically(path: str | Path, size: int, previous: Path | None = None) -
             except OSError:  # a file system without hard links
                 os.replace(path, previous)
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         problem = f"{path}: could not be written ({error.strerror}; {size / 2**20:.1f} MiB are needed)"
         way_out = "the previous content is untouched: free some space and re-run the same command"
         raise RunError(f"{problem}; {way_out}") from error
+
+
+def _sync_folder(path: Path) -> None:
+    """Make a rename survive a power cut, where the file system can: the content is on the disk already."""
+    try:
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:
+            raise
 
 
 def write_atomically(path: str | Path, content: bytes, previous: Path | None = None) -> None:
@@ -91,7 +103,7 @@ def load_json(path: str | Path) -> Any:
     if path.stat().st_size > MAX_JSON:
         raise ValueError(f"larger than {MAX_JSON} bytes")
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text("utf-8"))
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
@@ -153,6 +165,14 @@ def refusing(problem: str, remedy: str = "") -> Iterator[None]:
     except Exception as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"{problem} ({reason})" + (f"; {remedy}" if remedy else "")) from error
+
+
+def broken_link(path: Path) -> str | None:
+    """What is wrong where the path, or a folder above it, is a link whose target is not there; else None."""
+    for place in (path, *path.parents):
+        if os.path.islink(place) and not os.path.exists(place):
+            return f"{place} is a link to {os.readlink(place)}, which does not exist"
+    return None
 
 
 def check_file(path: Path, limit: int | None = None, flag: str = "") -> None:

@@ -29,7 +29,7 @@ from utils.data import Data, ImageSet
 from utils.datasets import DATASETS, check_corrupted, find_corrupted, load_data, read_corrupted
 from utils.distributed import start_device
 from utils.files import array_of, write_atomically, write_json
-from utils.run import FREE_SETTINGS, environment, find_checkpoints, read_settings, run_of
+from utils.run import FREE_SETTINGS, environment, find_checkpoints, read_settings, relative_paths, run_of
 from utils.training import predict
 
 Progress = Callable[[int], object]  # called with the number of images that are done
@@ -267,7 +267,8 @@ class Measurement:
         noise = recorded.get("label_noise") or 0.0  # the labels that the members were trained on
         if not isinstance(noise, int | float) or not 0 <= noise <= 1:
             raise InputError(f"{run / 'args.json'}: its label_noise is not a share")
-        self.data = load_data(data, device=device, download=settings.download, label_noise=noise, **places)
+        with relative_paths(run, **places):
+            self.data = load_data(data, device=device, download=settings.download, label_noise=noise, **places)
         for name, value in self.data.network.items():
             other = self.members[0].network[name]
             if other != value:
