@@ -8,7 +8,7 @@ listed in `reads`.
 import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _foreach_supported_types
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 # Their results, or the sizes of these, depend on values: the host has to wait for them.
@@ -53,15 +53,16 @@ _foreach_supported_types.append(SimulatedTensor)  # so that optimizers go the wa
 
 def compute(function, *args, **kwargs):
     """Run an operation on the CPU tensors that its arguments hold."""
-    name, leaves = function._schema.name.removeprefix("aten::"), tree_leaves((args, kwargs))
+    name = function._schema.name.removeprefix("aten::")
+    leaves, form = tree_flatten((args, kwargs))
     strangers = [leaf for leaf in leaves if type(leaf) is Tensor and leaf.dim()]
     if strangers and name not in MIXES:
         raise RuntimeError(f"{name}: expected all tensors on {DEVICE}, got one of {list(strangers[0].shape)} on cpu")
-    masks = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dtype in (torch.bool, torch.uint8)]
-    to_cpu = CPU in leaves or (name in MIXES and type(args[0]) is not SimulatedTensor)
-    if name in WAITS or to_cpu or (name.startswith("index") and any(mask is not args[0] for mask in masks)):
-        reads.append(name)
     held = {id(leaf.inner): leaf for leaf in leaves if isinstance(leaf, SimulatedTensor)}
+    to_cpu = CPU in leaves or (name in MIXES and type(args[0]) is not SimulatedTensor)
+    masks = name.startswith("index") and any(leaf.dtype == torch.bool for leaf in held.values() if leaf is not args[0])
+    if name in WAITS or to_cpu or masks:
+        reads.append(name)
 
     def unwrap(value):
         if isinstance(value, SimulatedTensor):
@@ -74,7 +75,8 @@ def compute(function, *args, **kwargs):
         return held[id(value)] if id(value) in held else SimulatedTensor(value)  # in place: the argument itself
 
     with torch.inference_mode(False):  # whose tensors could not be wrapped as views
-        return tree_map(wrap, function(*tree_map(unwrap, args), **tree_map(unwrap, kwargs)))
+        args, kwargs = tree_unflatten([unwrap(leaf) for leaf in leaves], form)
+        return tree_map(wrap, function(*args, **kwargs))
 
 
 def in_bfloat16(operation):
