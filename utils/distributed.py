@@ -208,7 +208,9 @@ def _connect(device: torch.device, seeds: list[int], folder: Path) -> None:
         # torchrun keeps one store for all its restarts, and what dead ranks wrote to it must not be read. On several
         # machines the counts differ; docs/CLUSTER.md says what helps there.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=START)
+    # nccl guesses a GPU by the rank, and warns of it at each barrier, unless it is told.
+    gpu = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else None
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=START, device_id=gpu)
     names = []
     for number in range(ranks()):
         logs = [f"seed {seed}: {folder / f'seed_{seed}' / 'log.jsonl'}" for seed in seeds[number :: ranks()]]

@@ -21,6 +21,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Within the block, convolutions and matrix products on a GPU keep all 23 bits of float32.
+
+    TF32, which recent GPUs use for convolutions by default, has 10: too few for differences of losses.
+    """
+    places = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = "ieee"
+        yield
+    finally:
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
+
+
 class HessianOperator:
     """H v for the Hessian H of the mean cross-entropy over `batches`, in the parameters whose names match.
 
@@ -46,6 +63,7 @@ class HessianOperator:
         if not self.samples:
             raise ValueError("batches: no images given")
 
+    @full_float32()
     def __matmul__(self, vectors: Tensor) -> Tensor:
         """H v for one vector [P], or for the columns of [P, K], which share each batch's graph."""
         parts = [self.as_parameters(column) for column in torch.atleast_2d(vectors.t())]

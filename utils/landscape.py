@@ -21,7 +21,7 @@ from utils.data import Data, ImageSet
 from utils.datasets import load_data
 from utils.distributed import start_device
 from utils.files import load_array, read_json, write_json
-from utils.hessian import top_eigenpairs
+from utils.hessian import full_float32, top_eigenpairs
 from utils.partition import PARTITION_RULE
 from utils.predictions import load_members
 from utils.results import Ensemble, check_alike, method_of, read_run, setting_of
@@ -145,6 +145,7 @@ def along_top(model: nn.Module, batches: Batches) -> dict[str, Any]:
     return {"eigenvalue": eigenvalue, "length": length, "losses": losses}
 
 
+@full_float32()
 @torch.inference_mode()
 def mean_loss(model: nn.Module, batches: Batches) -> float:
     """Mean cross-entropy in eval mode, in nats."""

@@ -63,7 +63,9 @@ class Member:
         sam = {"rho": settings.rho, "adaptive": settings.sam_adaptive}
         sgd = {"lr": settings.lr, "momentum": settings.momentum, "weight_decay": settings.weight_decay}
         self.optimizer = SAM(self.model.parameters(), torch.optim.SGD, **sam, **sgd)
-        self.average = None if settings.average_from is None else AveragedModel(self.model)
+        self.average = None
+        if settings.average_from is not None:
+            self.average = AveragedModel(self.model, multi_avg_fn=self._average)
         self.epoch, self.position = 0, None
         self.best_acc, self.best_epoch = -1.0, 0  # best_epoch: epochs that were finished then
         self.scores: np.ndarray | None = None
@@ -138,6 +140,12 @@ class Member:
                 self.best_acc, self.best_epoch = val_acc, self.epoch
             self._save()
         run.progress.print(self.seed, line)
+
+    def _average(self, means: list[Tensor], weights: list[Tensor], count: Tensor) -> None:
+        """Take the weights into their means. `count` is on the device: reading it there would wait for all steps."""
+        changes = torch._foreach_sub(weights, means)
+        torch._foreach_div_(changes, int(self.average.n_averaged) + 1)
+        torch._foreach_add_(means, changes)
 
     def score(self) -> np.ndarray:
         """The sharpness scores of all training samples, float32 [N]: those it has, or new ones, which are saved.
@@ -219,10 +227,16 @@ class Member:
     def _checkpoint(self) -> dict[str, Any]:
         """All that exact resuming needs; the same state gives the same bytes."""
         settings, data = self.run.settings, self.run.data
+        optimizer, average = self.optimizer.state_dict(), None if self.average is None else self.average.state_dict()
+        # On the CPU, so that the file can be read where there is no such device.
+        for index, state in optimizer["state"].items():
+            optimizer["state"][index] = {name: tensor.cpu() for name, tensor in state.items()}
+        for name in average or ():
+            average[name] = average[name].cpu()
         return {
             "state_dict": {name: tensor.cpu() for name, tensor in self.model.state_dict().items()},
-            "optimizer": self.optimizer.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
+            "optimizer": optimizer,
+            "average": average,
             "epoch": self.epoch,
             "best_acc": self.best_acc,
             "best_epoch": self.best_epoch,

@@ -241,6 +241,8 @@ def environment(device: torch.device) -> dict:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        # Of training and predictions; sharpness, Hessian, scores and NTK never use it.
+        "tf32": device.type == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32",
     }
 
 
