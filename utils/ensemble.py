@@ -81,7 +81,7 @@ def train_members(run: Run, members: list[Member]) -> None:
     finally:
         run.progress.close()
     for member in members:
-        member.check_best(finished=True)
+        member.check_best()
         if member.average is not None:
             with run.signals.deferred():
                 member.save_average()

@@ -176,13 +176,12 @@ class Member:
         write_array(self.folder / "sam_mask.npy", mask)
         self.mask, self.mask_digest = torch.from_numpy(mask), digest(mask)
 
-    def check_best(self, finished: bool) -> None:
+    def check_best(self) -> None:
         """Check that model_best.pth.tar is that of the best epoch, before days are spent and before it is evaluated."""
         path = self.folder / CHECKPOINTS["best"]
         try:
             found = self._load_own(path)["epoch"]
-            # It is written before checkpoint.pth.tar; a run that was stopped between the two repeats that epoch.
-            if found == self.best_epoch or (found > self.epoch and not finished):
+            if found == self.best_epoch:
                 return
             fault = f"{path}: of epoch {found - 1}, the best one was {self.best_epoch - 1}"
         except InputError as error:
@@ -208,11 +207,11 @@ class Member:
         save_checkpoint(path, {**self._checkpoint(), "state_dict": state, "optimizer": None, "average": None})
 
     def _save(self) -> None:
-        """Write an epoch's files. Only checkpoint.pth.tar makes the epoch count."""
+        """Write an epoch's files. The first checkpoint of it, model_best.pth.tar or checkpoint.pth.tar, makes it count."""
         content = pack_checkpoint(self._checkpoint())
+        write_atomically(self.folder / "log.jsonl", log_text(self.log).encode())
         if self.best_epoch == self.epoch:
             write_atomically(self.folder / CHECKPOINTS["best"], content)
-        write_atomically(self.folder / "log.jsonl", log_text(self.log).encode())
         write_atomically(self.folder / CHECKPOINTS["last"], content, self.folder / PREVIOUS)
         (self.folder / PARTIAL).unlink(missing_ok=True)
 
@@ -255,26 +254,37 @@ class Member:
             raise InputError(f"{self.folder}: {reason}") from error
         restore_log(self.folder / "log.jsonl", self.log)
         if self.epoch:
-            self.check_best(finished=False)
+            self.check_best()
 
     def _newest_checkpoint(self) -> dict[str, Any] | None:
         """The last whole checkpoint, or the one within the next epoch if there is one."""
-        last, previous, partial = (self.folder / name for name in (CHECKPOINTS["last"], PREVIOUS, PARTIAL))
-        checkpoint, faults = None, []
+        names = CHECKPOINTS["last"], PREVIOUS, CHECKPOINTS["best"], PARTIAL
+        last, previous, best, partial = (self.folder / name for name in names)
+        checkpoint, source, faults = None, last, []
         for path in (last, previous):
             if not path.exists():
                 faults.append(f"{path}: missing")
                 continue
             try:
-                checkpoint = self._load_own(path)
+                checkpoint, source = self._load_own(path), path
                 break
             except DamagedError as error:
                 faults.append(str(error))
         if checkpoint is None and (last.exists() or previous.exists()):
             way_out = f"restore one of them, or remove {self.folder} to train this member from its start"
             raise InputError(f"{'; '.join(faults)}; {way_out}")
+        try:
+            newer = self._load_own(best)
+            # It is written first. To repeat its epoch would not do: on a GPU that may end elsewhere, with another best.
+            if newer["epoch"] > (checkpoint["epoch"] if checkpoint else 0):
+                checkpoint, source = newer, best
+        except InputError:
+            pass  # missing or damaged: `check_best` says so where there is to be one
         if checkpoint is not None and faults:
-            _warn(f"{faults[0]}; resuming from {previous.name}, after epoch {checkpoint['epoch'] - 1}")
+            _warn(f"{faults[0]}; resuming from {source.name}, after epoch {checkpoint['epoch'] - 1}")
+        if source == best:
+            write_atomically(last, best.read_bytes(), None if faults else previous)
+        elif source == previous:
             os.replace(previous, last)
         if partial.exists():
             try:
