@@ -376,7 +376,7 @@ def flipped(content):
         (
             "checkpoint.pth.tar",
             lambda b: b[:-1],
-            r"damaged.*resuming from (checkpoint_previous\.pth\.tar, after epoch 2|model_best\.pth\.tar, after epoch 3)",
+            r"damaged.*resuming from (checkpoint_previous\.pth\.tar, after epoch 2|model_best\.pth\.tar, after .* 3)",
         ),
         ("checkpoint.pth.tar", flipped, "damaged.*resuming from"),
         ("checkpoint.pth.tar", lambda b: None, "missing; resuming from"),

@@ -41,9 +41,10 @@ def killed_before_the_last(folder, monkeypatch, writes):
             raise Killed
         write_atomically(path, *rest)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(utils.member, "write_atomically", deadly)
-        run(folder, ONE)
+        with pytest.raises(Killed):
+            run(folder, ONE)
 
 
 def epochs(folder):
@@ -90,5 +91,5 @@ def test_an_older_best_checkpoint_is_refused(name, accuracies, tmp_path):
     member = run(tmp_path / "run", ONE) / "seed_13"
     content = load_checkpoint(member / name, ours=True)
     save_checkpoint(member / BEST, content | {"epoch": 3})
-    with pytest.raises(InputError, match=r"model_best\.pth\.tar: of epoch 2, the best one was 0; restore it, or remove"):
+    with pytest.raises(InputError, match=r"model_best\.pth\.tar: of epoch 2, the best one was 0; restore it"):
         run(tmp_path / "run", ONE)

@@ -207,7 +207,7 @@ class Member:
         save_checkpoint(path, {**self._checkpoint(), "state_dict": state, "optimizer": None, "average": None})
 
     def _save(self) -> None:
-        """Write an epoch's files. The first checkpoint of it, model_best.pth.tar or checkpoint.pth.tar, makes it count."""
+        """Write an epoch's files. It counts once one of its checkpoints is there."""
         content = pack_checkpoint(self._checkpoint())
         write_atomically(self.folder / "log.jsonl", log_text(self.log).encode())
         if self.best_epoch == self.epoch:
