@@ -13,3 +13,9 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether the memory of the device or of the machine was too small: torch says so by a RuntimeError of any kind."""
+    words = ("out of memory", "allocate memory", "enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)

@@ -29,7 +29,7 @@ from utils.files import digest, write_array, write_atomically
 from utils.fisher import per_sample_fisher
 from utils.metrics import per_sample
 from utils.run import CHECKPOINTS, MEMBER_FILES, PARTIAL, PREVIOUS, Run, Stopped
-from utils.training import learning_rate, predict, train_epoch
+from utils.training import in_parts, learning_rate, predict, train_epoch
 
 SCORE_BATCH = 128
 # What a line of log.jsonl holds besides its wall time.
@@ -118,7 +118,8 @@ class Member:
         try:
             with run.signals.deferred():  # within a step the weights are elsewhere
                 train_loss, train_acc = train_epoch(self.model, self.optimizer, data.train, *batches, *more)
-            val = per_sample(F.log_softmax(predict(self.model, data.val)[0], dim=1), data.val.labels.cpu())
+            logits, _ = predict(self.model, data.val, at_once=settings.batch_size)
+            val = per_sample(F.log_softmax(logits, dim=1), data.val.labels.cpu())
             val_loss, val_acc = val["nll"].mean().item(), val["correct"].mean().item()
         except Stopped:
             if here is not None:
@@ -151,8 +152,9 @@ class Member:
             if self.epoch > self.run.settings.initial_epochs:
                 raise InputError(f"{self.folder}: its checkpoint has no scores, which it must have; use --overwrite")
             with evaluating(self.model):
-                batches = self.run.data.train.in_order(SCORE_BATCH)
-                scores = torch.cat([per_sample_fisher(self.model, *batch) for batch in batches]).cpu().numpy()
+                batch_sizes = SCORE_BATCH, self.run.settings.batch_size
+                parts = in_parts(lambda x, y: per_sample_fisher(self.model, x, y), self.run.data.train, *batch_sizes)
+                scores = torch.cat(list(parts)).cpu().numpy()
             if not np.isfinite(scores).all():
                 what = f"{np.sum(~np.isfinite(scores))} sharpness scores are not finite"
                 way_out = "start anew with a smaller --lr or --rho and another --save_path"
