@@ -1,5 +1,6 @@
 """Numbers at the edge: few samples, absent classes, gradients that are not finite. A run works or says why not."""
 
+import argparse
 import json
 
 import numpy as np
@@ -172,10 +173,15 @@ def test_out_of_memory(error, capsys):
             raise error
         torch.empty(2**60)
 
-    with pytest.raises(SystemExit) as end:
-        cli.run(work, None)
-    assert end.value.code == 1
-    assert "out of memory; a smaller --width" in capsys.readouterr().err
+    for arguments, way_out in (
+        ({"batch_size": 128, "width": 64, "jobs": None}, "a smaller --batch_size or --width needs less"),
+        ({"width": None, "eval_batch_size": 5}, "a smaller --eval_batch_size needs less"),
+        ({"width": 64}, "use a larger machine or device"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            cli.run(work, argparse.Namespace(**arguments))
+        assert end.value.code == 1
+        assert f"out of memory; {way_out}" in capsys.readouterr().err
 
 
 def test_other_errors_are_not_hidden():

@@ -18,3 +18,9 @@ def first_line(error: BaseException) -> str:
 def table_cell(value: object) -> str:
     """A value as a cell of a Markdown table, which a | in a name would end."""
     return str(value).replace("|", "\\|")
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether the memory of the device or of the machine was too small: torch says so by a RuntimeError of any kind."""
+    words = ("out of memory", "allocate memory", "enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)

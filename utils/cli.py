@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from models import MODELS
-from utils import InputError, RunError
+from utils import InputError, RunError, out_of_memory
 from utils.datasets import CORRUPTIONS, DATASETS, SEVERITIES, SPLITS
 from utils.files import broken_link
 
 UNSET = object()
+# Options, of the scripts that have them, whose smaller values need less memory.
+LESS_MEMORY = ("batch_size", "jobs", "eval_batch_size", "hessian_samples", "ntk_samples", "images")
 
 
 class Parser(argparse.ArgumentParser):
@@ -159,9 +161,12 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
     except RunError as error:
         fail(str(error), status=1)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+        if not out_of_memory(error):
             raise
-        fail("out of memory; a smaller --width, --batch_size or number of images needs less", status=1)
+        training = ("width",) * hasattr(args, "batch_size")  # that of saved members is what it is
+        smaller = [f"--{name}" for name in (*LESS_MEMORY, *training) if getattr(args, name, None)]
+        way_out = f"a smaller {' or '.join(smaller)} needs less" if smaller else "use a larger machine or device"
+        fail(f"out of memory; {way_out}", status=1)
     except OSError as error:  # unexpected ones: a failing disk, permissions that were taken away
         fail(f"{error.filename or 'a file'}: {error.strerror or error}", status=1)
     except KeyboardInterrupt:

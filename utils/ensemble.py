@@ -58,7 +58,7 @@ def train_ensemble(run: Run) -> dict | None:
             return None
         folders = [run.folder / f"seed_{seed}" for seed in settings.seed]
         summary = {
-            name: evaluate_members([folder / file for folder in folders], run.data)
+            name: evaluate_members([folder / file for folder in folders], run.data, settings.batch_size)
             for name, file in CHECKPOINTS.items()
             if name != "averaged" or settings.average_from is not None
         }
@@ -81,7 +81,7 @@ def train_members(run: Run, members: list[Member]) -> None:
     finally:
         run.progress.close()
     for member in members:
-        member.check_best(finished=True)
+        member.check_best()
         if member.average is not None:
             with run.signals.deferred():
                 member.save_average()
@@ -118,12 +118,13 @@ def assign_samples(run: Run, members: list[Member]) -> None:
         member.assign(masks[settings.seed.index(member.seed)])
 
 
-def evaluate_members(paths: list[Path], data: Data) -> dict:
+def evaluate_members(paths: list[Path], data: Data, at_once: int) -> dict:
     """Accuracy (0 to 1) and loss of saved members and of their ensemble (mean of softmax) on validation and test.
 
     Args:
         paths: checkpoint files.
         data: the images to evaluate on.
+        at_once: the most images in one pass.
 
     Raises:
         InputError: if a checkpoint cannot be used or is of another data set.
@@ -135,7 +136,7 @@ def evaluate_members(paths: list[Path], data: Data) -> dict:
         model = model.to(data.train.device, memory_format=torch.channels_last)
         row = {"checkpoint": str(path), "seed": checkpoint.get("seed"), "epoch": checkpoint["epoch"]}
         for split in images:
-            log_probs[split].append(F.log_softmax(predict(model, images[split])[0], dim=1))
+            log_probs[split].append(F.log_softmax(predict(model, images[split], at_once=at_once)[0], dim=1))
             row |= _rates(split, log_probs[split][-1], images[split].labels.cpu())
         members.append(row)
     ensemble = {}

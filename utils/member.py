@@ -29,7 +29,7 @@ from utils.files import digest, write_array, write_atomically
 from utils.fisher import per_sample_fisher
 from utils.metrics import per_sample
 from utils.run import CHECKPOINTS, MEMBER_FILES, PARTIAL, PREVIOUS, Run, Stopped
-from utils.training import learning_rate, predict, train_epoch
+from utils.training import in_parts, learning_rate, predict, train_epoch
 
 SCORE_BATCH = 128
 # What a line of log.jsonl holds besides its wall time.
@@ -120,7 +120,8 @@ class Member:
         try:
             with run.signals.deferred():  # within a step the weights are elsewhere
                 train_loss, train_acc = train_epoch(self.model, self.optimizer, data.train, *batches, *more)
-            val = per_sample(F.log_softmax(predict(self.model, data.val)[0], dim=1), data.val.labels.cpu())
+            logits, _ = predict(self.model, data.val, at_once=settings.batch_size)
+            val = per_sample(F.log_softmax(logits, dim=1), data.val.labels.cpu())
             val_loss, val_acc = val["nll"].mean().item(), val["correct"].mean().item()
         except Stopped:
             if here is not None:
@@ -159,8 +160,9 @@ class Member:
             if self.epoch > self.run.settings.initial_epochs:
                 raise InputError(f"{self.folder}: its checkpoint has no scores, which it must have; use --overwrite")
             with evaluating(self.model):
-                batches = self.run.data.train.in_order(SCORE_BATCH)
-                scores = torch.cat([per_sample_fisher(self.model, *batch) for batch in batches]).cpu().numpy()
+                batch_sizes = SCORE_BATCH, self.run.settings.batch_size
+                parts = in_parts(lambda x, y: per_sample_fisher(self.model, x, y), self.run.data.train, *batch_sizes)
+                scores = torch.cat(list(parts)).cpu().numpy()
             if not np.isfinite(scores).all():
                 what = f"{np.sum(~np.isfinite(scores))} sharpness scores are not finite"
                 way_out = "start anew with a smaller --lr or --rho and another --save_path"
@@ -184,13 +186,12 @@ class Member:
         write_array(self.folder / "sam_mask.npy", mask)
         self.mask, self.mask_digest = torch.from_numpy(mask), digest(mask)
 
-    def check_best(self, finished: bool) -> None:
+    def check_best(self) -> None:
         """Check that model_best.pth.tar is that of the best epoch, before days are spent and before it is evaluated."""
         path = self.folder / CHECKPOINTS["best"]
         try:
             found = self._load_own(path)["epoch"]
-            # It is written before checkpoint.pth.tar; a run that was stopped between the two repeats that epoch.
-            if found == self.best_epoch or (found > self.epoch and not finished):
+            if found == self.best_epoch:
                 return
             fault = f"{path}: of epoch {found - 1}, the best one was {self.best_epoch - 1}"
         except InputError as error:
@@ -216,11 +217,11 @@ class Member:
         save_checkpoint(path, {**self._checkpoint(), "state_dict": state, "optimizer": None, "average": None})
 
     def _save(self) -> None:
-        """Write an epoch's files. Only checkpoint.pth.tar makes the epoch count."""
+        """Write an epoch's files. It counts once one of its checkpoints is there."""
         content = pack_checkpoint(self._checkpoint())
+        write_atomically(self.folder / "log.jsonl", log_text(self.log).encode())
         if self.best_epoch == self.epoch:
             write_atomically(self.folder / CHECKPOINTS["best"], content)
-        write_atomically(self.folder / "log.jsonl", log_text(self.log).encode())
         write_atomically(self.folder / CHECKPOINTS["last"], content, self.folder / PREVIOUS)
         (self.folder / PARTIAL).unlink(missing_ok=True)
 
@@ -269,26 +270,37 @@ class Member:
             raise InputError(f"{self.folder}: {reason}") from error
         restore_log(self.folder / "log.jsonl", self.log)
         if self.epoch:
-            self.check_best(finished=False)
+            self.check_best()
 
     def _newest_checkpoint(self) -> dict[str, Any] | None:
         """The last whole checkpoint, or the one within the next epoch if there is one."""
-        last, previous, partial = (self.folder / name for name in (CHECKPOINTS["last"], PREVIOUS, PARTIAL))
-        checkpoint, faults = None, []
+        names = CHECKPOINTS["last"], PREVIOUS, CHECKPOINTS["best"], PARTIAL
+        last, previous, best, partial = (self.folder / name for name in names)
+        checkpoint, source, faults = None, last, []
         for path in (last, previous):
             if not path.exists():
                 faults.append(f"{path}: missing")
                 continue
             try:
-                checkpoint = self._load_own(path)
+                checkpoint, source = self._load_own(path), path
                 break
             except DamagedError as error:
                 faults.append(str(error))
         if checkpoint is None and (last.exists() or previous.exists()):
             way_out = f"restore one of them, or remove {self.folder} to train this member from its start"
             raise InputError(f"{'; '.join(faults)}; {way_out}")
+        try:
+            newer = self._load_own(best)
+            # It is written first. To repeat its epoch would not do: on a GPU that may end elsewhere, with another best.
+            if newer["epoch"] > (checkpoint["epoch"] if checkpoint else 0):
+                checkpoint, source = newer, best
+        except InputError:
+            pass  # missing or damaged: `check_best` says so where there is to be one
         if checkpoint is not None and faults:
-            _warn(f"{faults[0]}; resuming from {previous.name}, after epoch {checkpoint['epoch'] - 1}")
+            _warn(f"{faults[0]}; resuming from {source.name}, after epoch {checkpoint['epoch'] - 1}")
+        if source == best:
+            write_atomically(last, best.read_bytes(), None if faults else previous)
+        elif source == previous:
             os.replace(previous, last)
         if partial.exists():
             try:

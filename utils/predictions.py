@@ -130,12 +130,19 @@ class Predictions:
         folder: the measurement folder.
         features: also the inputs of the last linear layer.
         progress: called with the number of images after each batch of one member.
+        at_once: the most images in one pass.
     """
 
     def __init__(
-        self, members: list[SavedMember], folder: Path, features: bool = False, progress: Progress = lambda images: None
+        self,
+        members: list[SavedMember],
+        folder: Path,
+        features: bool = False,
+        progress: Progress = lambda images: None,
+        at_once: int = 128,
     ):
-        self.members, self.folder, self.features, self.progress = members, folder, features, progress
+        self.members, self.folder, self.features = members, folder, features
+        self.progress, self.at_once = progress, at_once
         self.digests: dict[str, str] = {}  # of the images of each part that was asked for
 
     def __call__(self, part: Part) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -159,7 +166,7 @@ class Predictions:
             self.progress(len(images))
             return arrays
         member.model.to(images.device, memory_format=torch.channels_last)
-        logits, features = predict(member.model, images, self.features, self.progress)
+        logits, features = predict(member.model, images, self.features, self.progress, self.at_once)
         if not logits.isfinite().all():
             raise InputError(f"{member.path}: its logits on {part} are not finite")
         arrays = {"logits": logits.numpy()} | ({"features": features.numpy()} if self.features else {})
@@ -276,7 +283,9 @@ class Measurement:
         self.splits = settings.split or ["test", *(["corrupted"] if find_corrupted(data, places["data_path"]) else [])]
         self.bar = tqdm(disable=not sys.stderr.isatty(), unit="img", unit_scale=True, dynamic_ncols=True, delay=2)
         self._parts: dict[str, list[Part]] = {}
-        self.predictions = Predictions(self.members, save, features, self.bar.update)
+        at_once = recorded.get("batch_size")  # what the run's memory was enough for
+        at_once = at_once if type(at_once) is int and at_once > 0 else 128
+        self.predictions = Predictions(self.members, save, features, self.bar.update, at_once)
 
     def parts(self, split: str) -> list[Part]:
         """The parts of a split; the bar counts them in."""

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import islice
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +14,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from models import evaluating
 from sam import SAM
-from utils import RunError
+from utils import RunError, out_of_memory
 from utils.data import ImageSet
 
 PREDICTION_BATCH = 512
 MAX_SKIPPED = 20  # steps in a row whose gradients are not finite, at the end of an epoch
+Result = TypeVar("Result")
 
 
 def sharpbalance_step(
@@ -216,7 +218,11 @@ def train_epoch(
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module, images: ImageSet, features: bool = False, progress: Callable[[int], object] = lambda images: None
+    model: nn.Module,
+    images: ImageSet,
+    features: bool = False,
+    progress: Callable[[int], object] = lambda images: None,
+    at_once: int = 128,
 ) -> tuple[Tensor, Tensor | None]:
     """One pass over all images in order, without augmentation, in eval mode.
 
@@ -225,24 +231,63 @@ def predict(
         images: what to predict.
         features: whether to return the inputs of the last linear layer, too.
         progress: called with the number of images after each batch.
+        at_once: the most images in one pass; fewer where memory is short.
 
     Returns:
         Logits float32 [N, C], and features float32 [N, D] or None, on the CPU.
     """
-    logits, inputs = [], []
+    inputs: list[Tensor] = []
     hook = None
     if features:
         last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
         hook = last.register_forward_pre_hook(lambda module, args: inputs.append(args[0].float()))
+
+    def outputs(batch: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        inputs.clear()
+        logits = model(batch).float()
+        progress(len(batch))
+        return logits, inputs[0] if features else None
+
     try:
         with evaluating(model):
-            for batch, _ in images.in_order(PREDICTION_BATCH):
-                logits.append(model(batch).float())
-                progress(len(batch))
+            logits, found = zip(*in_parts(outputs, images, PREDICTION_BATCH, at_once), strict=True)
     finally:
         if hook is not None:
             hook.remove()
-    return torch.cat(logits).cpu(), torch.cat(inputs).cpu() if features else None
+    return torch.cat(logits).cpu(), torch.cat(found).cpu() if features else None
+
+
+def in_parts(
+    function: Callable[[Tensor, Tensor], Result], images: ImageSet, batch_size: int, at_once: int
+) -> Iterator[Result]:
+    """function(images, labels) of all images in order, of at most `at_once` in one call.
+
+    Batches of `batch_size` are cut into equal parts, since of a few images alone kernels may form sums in another order
+    than of many. Where memory runs out, parts are half as large from there on.
+
+    Raises:
+        RuntimeError, MemoryError: if the memory is too small for a single image.
+    """
+    for batch in images.in_order(batch_size):
+        parts = [batch]
+        while parts:
+            part, labels = parts.pop(0)
+            count = -(-len(labels) // at_once)
+            if count > 1:
+                parts[:0] = zip(part.tensor_split(count), labels.tensor_split(count), strict=True)
+                continue
+            try:
+                result = [function(part, labels)]
+            except (MemoryError, RuntimeError) as error:
+                if len(labels) == 1 or not out_of_memory(error):
+                    raise
+                result = []
+            # After the handler: while there is an error, its frames hold the memory.
+            if result:
+                yield result[0]
+            else:
+                at_once = len(labels) // 2
+                parts.insert(0, (part, labels))
 
 
 def learning_rate(lr: float, schedule: str, epoch: int, epochs: int) -> float:
