@@ -13,3 +13,8 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def printable(text: str) -> str:
+    """A text with its control characters, and what is not Unicode, as escapes: a name must not control a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

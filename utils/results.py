@@ -1,7 +1,9 @@
 """Result files and run folders as ensembles: read them, name their methods, check that they compare, group them."""
 
 import json
+import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,7 +171,7 @@ def read_ensemble(folder: Path) -> Ensemble:
             _add_part(ensemble, content["result"]["corrupted"]["mean"], "corrupted_")
         accuracies = [member["accuracy"] for member in content["result"]["test"].get("members", [])]
         if len(accuracies) > 1:
-            ensemble.spread["member"] = statistics.stdev(accuracies)
+            ensemble.spread["member"] = standard_deviation(accuracies)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a result of the test set ({error}); measure again with --split test") from error
     if (folder / "sharpness.json").is_file():
@@ -262,9 +264,18 @@ def require(ensemble: Ensemble, *keys: str) -> Any:
     return value
 
 
+def standard_deviation(values: Sequence[float]) -> float | None:
+    """The sample's; None for fewer than two values, or where one is not finite."""
+    return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
+
+
 def estimate(values: list[float], interval: Interval = None) -> Estimate:
-    """Mean over ensembles and its 95 % interval: Student's, or the given one where there is a single ensemble."""
-    return statistics.mean(values), t_interval(values) if len(values) > 1 else interval
+    """Mean over ensembles and its 95 % interval: Student's, or the given one where there is a single ensemble.
+
+    There is no interval where a value is not finite.
+    """
+    finite = all(map(math.isfinite, values))
+    return statistics.mean(values), (t_interval(values) if len(values) > 1 else interval) if finite else None
 
 
 def estimate_of(ensembles: list[Ensemble], name: str) -> Estimate:
@@ -292,7 +303,7 @@ def interval_of(gaps: list[Gap]) -> tuple[float, Interval, str]:
         interval = crossed_interval(table) if several else paired_bootstrap(table[0])
         return table.mean().item(), interval, BOTH if several else "images"
     values = [gap.mean().item() if isinstance(gap, torch.Tensor) else gap for gap in gaps]
-    return statistics.mean(values), t_interval(values), "ensembles" if several else "-"
+    return *estimate(values), "ensembles" if several else "-"
 
 
 def difference_of(pairs: list[tuple[Ensemble, Ensemble]], name: str) -> tuple[float, Interval, str] | None:
