@@ -12,7 +12,7 @@ intervals over ensembles and test images, or over one of them where the other is
 import argparse
 import csv
 import io
-import statistics
+import math
 import sys
 from pathlib import Path
 
@@ -84,6 +84,9 @@ def tables(ensembles: list[Ensemble], form: str) -> str:
     note += "±: standard deviation over ensembles, or over the members of a single one; [ ]: 95 % interval."
     if any(row[3] == results.BOTH for row in differences):
         note += " Differences of NLL, ECE and sharpness: over ensembles only, with the images as they are."
+    unknown = [COLUMNS[name].title for name in shown if any(_infinite(one.values.get(name)) for one in ensembles)]
+    if unknown:
+        note += f" inf, nan: the loss leaves the range of float32 ({', '.join(unknown)})."
     lead = {"text": "", "markdown": "- ", "latex": "% "}[form]
     lines = []
     for one in ensembles:
@@ -91,6 +94,11 @@ def tables(ensembles: list[Ensemble], form: str) -> str:
         known = [f"{name} {value}" for name, value in source if value and (form != "text" or name not in LONG)]
         lines.append(f"{lead}{one.folder}: {'; '.join(known)}")
     return "\n".join([lead * (form == "latex") + note, "", *blocks, *lines]) + "\n"
+
+
+def _infinite(value: float | None) -> bool:
+    """Whether a value was measured but is not finite."""
+    return value is not None and not math.isfinite(value)
 
 
 def difference_rows(groups: dict[str, list[Ensemble]], shown: list[str]) -> list[list[str]]:
@@ -134,7 +142,7 @@ def _cell(column: str, group: list[Ensemble]) -> str:
     values = [one.values.get(column) for one in group]
     if None in values:
         return "-"
-    spread = statistics.stdev(values) if len(values) > 1 else group[0].spread.get(column)
+    spread = results.standard_deviation(values) if len(values) > 1 else group[0].spread.get(column)
     return _text(column, *results.estimate_of(group, column), spread)
 
 
@@ -147,7 +155,7 @@ def _text(column: str, mean: float, interval: list[float] | None, spread: float 
         value *= factor
         return f"{value:{sign}.3g}" if abs(value) >= 1e5 else f"{value:{sign}.{digits}f}"
 
-    text = number(mean, sign)
+    text = number(mean, sign if math.isfinite(mean) else "")
     if spread is not None:
         text += f" ± {number(spread)}"
     return text if interval is None else f"{text} [{', '.join(map(number, interval))}]"
