@@ -8,18 +8,20 @@ verdict on each of `CLAIMS`, and the accuracy under each corruption. Tables and 
 
 import argparse
 import math
+import os
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 from tabulate import tabulate
 
-from utils import InputError, results
+from utils import InputError, results, table_cell
 from utils.cli import Parser, path, run
 from utils.files import read_json, write_atomically
 from utils.results import METHODS, Ensemble, Gap
@@ -186,7 +188,7 @@ def section(folder: Path, plan: dict[str, Any]) -> list[str]:
     ball = next(iter(measured["sam"].values())).content["sharpness"]["protocol"]
     known = all("disagreement" in one.by_sample for one in ensembles)
     blocks = [
-        f"## {folder.name.replace('_', ' ').capitalize()}",
+        f"## {table_cell(folder.name.replace('_', ' ').capitalize())}",
         f"{len(seeds)} ensembles by each method: {results.setting_of(first)}, {first['trained']['epochs']} epochs; "
         f"{images} validation images, {first['data']['test']} test images, corrupted copies of {corrupted:g}. "
         f"{plan['jobs']} single-thread processes on {plan['environment']['cpus']} cores, torch "
@@ -208,9 +210,10 @@ def section(folder: Path, plan: dict[str, Any]) -> list[str]:
             f"Of the training images {100 * shares['all']:.1f} % have a wrong label. Of those that a member trains "
             f"with SAM once samples are assigned: {'; '.join(sets)}."
         )
-    tables = f"{folder.name}/tables.md"
-    figures = [f"![{text}]({folder.name}/{kind}.png)" for kind, text in FIGURES.items()]
-    return [*blocks, f"All methods: [{tables}]({tables}).", *by_corruption(measured), *figures]
+    place = quote(os.fsencode(folder.name))
+    figures = [f"![{text}]({place}/{kind}.png)" for kind, text in FIGURES.items()]
+    tables = f"[{table_cell(folder.name)}/tables.md]({place}/tables.md)"
+    return [*blocks, f"All methods: {tables}.", *by_corruption(measured), *figures]
 
 
 def choices(plan: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tabulate import tabulate
 
-from utils import InputError, first_line, results
+from utils import InputError, first_line, printable, results, table_cell
 from utils.cli import Parser, run
 from utils.files import write_atomically
 from utils.results import Ensemble
@@ -92,7 +92,8 @@ def tables(ensembles: list[Ensemble], form: str) -> str:
     for one in ensembles:
         source = source_of(one).items()
         known = [f"{name} {value}" for name, value in source if value and (form != "text" or name not in LONG)]
-        lines.append(f"{lead}{one.folder}: {'; '.join(known)}")
+        line = f"{one.folder}: {'; '.join(known)}"
+        lines.append(lead + (table_cell(line) if form == "markdown" else printable(line)))
     return "\n".join([lead * (form == "latex") + note, "", *blocks, *lines]) + "\n"
 
 
@@ -163,6 +164,7 @@ def _text(column: str, mean: float, interval: list[float] | None, spread: float 
 
 def _table(rows: list[list[str]], form: str) -> str:
     """One table, whose first row is the header; as text it is transposed, to fit a terminal."""
+    rows = [[table_cell(cell) if form == "markdown" else printable(cell) for cell in row] for row in rows]
     if form == "csv":
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(rows)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from models import MODELS
-from utils import InputError, RunError, printable
+from utils import InputError, RunError
 from utils.datasets import CORRUPTIONS, DATASETS, SEVERITIES, SPLITS
 
 UNSET = object()
@@ -80,7 +80,8 @@ def fail(message: str, status: int) -> NoReturn:
     if os.environ.get("RANK", "0") != "0":
         time.sleep(1)  # torchrun ends the other ranks once one has failed: a message that all share is printed once
     # The message may quote a file, which must not be able to control the terminal.
-    print(f"{script}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+    print(f"{script}: error: {line}", file=sys.stderr)
     sys.exit(status)
 
 

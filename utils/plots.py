@@ -122,7 +122,9 @@ def line_styles(ensembles: list[Ensemble]) -> list[Group]:
         same = [group for group in found if group[0].key == key]
         same.sort(key=lambda group: (group[0].content.get("trained") or {}).get("rho") or 0)
         for group, colour in zip(same, shades(key, len(same)), strict=True):
-            label = group[0].method if key == "unknown" else METHODS[key].name + _differences(group, same)
+            # That of an unknown method is a folder's name: no formula, and legends leave out what begins with _.
+            unknown = group[0].method.replace("$", r"\$").lstrip("_")
+            label = unknown if key == "unknown" else METHODS[key].name + _differences(group, same)
             i = len(groups)
             marker, line, offset = MARKERS[i % len(MARKERS)], LINES[i % len(LINES)], i - (len(found) - 1) / 2
             groups.append(Group(key, label, group, colour, marker, line, offset))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from utils import InputError
+from utils import InputError, printable
 from utils.files import load_json, read_json, write_json
 from utils.metrics import crossed_interval, paired_bootstrap, t_interval, unpack_counts
 from utils.run import CHECKPOINTS, FREE_SETTINGS, current_settings, read_settings
@@ -161,7 +161,7 @@ def read_ensemble(folder: Path) -> Ensemble:
         averaged = all(str(member.get("path")).endswith(CHECKPOINTS["averaged"]) for member in content["members"])
         if averaged:  # --checkpoint says something else where the files were named one by one
             content["protocol"]["checkpoint"] = "averaged"
-        method = folder.name + averaged * f", {METHODS['averaged'].name}"
+        method = printable(folder.name) + averaged * f", {METHODS['averaged'].name}"
         if content.get("trained"):
             content["trained"] = current_settings(content["trained"])
             method = method_of(content["trained"], averaged)
@@ -328,8 +328,9 @@ def check_alike(ensembles: list[Ensemble]) -> None:
                 raise InputError(f"{folder} and {first} cannot be compared: {what}; measure both alike")
     folders = {}
     for ensemble in ensembles:
-        key = (ensemble.method, ensemble.seeds, json.dumps(ensemble.content.get("trained"), sort_keys=True))
-        if key in folders and ensemble.content.get("trained"):
+        trained, place = ensemble.content.get("trained"), str(ensemble.folder.resolve())
+        key = (ensemble.method, ensemble.seeds, json.dumps(trained, sort_keys=True) if trained else place)
+        if key in folders:
             raise InputError(f"{ensemble.folder} and {folders[key]} are the same method and seeds; give each once")
         folders[key] = ensemble.folder
 
@@ -365,14 +366,19 @@ def protocol_of(ensemble: Ensemble, key: str) -> Any:
 
 
 def groups_of(ensembles: list[Ensemble]) -> dict[str, list[Ensemble]]:
-    """Ensembles of equal settings, apart from the seeds, by a name that is different for each group."""
+    """Ensembles of equal settings, apart from the seeds, by a name that is different for each group.
+
+    One whose settings are not known is a group of its own.
+    """
     by_settings: dict[str, list[Ensemble]] = {}
     for ensemble in ensembles:
         settings = ensemble.content.get("trained")
         settings = settings and {**settings, "seed": len(ensemble.seeds)}  # their number counts, not which they are
-        by_settings.setdefault(ensemble.method + json.dumps(settings, sort_keys=True), []).append(ensemble)
+        known = json.dumps(settings, sort_keys=True) if settings else str(ensemble.folder)
+        by_settings.setdefault(f"{ensemble.method} {known}", []).append(ensemble)
     groups: dict[str, list[Ensemble]] = {}
     for rows in by_settings.values():
-        name = rows[0].method  # not unique: other settings may differ
-        groups[f"{name} ({rows[0].folder.name})" if name in groups else name] = rows
+        name, folder = rows[0].method, rows[0].folder  # the method is not unique: other settings may differ
+        names = (name, f"{name} ({printable(folder.name)})", f"{name} ({printable(str(folder))})")
+        groups[next(name for name in names if name not in groups)] = rows
     return groups
