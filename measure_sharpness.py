@@ -11,7 +11,9 @@ a later call does not repeat it.
 """
 
 import argparse
+import hashlib
 import itertools
+import json
 import math
 import statistics
 import sys
@@ -96,9 +98,8 @@ def main(args: argparse.Namespace) -> None:
     found: dict[str, dict[str, dict]] = {name: {} for name in names}
     todo, digest = [], images.digest()
     for member, name in itertools.product(members, names):
-        path = measurement.settings.save / "sharpness" / member.digest[:16] / f"{name}.json"
         about = about_part(args, name, member, digest)
-        part = read_part(path, about)
+        path, part = find_part(measurement.settings.save / "sharpness" / member.digest[:16], about)
         if part is None:
             todo.append((member, name, path, about))
         else:
@@ -120,9 +121,9 @@ def main(args: argparse.Namespace) -> None:
         bar.update(done - bar.n)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"about": about, "result": found[name][member.digest]})
-        measurement.write("sharpness.json", collect(members, names, found), vars(args))
+        measurement.write("sharpness.json", collect(args, members, names, found), vars(args), keep_parts)
     bar.close()
-    path = measurement.write("sharpness.json", collect(members, names, found), vars(args))
+    path = measurement.write("sharpness.json", collect(args, members, names, found), vars(args), keep_parts)
     print_table(args, members, names, found)
     print(f"wrote {path}")
 
@@ -136,6 +137,16 @@ def about_part(args: argparse.Namespace, name: str, member: SavedMember, images:
     """All that the value of a part depends on; `images` is their digest."""
     settings = {key: getattr(args, key) for key in PROTOCOL[name.split("-")[0]]}
     return {"part": name, "weights": member.digest, "images": images, **settings}
+
+
+def find_part(folder: Path, about: dict[str, Any]) -> tuple[Path, dict | None]:
+    """The file of a part, and what it holds already. What was measured by another protocol stays beside it."""
+    path = folder / f"{about['part']}.json"
+    if (part := read_part(path, about)) is None and path.exists():
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+        path = folder / f"{about['part']}-{digest[:8]}.json"
+        part = read_part(path, about)
+    return path, part
 
 
 def read_part(path: Path, expected: dict[str, Any]) -> dict | None:
@@ -215,7 +226,9 @@ def measure(
     return {"value": log_det, "log_determinant": log_det, "condition": condition, "images": len(pictures)}
 
 
-def collect(members: list[SavedMember], names: list[str], found: dict[str, dict[str, dict]]) -> dict[str, Any]:
+def collect(
+    args: argparse.Namespace, members: list[SavedMember], names: list[str], found: dict[str, dict[str, dict]]
+) -> dict[str, Any]:
     """The result: each part by member, with mean and standard deviation over members, and which parts are missing."""
     result: dict[str, Any] = {"missing": []}
     for name in names:
@@ -226,9 +239,22 @@ def collect(members: list[SavedMember], names: list[str], found: dict[str, dict[
             "mean": statistics.mean(values) if values else None,
             "std": standard_deviation(values),
             "n": len(values),
+            "protocol": {key: getattr(args, key) for key in PROTOCOL[name.partition("-")[0]]},
         }
         result["missing"] += [f"{name} of {m.path}" for m, row in zip(members, rows, strict=True) if row is None]
     return result
+
+
+def keep_parts(before: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
+    """The result with the other parts of an earlier call, each with the protocol that it was measured by."""
+    rows, result = before["result"], content["result"]
+    missing = list(result["missing"])
+    kept = {name: row for name, row in rows.items() if name not in result}
+    for name, row in kept.items():
+        asked = PROTOCOL[name.partition("-")[0]]
+        kept[name] = {"protocol": {key: before["protocol"][key] for key in asked}} | row
+        missing += [one for one in rows["missing"] if one.startswith(f"{name} of ")]
+    return result | kept | {"missing": missing}
 
 
 def print_table(

@@ -185,7 +185,7 @@ def section(folder: Path, plan: dict[str, Any]) -> list[str]:
     first, seeds = ensembles[0].content, sorted(measured["sam"])
     corrupted, images = results.require(ensembles[0], "corrupted", "mean", "samples"), first["data"]["val"]
     commits = sorted({one.content["environment"]["commit"] or "no clone" for one in ensembles})
-    ball = next(iter(measured["sam"].values())).content["sharpness"]["protocol"]
+    ball = results.sharpness_protocol(next(iter(measured["sam"].values())), "APGD_worst-l2")
     known = all("disagreement" in one.by_sample for one in ensembles)
     blocks = [
         f"## {table_cell(folder.name.replace('_', ' ').capitalize())}",

@@ -130,13 +130,18 @@ def source_of(ensemble: Ensemble) -> dict[str, str]:
     content, settings = ensemble.content, ensemble.content.get("trained") or {}
     settings = {k: v for k, v in settings.items() if k != "seed" and v is not None and OLD_DEFAULTS.get(k, k) != v}
     return {
-        "measured by": content["command"],
-        "and": content.get("sharpness", {}).get("command", ""),
+        "measured by": commands_of(content),
+        "and": commands_of(content.get("sharpness", {})),
         "trained with": " ".join(f"--{name} {value}" for name, value in settings.items()),
         "seeds": " ".join(map(str, ensemble.seeds)),
         "commit": str(content.get("environment", {}).get("commit") or ""),
         "weights": ", ".join(member["sha256_of_weights"][:8] for member in content["members"]),
     }
+
+
+def commands_of(content: dict) -> str:
+    """The commands whose results a file holds."""
+    return " && ".join([*(call["command"] for call in content.get("earlier", [])), content.get("command", "")])
 
 
 def _cell(column: str, group: list[Ensemble]) -> str:

@@ -25,7 +25,18 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from utils import InputError
 from utils.files import write_atomically
-from utils.results import METHODS, Ensemble, Estimate, Interval, estimate, estimate_of, groups_of, require, setting_of
+from utils.results import (
+    METHODS,
+    Ensemble,
+    Estimate,
+    Interval,
+    estimate,
+    estimate_of,
+    groups_of,
+    require,
+    setting_of,
+    sharpness_protocol,
+)
 
 MARKERS = "osD^vph<>"
 # All but the first have gaps: where curves coincide, those below stay visible.
@@ -213,7 +224,7 @@ def tradeoff(ensembles: list[Ensemble]) -> Figure:
     if max(sharpness) > 3 * min(sharpness) > 0:
         axis.set_xscale("log")
         decimal_ticks(axis.xaxis, (1, 1.5, 2, 3, 5, 7))
-    protocol = ensembles[0].content["sharpness"]["protocol"]
+    protocol = sharpness_protocol(ensembles[0], "APGD_worst-l2")
     note = (
         f"{setting_of(ensembles[0].content)}. A point is an ensemble; {_how_many(groups)}. Sharpness: "
         f"{'adaptive ' * bool(protocol.get('adaptive'))}worst-case, l2, radius {protocol.get('rho0')}.{bars}"

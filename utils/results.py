@@ -344,10 +344,18 @@ def _facts(ensemble: Ensemble) -> dict[str, Any]:
         "network": "{model} of width {width}".format(**content["network"]),
     }
     facts |= {f"--{key}": protocol_of(ensemble, key) for key in SAME}
-    for key in SAME_SHARPNESS:
-        if sharpness and (key not in PARTS_OF or PARTS_OF[key] & sharpness.get("result", {}).keys()):
-            facts[f"--{key} of the sharpness"] = sharpness["protocol"].get(key)
+    for part in [name for name in sharpness.get("result", {}) if name != "missing"]:
+        protocol = sharpness_protocol(ensemble, part)
+        for key in SAME_SHARPNESS:
+            if part in PARTS_OF.get(key, {part}):
+                facts[f"{part}: --{key} of the sharpness"] = protocol.get(key)
     return facts
+
+
+def sharpness_protocol(ensemble: Ensemble, part: str) -> dict[str, Any]:
+    """The options that a part of the sharpness was measured with: its own, which later calls for other parts keep."""
+    sharpness = ensemble.content["sharpness"]
+    return sharpness["protocol"] | sharpness["result"].get(part, {}).get("protocol", {})
 
 
 def setting_of(content: dict[str, Any]) -> str:
