@@ -200,12 +200,17 @@ def _steepest(weights: _Weights) -> list[Tensor]:
     length = 0.0
     for g, scale in zip(weights.grads, weights.scales, strict=True):
         length = length + g.mul_(scale).square().sum()
-    if length == math.inf:  # squares overflow long before the gradient does
-        torch._foreach_mul_(weights.grads, 1 / max(g.abs().max().item() for g in weights.grads))
+    if length == math.inf:
+        _scale_down(weights.grads)
         length = sum(g.square().sum() for g in weights.grads)
     if length > 0:
         torch._foreach_mul_(weights.grads, 1 / length.sqrt().item())
     return weights.grads
+
+
+def _scale_down(grads: list[Tensor]) -> None:
+    """Divide gradients, in place, by their largest entry: their squares overflow long before they do themselves."""
+    torch._foreach_mul_(grads, 1 / max(g.abs().max().item() for g in grads))
 
 
 def _tight_linf(weights: _Weights, rho: float, n_iters: int) -> None:
@@ -250,6 +255,9 @@ def _apgd(weights: _Weights, rho: float, n_iters: int, norm: str) -> None:
         z = [torch.empty_like(s) for s in weights.scales] if spare is None else spare
         if norm == "l2":
             length = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(weights.grads))).item()
+            if length == math.inf:
+                _scale_down(weights.grads)
+                length = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(weights.grads))).item()
             for out, u, scale, g in zip(z, point, weights.scales, weights.grads, strict=True):
                 torch.addcmul(u, scale, g, value=step / max(length, 1e-30), out=out)
             multiplier = _project(z, weights.scales, rho, multiplier)
