@@ -19,11 +19,13 @@ from the theory.json that this leaves beside them: --from results/theory/theory.
 """
 
 import argparse
+import os
 import sys
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ["MPLBACKEND"] = "agg"  # figures need no display, and matplotlib refuses to start by an unknown backend
 
 from matplotlib.figure import Figure
 from tqdm import tqdm

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -21,6 +22,7 @@ from utils import InputError, RunError, first_line
 MAX_JSON, MAX_FILE, MAX_TEXT = 2**28, 2**28, 2**24
 # What systems answer that cannot sync a folder: FUSE, network and Windows file systems, folders without read access.
 NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
+NOT_FINITE = "not_finite"  # the key in our JSON files under which their infinities and nans are named
 
 
 @contextmanager
@@ -79,8 +81,67 @@ def write_atomically(path: str | Path, content: bytes, previous: Path | None = N
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
-    """Atomically write a value as JSON; with indent None on one line."""
-    write_atomically(path, (json.dumps(value, indent=indent) + "\n").encode())
+    """Atomically write a value as `json_text`; with indent None on one line."""
+    write_atomically(path, (json_text(value, indent) + "\n").encode())
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """A value as JSON, which has no infinity and no nan.
+
+    They become null, and `not_finite` of the dict says what each was, by its place as a JSON pointer (RFC 6901):
+    {"result": {"fisher": null}, "not_finite": {"/result/fisher": "inf"}}. `parse_json` restores them.
+
+    Raises:
+        ValueError: for a number that is not finite in anything but a dict.
+    """
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        if not isinstance(value, dict):
+            raise
+    found: dict[str, str] = {}
+    return json.dumps(_with_nulls(value, "", found) | {NOT_FINITE: found}, indent=indent, allow_nan=False)
+
+
+def _with_nulls(value: Any, place: str, found: dict[str, str]) -> Any:
+    """The value with None for numbers that are not finite, which are added to `found` by their place."""
+    if isinstance(value, float) and not math.isfinite(value):
+        found[place] = str(float(value))
+        return None
+    if isinstance(value, dict):
+        names = {key: str(key).replace("~", "~0").replace("/", "~1") for key in value}
+        return {key: _with_nulls(item, f"{place}/{names[key]}", found) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_nulls(item, f"{place}/{i}", found) for i, item in enumerate(value)]
+    return value
+
+
+def parse_json(text: str) -> Any:
+    """The value of a text of `json_text`, or of any JSON.
+
+    Raises:
+        ValueError: if it is not JSON, is nested too deeply, or names numbers as not finite that are not there.
+    """
+    try:
+        content = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(content, dict) or NOT_FINITE not in content:
+        return content
+    words = content.pop(NOT_FINITE)
+    try:
+        for place, word in words.items():
+            *keys, last = (key.replace("~1", "/").replace("~0", "~") for key in place.split("/")[1:])
+            target = content
+            for key in keys:
+                target = target[int(key) if isinstance(target, list) else key]
+            last = int(last) if isinstance(target, list) else last
+            if target[last] is not None or word not in ("inf", "-inf", "nan"):
+                raise ValueError
+            target[last] = float(word)
+    except (AttributeError, LookupError, TypeError, ValueError):
+        raise ValueError(f"its {NOT_FINITE} does not fit its numbers") from None
+    return content
 
 
 def write_array(path: str | Path, array: np.ndarray) -> None:
@@ -95,17 +156,14 @@ def load_json(path: str | Path) -> Any:
 
     Raises:
         OSError: if it cannot be read.
-        ValueError: if it is not JSON, is nested too deeply, is larger than any file of a run, or is not a file.
+        ValueError: as `parse_json`, or if it is larger than any file of a run, or is not a file.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
         raise ValueError("not a file")
     if path.stat().st_size > MAX_JSON:
         raise ValueError(f"larger than {MAX_JSON} bytes")
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+    return parse_json(path.read_text("utf-8"))
 
 
 def read_json(path: str | Path, remedy: str) -> dict[str, Any]:

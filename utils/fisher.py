@@ -18,7 +18,7 @@ from torch.func import functional_call, grad, vjp, vmap
 from models.resnet import Pointwise
 from models.resnet_tiny import Scale
 from models.vit import Tokens
-from utils.hessian import full_float32, matching_parameters, refuse_train_mode
+from utils.hessian import full_float32, matching_parameters, refuse_train_mode, to_float64
 
 CHUNK_NUMBERS = 2**21  # in a layer's working set (8 MiB in float32): the samples of a batch are taken in groups
 NARROW = 8  # convolutions with fewer input channels have all their kernel offsets in one product
@@ -112,7 +112,7 @@ def ntk_gram(model: nn.Module, images: Tensor, params: str | None = r"weight$") 
         mine = gradients(images[rows])
         for columns in blocks[: i + 1]:
             other = mine if columns == rows else gradients(images[columns])
-            product = (mine @ other.T).double().cpu()
+            product = to_float64(mine @ other.T)
             gram[rows, columns], gram[columns, rows] = product, product.T
     return gram
 
