@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from models import MODELS
-from utils import InputError, RunError, out_of_memory
+from utils import InputError, RunError, out_of_memory, printable
 from utils.datasets import CORRUPTIONS, DATASETS, SEVERITIES, SPLITS
 from utils.files import broken_link
 
@@ -142,13 +142,8 @@ def fail(message: str, status: int) -> NoReturn:
     if os.environ.get("RANK", "0") != "0":
         time.sleep(1)  # torchrun ends the other ranks once one has failed: a message that all share is printed once
     line = re.sub(r"\s*[\r\n]+\s*", " ", message.strip())
-    print(f"{script}: error: {escaped(line)}", file=sys.stderr)
+    print(f"{script}: error: {printable(line)}", file=sys.stderr)
     sys.exit(status)
-
-
-def escaped(text: str) -> str:
-    """A text that may quote a file or a flag, which must not be able to control the terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
@@ -184,7 +179,7 @@ def boolean(text: str) -> bool:
 
 def path(text: str) -> Path:
     """An argument type: a path, at which there may be nothing yet. `~` is the home folder, also in `--flag=~/x`."""
-    shown = escaped(text[:200])
+    shown = printable(text[:200])
     if not text:
         raise argparse.ArgumentTypeError("expected a path, got an empty one")
     if any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in text):  # control characters, separators of lines
