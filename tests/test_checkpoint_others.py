@@ -258,6 +258,10 @@ NAMED = {
         lambda: saved(STATE, _use_new_zipfile_serialization=False, pickle_protocol=4),
         "of an older torch (before 1.6)",
     ),
+    "a model in the old form": (
+        lambda: saved(nn.Sequential(nn.Linear(2, 2)), _use_new_zipfile_serialization=False),
+        "a whole model",
+    ),
     "the oldest form": (lambda: tar("storages"), "of an older torch (before 1.6)"),
     "a model": (lambda: saved(nn.Sequential(nn.Linear(2, 2))), "got a whole model"),
     "a model of this repository": (lambda: saved({"model": NET, "epoch": 3}), "got a whole model"),
