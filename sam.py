@@ -224,6 +224,6 @@ def _choose(condition: Tensor, new: list[Tensor], old: list[Tensor]) -> None:
     """
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     new, old = ([t.detach().view(kinds[t.element_size()]) for t in tensors] for tensors in (new, old))
-    condition = condition.to(torch.int64)
+    condition = condition.to(new[0].dtype)
     torch._foreach_mul_(new, condition)
     torch._foreach_add_(new, torch._foreach_mul(old, 1 - condition))

@@ -89,7 +89,8 @@ READ = {
     "model": {"model": STATE, "arch": "resnet", "optimizer": {"state": {"a.b": torch.ones(1)}}},
     "weights": {"weights": STATE},
     "params": {"params": STATE},
-    "a key that nobody knows": {"teacher_weights": STATE, "loss": 0.5},
+    "a key that nobody knows": {"teacher_weights": STATE, "optimizer": {"exp.avg": torch.ones(1)}},
+    "a tensor with a dot beside": {"state_dict": STATE, "best.acc": torch.ones(1)},
     "keys in keys": {"checkpoint": {"model": {"state_dict": STATE}}, "seed": 5},
     "weights and their average": {"ema": {n: t + 1 for n, t in STATE.items()}, "model": STATE},
     "bare": STATE,
@@ -172,6 +173,7 @@ def test_networks_are_inferred(model, size, classes, tmp_path):
     ("content", "message"),
     [
         ({"G": STATE, "D": STATE.copy()}, "it holds weights under 'G', 'D'; save those alone"),
+        ({"G": STATE, "D": {"x": STATE.copy()}}, "it holds weights under 'G', 'D.x'; save those alone"),
         ({"ema": {"online": STATE, "target": STATE.copy()}}, "it holds weights under 'ema.online', 'ema.target'"),
         (prefixed("module.") | STATE, "the weights of a network twice"),
         ({"args": 1, "epoch": 3}, "expected named tensors, as in a state_dict, got a dict of 'args', 'epoch'"),
@@ -180,7 +182,17 @@ def test_networks_are_inferred(model, size, classes, tmp_path):
         ({n: t for n, t in STATE.items() if "layer3.1" not in n}, "no network known here"),
         ({n: t for n, t in STATE.items() if "layer3.1.bn1" not in n}, "it lacks layer3.1.bn1.weight"),
     ],
-    ids=["two networks", "two in one", "twice", "no tensors", "a tensor", "other names", "other depth", "incomplete"],
+    ids=[
+        "two networks",
+        "at two depths",
+        "two in one",
+        "twice",
+        "no tensors",
+        "a tensor",
+        "other names",
+        "other depth",
+        "incomplete",
+    ],
 )
 def test_weights_that_cannot_be_told(content, message, tmp_path):
     with pytest.raises(InputError) as error:
@@ -245,6 +257,10 @@ NAMED = {
     "the old form, protocol 4": (
         lambda: saved(STATE, _use_new_zipfile_serialization=False, pickle_protocol=4),
         "of an older torch (before 1.6)",
+    ),
+    "a model in the old form": (
+        lambda: saved(nn.Sequential(nn.Linear(2, 2)), _use_new_zipfile_serialization=False),
+        "a whole model",
     ),
     "the oldest form": (lambda: tar("storages"), "of an older torch (before 1.6)"),
     "a model": (lambda: saved(nn.Sequential(nn.Linear(2, 2))), "got a whole model"),
@@ -361,7 +377,7 @@ def test_names_of_many_parts(tmp_path):
     state = {name: torch.ones(1) for name in names}
     assert len(load_checkpoint(write(state, tmp_path / "x"))["state_dict"]) == 2
     circle = {"model": {}}
-    circle["model"]["net"] = circle
+    circle["model"] |= {f"net{i}": circle for i in range(1000)}
     with pytest.raises(DamagedError, match="not a checkpoint"):
         load_checkpoint(write(circle, tmp_path / "x"))
 

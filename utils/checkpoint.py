@@ -67,6 +67,7 @@ SAFETENSORS = {
 
 UNPACK = "unpack it and give the checkpoint in it"
 STATE_ALONE = "in the code that made it, save the weights alone by torch.save(model.state_dict(), FILE)"
+WHOLE_MODEL = f"a whole model, whose classes are code, and nothing was executed; {STATE_ALONE}"
 OLD_TORCH = (
     "a checkpoint of an older torch (before 1.6); save it anew, with any newer torch, by "
     "torch.save(torch.load(OLD, map_location='cpu', weights_only=True), NEW)"
@@ -197,7 +198,7 @@ def _other_file(content: bytes) -> str:
     if content.count(0) == len(content):
         return "a file of zeros, as unfinished copies are; download or copy it again"
     if OLD_MAGIC in content[:64]:
-        return OLD_TORCH
+        return WHOLE_MODEL if b"torch.nn.modules." in content[:MAX_PICKLE] else OLD_TORCH
     for start, what in OTHER_FILES.items():
         if re.match(start, content[:1024].removeprefix(b"\xef\xbb\xbf"), re.DOTALL):
             return what
@@ -273,8 +274,7 @@ def _check_pickle(data: bytes) -> bytes:
     for operation, argument, place in pickletools.genops(data):
         tuples += operation.name.startswith("TUPLE")
         if operation.name in ("GLOBAL", "SHORT_BINUNICODE") and argument.startswith("torch.nn.modules."):
-            what = "a whole model, whose classes are code, and nothing was executed"
-            raise _RefusedError(f"expected weights, got {what}; {STATE_ALONE}")
+            raise _RefusedError(f"expected weights, got {WHOLE_MODEL}")
         if operation.name == "GLOBAL" and argument.split() == ["builtins", "bytearray"]:
             raise pickle.UnpicklingError("GLOBAL builtins.bytearray")  # a number reserves its memory
         if data.startswith(ENCODE, place) and operation.name == "GLOBAL":
