@@ -321,7 +321,6 @@ def test_each_task_of_a_launcher_starts_the_whole_run(tasks, stopped, monkeypatc
 
 def overwrite(folder):
     """Start with --overwrite; whether an epoch that was there before is still there."""
-    (folder / "seed_1" / "note.txt").touch()
     mark = folder / "seed_1" / "sam_mask.npy"
     mark.write_bytes(b"of before")
     call([*FLAGS, "--overwrite", "--save_path", folder])
@@ -347,14 +346,17 @@ def test_overwrite_acts_once_in_a_job(variable, stopped, monkeypatch, capsys):
     assert not overwrite(stopped)
 
 
-def test_overwrite_with_a_member_on_another_disk(stopped, tmp_path, capsys):
+@pytest.mark.parametrize("more", ["note.txt", None])
+def test_overwrite_with_a_member_on_another_disk(more, stopped, tmp_path):
     """Its files go, the link stays, and what else lies there stays too."""
     shutil.move(stopped / "seed_1", tmp_path / "disk")
     (stopped / "seed_1").symlink_to(tmp_path / "disk")
-    assert not overwrite(stopped)
+    (tmp_path / "disk" / (more or "sam_mask.npy")).touch()
+    call([*FLAGS, "--overwrite", "--save_path", stopped])
     assert (stopped / "seed_1").is_symlink()
-    assert (tmp_path / "disk" / "note.txt").exists()
     assert (tmp_path / "disk" / "checkpoint.pth.tar").exists()
+    assert not (tmp_path / "disk" / "sam_mask.npy").exists()
+    assert more is None or (tmp_path / "disk" / more).exists()
 
 
 @pytest.mark.parametrize("kind", ["link", "file"])
