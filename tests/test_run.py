@@ -20,7 +20,16 @@ from tests.test_main import call, refused
 from utils import InputError, RunError, distributed
 from utils.files import write_atomically
 
+COMMIT = utils.run._commit  # which the tests of resuming replace
 FLAGS = ["--width", "2", "--epochs", "2", "--batch_size", "200", "--seed", "1", "--threads", "1"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_commit():
+    """Whatever is committed while the tests run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils.run, "_commit", lambda: "1234567")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -276,21 +285,21 @@ def test_the_commit_is_that_of_this_code(tmp_path, monkeypatch):
     code.parent.mkdir(parents=True)
     code.write_text("# this code")
     monkeypatch.setattr(utils.run, "__file__", str(code))
-    assert utils.run._commit() is None  # no repository at all
+    assert COMMIT() is None  # no repository at all
     git("init")
     git("commit", "--allow-empty", "-m", "first")
-    assert utils.run._commit() is None
+    assert COMMIT() is None
     git("add", ".")
     git("commit", "-m", "second")
     commit = git("rev-parse", "--short", "HEAD")
-    assert utils.run._commit() == commit
+    assert COMMIT() == commit
     monkeypatch.setenv("GIT_DIR", "/no/repository")
-    assert utils.run._commit() == commit
+    assert COMMIT() == commit
     monkeypatch.delenv("GIT_DIR")
     code.write_text("# changed")
-    assert utils.run._commit() == f"{commit}-dirty"
+    assert COMMIT() == f"{commit}-dirty"
     monkeypatch.setenv("PATH", "/nowhere")
-    assert utils.run._commit() is None  # no git
+    assert COMMIT() is None  # no git
 
 
 def test_more_threads_than_cores(stopped, monkeypatch, capsys):
