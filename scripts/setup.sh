@@ -23,25 +23,19 @@ wanted=$(cat requirements.txt "$requirements")
 installed=no
 [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && installed=yes
 
-# Whole is what runs, with pip where that is still to do; a half-made one is left by Ctrl-C, a missing ensurepip, or an
-# upgrade of Python.
-whole() {
-    "$VENV/bin/python" -c '' 2>/dev/null || return
-    [ $installed = yes ] || "$VENV/bin/python" -m pip --version >/dev/null 2>&1
-}
-
-if ! whole; then
+# A half-made one lacks a Python that is there, or pip: after Ctrl-C, without ensurepip, after an upgrade of Python.
+if [ ! -x "$VENV/bin/python" ] || { [ $installed = no ] && ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; }; then
     "${PYTHON:-python3}" -c "$new" 2>/dev/null || stop "expected Python 3.10 or newer; name one by PYTHON=/path/to/python"
-    # --clear empties the folder, so it must be an environment, or not be there.
-    [ ! -e "$VENV" ] || [ -f "$VENV/pyvenv.cfg" ] || [ -z "$(ls -A "$VENV")" ] ||
+    # --clear empties the folder, so one that somebody named must be an environment, or empty, or not be there.
+    [ "$VENV" = .venv ] || [ ! -e "$VENV" ] || [ -f "$VENV/pyvenv.cfg" ] || [ -z "$(ls -A "$VENV")" ] ||
         stop "$VENV: expected a virtual environment, got something else; remove it, or name another folder by VENV"
     echo "setup: making $VENV"
     "${PYTHON:-python3}" -m venv --clear "$VENV" ||
         stop "$VENV could not be made, see above; on Debian and Ubuntu, apt install python3-venv first"
     installed=no
 fi
-"$VENV/bin/python" -c "$new" || stop "$VENV: expected Python 3.10 or newer, got $("$VENV/bin/python" -V); remove it"
 if [ $installed = no ]; then
+    "$VENV/bin/python" -c "$new" || stop "$VENV: expected Python 3.10 or newer, got $("$VENV/bin/python" -V); remove it"
     echo "setup: installing $requirements (a few minutes, several GB with a CUDA build of torch)"
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements" ||
         stop "$requirements could not be installed, see above; without a network see INSTALL.md"

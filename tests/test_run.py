@@ -20,7 +20,16 @@ from tests.test_main import call, refused
 from utils import InputError, RunError, distributed
 from utils.files import write_atomically
 
+COMMIT = utils.run._commit  # which the tests of resuming replace
 FLAGS = ["--width", "2", "--epochs", "2", "--batch_size", "200", "--seed", "1", "--threads", "1"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_commit():
+    """Whatever is committed while the tests run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils.run, "_commit", lambda: "1234567")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -276,21 +285,21 @@ def test_the_commit_is_that_of_this_code(tmp_path, monkeypatch):
     code.parent.mkdir(parents=True)
     code.write_text("# this code")
     monkeypatch.setattr(utils.run, "__file__", str(code))
-    assert utils.run._commit() is None  # no repository at all
+    assert COMMIT() is None  # no repository at all
     git("init")
     git("commit", "--allow-empty", "-m", "first")
-    assert utils.run._commit() is None
+    assert COMMIT() is None
     git("add", ".")
     git("commit", "-m", "second")
     commit = git("rev-parse", "--short", "HEAD")
-    assert utils.run._commit() == commit
+    assert COMMIT() == commit
     monkeypatch.setenv("GIT_DIR", "/no/repository")
-    assert utils.run._commit() == commit
+    assert COMMIT() == commit
     monkeypatch.delenv("GIT_DIR")
     code.write_text("# changed")
-    assert utils.run._commit() == f"{commit}-dirty"
+    assert COMMIT() == f"{commit}-dirty"
     monkeypatch.setenv("PATH", "/nowhere")
-    assert utils.run._commit() is None  # no git
+    assert COMMIT() is None  # no git
 
 
 def test_more_threads_than_cores(stopped, monkeypatch, capsys):
@@ -321,7 +330,6 @@ def test_each_task_of_a_launcher_starts_the_whole_run(tasks, stopped, monkeypatc
 
 def overwrite(folder):
     """Start with --overwrite; whether an epoch that was there before is still there."""
-    (folder / "seed_1" / "note.txt").touch()
     mark = folder / "seed_1" / "sam_mask.npy"
     mark.write_bytes(b"of before")
     call([*FLAGS, "--overwrite", "--save_path", folder])
@@ -347,14 +355,17 @@ def test_overwrite_acts_once_in_a_job(variable, stopped, monkeypatch, capsys):
     assert not overwrite(stopped)
 
 
-def test_overwrite_with_a_member_on_another_disk(stopped, tmp_path, capsys):
+@pytest.mark.parametrize("more", ["note.txt", None])
+def test_overwrite_with_a_member_on_another_disk(more, stopped, tmp_path):
     """Its files go, the link stays, and what else lies there stays too."""
     shutil.move(stopped / "seed_1", tmp_path / "disk")
     (stopped / "seed_1").symlink_to(tmp_path / "disk")
-    assert not overwrite(stopped)
+    (tmp_path / "disk" / (more or "sam_mask.npy")).touch()
+    call([*FLAGS, "--overwrite", "--save_path", stopped])
     assert (stopped / "seed_1").is_symlink()
-    assert (tmp_path / "disk" / "note.txt").exists()
     assert (tmp_path / "disk" / "checkpoint.pth.tar").exists()
+    assert not (tmp_path / "disk" / "sam_mask.npy").exists()
+    assert more is None or (tmp_path / "disk" / more).exists()
 
 
 @pytest.mark.parametrize("kind", ["link", "file"])

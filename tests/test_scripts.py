@@ -142,6 +142,7 @@ def link_to_nothing(venv):
 
 
 def python_that_does_not_run(venv):
+    (venv / "installed-requirements.txt").unlink()
     (venv / "bin" / "python").write_text("#!/no/such/interpreter\n")
 
 
@@ -150,7 +151,12 @@ def no_pip(venv):
     write_program(venv / "bin" / "python", '[ "$1" = -c ]')
 
 
-@pytest.mark.parametrize("damage", [no_python, link_to_nothing, python_that_does_not_run, no_pip])
+def no_description(venv):
+    no_python(venv)
+    (venv / "pyvenv.cfg").unlink()
+
+
+@pytest.mark.parametrize("damage", [no_description, no_python, link_to_nothing, python_that_does_not_run, no_pip])
 def test_setup_makes_a_half_made_environment_anew(damage, setup):
     setup()
     (setup.folder / ".venv" / "old").touch()
@@ -160,6 +166,15 @@ def test_setup_makes_a_half_made_environment_anew(damage, setup):
     assert "setup: making .venv" in output
     assert "installing" in output
     assert not (setup.folder / ".venv" / "old").exists()
+
+
+def test_setup_with_an_environment_of_an_old_python(setup):
+    """Made by hand, perhaps with more in it."""
+    setup()
+    (setup.folder / ".venv" / "installed-requirements.txt").unlink()
+    write_program(setup.folder / ".venv" / "bin" / "python", 'case "$1" in -c) exit 1 ;; -V) echo Python 3.8.1 ;; esac')
+    status, output = setup()
+    assert (status, output) == (2, "setup: .venv: expected Python 3.10 or newer, got Python 3.8.1; remove it\n")
 
 
 def test_setup_without_ensurepip(setup):
