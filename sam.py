@@ -145,11 +145,20 @@ class SAM(torch.optim.Optimizer):
             self.zero_grad()
 
     def _step_if_finite(self) -> None:
-        """Take the step in any case, and take it back where it must not be, which only the device knows."""
+        """Take the step where it is finite. Another device than the CPU takes it in any case, and takes it back: to know
+        whether, the program would have to wait for it.
+        """
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not params:
             return
         finite = self._finite & torch.isfinite(_norm([p.grad for p in params]))
+        skipped = (~finite).to(torch.int64)
+        total, in_a_row = self.skipped.to(finite.device, non_blocking=True)
+        self.skipped = torch.stack([total + skipped, (in_a_row + 1) * skipped])
+        if finite.device.type == "cpu":
+            if finite:
+                self.base_optimizer.step()
+            return
 
         def state() -> dict[tuple[Tensor, str], Tensor]:
             kept = {(p, name): value for p in params for name, value in self.state.get(p, {}).items()}
@@ -161,9 +170,6 @@ class SAM(torch.optim.Optimizer):
         after = state()
         old = [before[key] if key in before else torch.zeros_like(value) for key, value in after.items()]
         _choose(finite, [*params, *after.values()], [*(self._saved[p] for p in params), *old])
-        skipped = (~finite).to(torch.int64)
-        total, in_a_row = self.skipped.to(finite.device, non_blocking=True)
-        self.skipped = torch.stack([total + skipped, (in_a_row + 1) * skipped])
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:
         """One whole SAM step. `closure` clears the gradients, computes the loss, calls backward and returns the loss.
@@ -222,6 +228,10 @@ def _choose(condition: Tensor, new: list[Tensor], old: list[Tensor]) -> None:
 
     The bits are multiplied by 1 or 0, as whole numbers: a float that is not finite would survive a product with 0.
     """
+    if condition.device.type == "cpu":
+        if not condition:
+            torch._foreach_copy_(new, old)
+        return
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     new, old = ([t.detach().view(kinds[t.element_size()]) for t in tensors] for tensors in (new, old))
     condition = condition.to(new[0].dtype)
