@@ -145,9 +145,7 @@ class SAM(torch.optim.Optimizer):
             self.zero_grad()
 
     def _step_if_finite(self) -> None:
-        """Take the step where it is finite. Another device than the CPU takes it in any case, and takes it back: to know
-        whether, the program would have to wait for it.
-        """
+        """Take the step where it is finite; a GPU, which must not be waited for, takes it and takes it back."""
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not params:
             return
