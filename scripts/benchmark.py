@@ -99,7 +99,7 @@ def step(share: float, width: int = 16, size: int = 128) -> Timed:
     model, (images, labels) = network(width), batch(size)
     optimizer = SAM(model.parameters(), rho=0.1, lr=1e-3, momentum=0.9, weight_decay=5e-4)
     mask = torch.arange(size, device="cpu") < round(size * share)
-    parts = [part for part in (~mask, mask, mask) if part.any()]
+    parts = [part.to(images.device) for part in (~mask, mask, mask) if part.any()]
     copies = [(images[part], labels[part]) for part in parts]
 
     def passes() -> None:
@@ -192,9 +192,9 @@ def epoch(width: int) -> Timed:
     return {"epoch of main.py": ours, "passes": passes}
 
 
-def epochs(samples: int = 512, members: int = 1, count: int = 1, width: int = 8) -> Timed:
-    """Epochs of members in turn, without SAM."""
-    data, models = synthetic(samples), [network(width) for _ in range(members)]
+def epochs(samples: int = 512, members: int = 1, count: int = 1) -> Timed:
+    """Epochs of members of width 8 in turn, without SAM."""
+    data, models = synthetic(samples), [network(8) for _ in range(members)]
     optimizers = [SAM(model.parameters(), rho=0.1, lr=1e-3) for model in models]
     mask = torch.zeros(samples, dtype=torch.bool, device="cpu")
 

@@ -5,6 +5,8 @@ slow on a GPU shows: a CPU tensor of one or more dimensions among its own is ref
 listed in `reads`.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _foreach_supported_types
@@ -13,7 +15,7 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 
 # Their results, or the sizes of these, depend on values: the host has to wait for them.
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "bincount"}
-MIXES = {"copy_", "_copy_from", "_copy_from_and_resize"}  # from one device to the other
+MIXES = {"copy_", "_to_copy"}  # from one device to the other
 reads: list[str] = []
 
 
@@ -59,7 +61,7 @@ def compute(function, *args, **kwargs):
     if strangers and name not in MIXES:
         raise RuntimeError(f"{name}: expected all tensors on {DEVICE}, got one of {list(strangers[0].shape)} on cpu")
     held = {id(leaf.inner): leaf for leaf in leaves if isinstance(leaf, SimulatedTensor)}
-    to_cpu = CPU in leaves or (name in MIXES and type(args[0]) is not SimulatedTensor)
+    to_cpu = CPU in leaves or (name == "copy_" and type(args[0]) is Tensor)
     masks = name.startswith("index") and any(leaf.dtype == torch.bool for leaf in held.values() if leaf is not args[0])
     if name in WAITS or to_cpu or masks:
         reads.append(name)
@@ -95,5 +97,6 @@ def in_bfloat16(operation):
 _rest, _aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
 _rest.fallback(compute, "PrivateUse1")  # operations that make a tensor on the device from none
 _rest.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+_aten.impl("_to_copy", partial(compute, torch.ops.aten._to_copy.default), "PrivateUse1")  # of torch.tensor
 for _name in ("conv2d", "linear", "matmul", "scaled_dot_product_attention"):
     _aten.impl(_name, in_bfloat16(getattr(torch.ops.aten, _name)), "AutocastPrivateUse1")

@@ -27,6 +27,7 @@ import utils.landscape
 import utils.predictions
 from models import create_model
 from sam import SAM
+from scripts import benchmark
 from tests.test_ensemble import results
 from utils.fisher import per_sample_fisher
 from utils.hessian import top_eigenpairs
@@ -38,12 +39,11 @@ if os.environ.get("SIMULATED_DEVICE"):
     from tests import simulated_device as sim
 METHODS = {
     "plain": [],
-    "SAM": ["--sam", "--bn_perturbed", "freeze"],
     "ASAM, averages": ["--sam", "--sam_adaptive", "--average_from", "1"],
     "released": ["--sam", "--flat_ratio", "0.4", "--average_from", "1"],
     "paper, bf16": ["--sam", "--flat_ratio", "0.4", "--partition", "paper", "--amp", "bf16"],
     "random": ["--sam", "--flat_ratio", "0.4", "--partition", "random", "--match_size"],
-    "same": ["--sam", "--flat_ratio", "0.4", "--partition", "same"],
+    "same": ["--sam", "--bn_perturbed", "freeze", "--flat_ratio", "0.4", "--partition", "same"],
 }
 
 
@@ -164,6 +164,25 @@ def test_scores_and_a_step_of_other_networks(model):
     # Attention is other operations where it is not fused.
     exact = {"rtol": 1e-4, "atol": 1e-6} if model == "vit_t" else {"rtol": 0, "atol": 0}
     torch.testing.assert_close(*found, **exact)
+
+
+@simulated
+def test_the_benchmark_runs_there(monkeypatch):
+    synthetic = benchmark.synthetic
+    monkeypatch.setattr(benchmark, "synthetic", lambda images: synthetic(max(images // 64, 2)))
+    cases = [
+        lambda: benchmark.fisher(2, 4),
+        lambda: benchmark.step(0.5, 2, 4),
+        lambda: benchmark.epoch(2),
+        lambda: benchmark.worst_case("tight", "l2", 2, 1, 2),
+        lambda: benchmark.hessian(4, 4),
+        lambda: benchmark.prediction(512),
+    ]
+    for case in cases:
+        with torch.device("sim"):
+            functions = case()
+        for function in functions.values():
+            function()
 
 
 @simulated
