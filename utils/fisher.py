@@ -18,7 +18,7 @@ from torch.func import functional_call, grad, vjp, vmap
 from models.resnet import Pointwise
 from models.resnet_tiny import Scale
 from models.vit import Tokens
-from utils.hessian import matching_parameters, refuse_train_mode
+from utils.hessian import full_precision, matching_parameters, refuse_train_mode
 
 CHUNK_NUMBERS = 2**21  # in a layer's working set (8 MiB in float32): the samples of a batch are taken in groups
 NARROW = 8  # convolutions with fewer input channels have all their kernel offsets in one product
@@ -34,6 +34,7 @@ class _NeedsWholeModelError(Exception):
     """The model uses a layer twice or shares a parameter: norms of its layers do not add up."""
 
 
+@full_precision()
 def per_sample_fisher(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Squared norm of each sample's loss gradient: s_i = ||grad_theta CE(f(x_i), y_i)||_2^2.
 
@@ -73,6 +74,7 @@ def per_sample_fisher(model: nn.Module, images: Tensor, labels: Tensor) -> Tenso
         return _by_vmap(model, images, labels)
 
 
+@full_precision()
 def ntk_gram(model: nn.Module, images: Tensor, params: str | None = r"weight$") -> Tensor:
     """Inner products of the gradients of the summed logits: K_ij = <grad sum_c f_c(x_i), grad sum_c f_c(x_j)>.
 

@@ -183,6 +183,26 @@ def refuse_train_mode(model: nn.Module, what: str) -> None:
         raise ValueError(f"{what} is measured in eval mode: call model.eval() first")
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """float32 matrix products and convolutions with all 24 bits; the settings are as before afterwards.
+
+    By default recent GPUs convolve in TF32, of 11 bits, in which small differences of losses and gradients are lost.
+    """
+    backends = torch.backends
+    # Those of cudnn together: torch cannot read its older switch for both where they differ.
+    switches = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    switches += [backends.mkldnn.matmul, backends.mkldnn.conv]
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        yield
+    finally:
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
+
+
 def matching_parameters(model: nn.Module, params: str | None) -> list[nn.Parameter]:
     """The trainable parameters in whose names a regular expression is found; all of them for None.
 
@@ -199,6 +219,7 @@ def matching_parameters(model: nn.Module, params: str | None) -> list[nn.Paramet
     return found
 
 
+@full_precision()
 def hessian_trace(
     model: nn.Module,
     batches: Batches,
@@ -262,6 +283,7 @@ def top_eigenvalues(
     return top_eigenpairs(model, batches, k, params, tolerance)[0]
 
 
+@full_precision()
 def top_eigenpairs(
     model: nn.Module, batches: Batches, k: int = 1, params: str | None = None, tolerance: float = 1e-3
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.hessian import Batches, matching_parameters, refuse_train_mode
+from utils.hessian import Batches, full_precision, matching_parameters, refuse_train_mode
 
 NORMS = ("l2", "linf")
 MAXIMISERS = ("tight", "apgd")
@@ -27,6 +27,7 @@ AVERAGED_STEPS = 6
 SMALLEST = 1e-37  # avoids 0 / 0
 
 
+@full_precision()
 def worst_case_sharpness(
     model: nn.Module,
     batches: Batches,
@@ -297,6 +298,7 @@ def _project(z: list[Tensor], scales: list[Tensor], rho: float, multiplier: floa
     return multiplier
 
 
+@full_precision()
 def average_sharpness(
     model: nn.Module,
     batches: Batches,
