@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in zip(("width", "epochs", "batch_size", "lr"), RECIPES[args.data], strict=True):
         if getattr(args, name) is None:
             setattr(args, name, value)
-    check_method(parser, args)
+    check_method(parser, args, given)
     usual = USUAL_RHO[args.sam_adaptive]
     if args.rho is None:
         args.rho = usual if args.sam else 0.0
@@ -102,7 +102,7 @@ def words_of(parser: cli.Parser, folder: Path) -> list[str]:
         parser.error(str(error))
     words = []
     for name, value in settings.items():
-        if value is not None and name not in ("resume", "checkpoint", "overwrite", "evaluate"):
+        if value is not None and name not in ("resume", "checkpoint", "overwrite", "evaluate", "draws"):
             text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
             words.append(f"--{name}={text}")
     return words
@@ -113,17 +113,20 @@ def settings_of(args: argparse.Namespace) -> Settings:
     return Settings(**{name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")})
 
 
-def check_method(parser: cli.Parser, args: argparse.Namespace) -> None:
-    """Refuse settings that contradict each other, and note those that have no effect."""
+def check_method(parser: cli.Parser, args: argparse.Namespace, given: dict[str, Any]) -> None:
+    """Refuse settings that contradict each other, and refuse or note those that are given and have no effect."""
     drawn = PARTITION_RULE[args.partition] in SCORE_FREE
     if args.flat_ratio and not args.sam:
         way_out = "so that no sample could have SAM; add --sam, or leave --flat_ratio out"
         parser.error(f"--flat_ratio: {args.flat_ratio} given without --sam, {way_out}")
     if args.sam_adaptive and not args.sam:
         parser.error("--sam_adaptive: given without --sam; add --sam, or leave it out")
-    for name, value in (("unselected", args.unselected), ("partition", args.partition if drawn else None)):
+    if "bn_perturbed" in given and not args.sam:
+        parser.error("--bn_perturbed: given without --sam; add --sam, or leave it out")
+    partition = args.partition if drawn else given.get("partition")
+    for name, value in (("unselected", args.unselected), ("partition", partition)):
         if value and not args.flat_ratio:
-            parser.error(f"--{name}: {value} given without a --flat_ratio above 0; add one")
+            parser.error(f"--{name}: {value} given without a --flat_ratio above 0; add one, or leave it out")
     if args.match_size and not drawn:
         parser.error("--match_size: given without --partition random or same, whose sets it sizes")
     if args.average_from is not None and args.average_from >= args.epochs:
@@ -135,6 +138,8 @@ def check_method(parser: cli.Parser, args: argparse.Namespace) -> None:
     drawn = drawn and not args.match_size
     if args.rho and not args.sam:
         note(f"--rho {args.rho} has no effect without --sam")
+    if "initial_epochs" in given and not args.flat_ratio:
+        note(f"--initial_epochs {args.initial_epochs} has no effect without a --flat_ratio above 0")
     if args.unselected and drawn:
         note(f"--unselected {args.unselected} has no effect with --partition {args.partition}")
     if args.augmentation == "flip" and not DATASETS[args.data].preprocessing.flip:

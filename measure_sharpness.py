@@ -73,12 +73,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_option(group, "probes", "products with H of hessian_t", cli.number(int, 2), "N", default=30)
     cli.add_option(group, "top_k", "eigenvalues of hessian_e", cli.COUNT, "K", default=5)
     cli.add_option(group, "ntk_samples", "images of the NTK", cli.number(int, 2), "N", default=100)
-    cli.add_option(group, "params", "only parameters whose names match (default: all; NTK: weight$)", str, "REGEX")
+    text = "only parameters whose names match (default: all; NTK: weight$); not in fisher"
+    cli.add_option(group, "params", text, str, "REGEX")
     args = parser.parse_args(argv)
     if args.n_draws % 2:
         parser.error(f"--n_draws: expected an even number, since draws come in pairs, got {args.n_draws}")
     if args.trace_method == "hutch++" and args.probes < 6:
         parser.error(f"--probes: expected 6 or more for hutch++, got {args.probes}")
+    if args.params is not None and "fisher" in args.mode:
+        parser.error("--params: has no effect on --mode fisher, which takes all parameters; leave one of the two out")
     return args
 
 

@@ -592,6 +592,9 @@ def test_bad_input(saved, tmp_path, capsys):
     assert f"--save {tmp_path / 'file'}: cannot be written" in line
     line = refused(capsys, "sharpness", "--resume", *paths, "--params", "nothing", *common)
     assert "--params: no trainable parameter matches 'nothing'" in line
+    for mode in ("fisher", "all", "NTK,fisher"):
+        line = refused(capsys, "sharpness", "--resume", *paths, "--params", "weight", "--mode", mode, *common)
+        assert "--params: has no effect on --mode fisher" in line
     for flags in (["--n_draws", 5], ["--rho0", 0], ["--norms", "l1"], ["--probes", 5, "--trace_method", "hutch++"]):
         assert flags[0] in refused(capsys, "sharpness", "--resume", *paths, *flags, *common)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("*.json"))

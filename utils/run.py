@@ -29,7 +29,7 @@ from tqdm import tqdm
 from utils import InputError, RunError, distributed, first_line
 from utils.data import Data
 from utils.files import broken_link, load_json, write_atomically, write_json
-from utils.partition import SCORE_FREE
+from utils.partition import DRAWS, SCORE_FREE
 
 try:
     import fcntl
@@ -44,9 +44,9 @@ PREVIOUS, PARTIAL = "checkpoint_previous.pth.tar", "checkpoint_partial.pth.tar"
 MEMBER_FILES = (*CHECKPOINTS.values(), PREVIOUS, PARTIAL, "log.jsonl", "fisher.npy", "sam_mask.npy")
 
 # Settings that do not change what is computed: they may differ when a run is resumed. Data are compared by their
-# content, not by their path. The last four are of earlier versions.
+# content, not by their path. `draws` is what the run began with; the last four are of earlier versions.
 FREE_SETTINGS = ("data_path", "train_idx_path", "val_idx_path", "download", "device", "threads", "jobs", "save_path")
-FREE_SETTINGS += ("save_every", "resume", "checkpoint", "overwrite", "evaluate")
+FREE_SETTINGS += ("save_every", "draws", "resume", "checkpoint", "overwrite", "evaluate")
 # Settings that earlier versions lack, and what these versions did. They count where they differ from it.
 OLD_DEFAULTS = {"match_size": None, "augmentation": "standard", "label_noise": 0.0, "average_from": None}
 # What of the environment a run may go on without, though the last bits of floats, or the code, differ then.
@@ -99,8 +99,15 @@ class Settings:
         return "sharpbalance" if self.flat_ratio else "deep_ensemble_sam"
 
     def recorded(self) -> dict[str, Any]:
-        """The settings as JSON holds them."""
-        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+        """The settings as JSON holds them; where sets are drawn, also by which generator."""
+        settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+        return settings | ({"draws": DRAWS} if self.partition in SCORE_FREE else {})
+
+
+def _without_effect(settings: dict[str, Any]) -> set[str]:
+    """The settings that change nothing beside the others."""
+    sets = () if settings.get("flat_ratio") else ("initial_epochs", "partition", "unselected", "match_size")
+    return {*sets, *(() if settings.get("sam") else ("rho", "sam_adaptive", "bn_perturbed"))}
 
 
 def current_settings(recorded: dict[str, Any]) -> dict[str, Any]:
@@ -382,10 +389,11 @@ class Run:
         way_out = "give the same settings to resume it, another --save_path, or --overwrite to start anew"
         before, here = read_settings(self.folder), self.settings.recorded()
         check_known(self.folder, before)
+        free = {*FREE_SETTINGS, *(_without_effect(before) & _without_effect(here))}
         differ = [
             f"--{name} {_words(value)} here, {_words(before.get(name))} there"
             for name, value in here.items()
-            if name not in FREE_SETTINGS and before.get(name) != value
+            if name not in free and before.get(name) != value
         ]
         if differ:
             raise InputError(f"--save_path {self.folder}: a run of other settings ({'; '.join(differ)}); {way_out}")
