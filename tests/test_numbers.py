@@ -17,7 +17,6 @@ from utils import cli
 from utils.checkpoint import load_model
 from utils.datasets import load_data
 from utils.files import write_json
-from utils.run import Run
 
 TINY = ["--width", "2", "--epochs", "2", "--initial_epochs", "1", "--lr", "0.01", "--sam", "--rho", "0.05"]
 SMALL = ["--n_iters", "2", "--n_draws", "4", "--probes", "6", "--top_k", "2"]
