@@ -175,6 +175,8 @@ def test_no_more_images_at_once_than_a_step(tmp_path, monkeypatch):
     words = ["--resume", str(folder), "--split", "val", "--save", str(tmp_path / "measured"), "--bootstrap", "0"]
     measure_diversity.main(measure_diversity.parse_args(words))
     assert max(seen) == 20
+    result = json.loads((tmp_path / "measured" / "diversity.json").read_text())
+    assert result["environment"]["float32"]["derivatives"] == "ieee"
     for seed in (13, 17):
         torch.manual_seed(seed)
         model = create("resnet18", 10, 2, 8, 1).eval()

@@ -310,6 +310,10 @@ class Measurement:
         if corrupted:
             digests = json.dumps([(name, self.predictions.digests[name]) for name in corrupted])
             data = data | {"sha256_of_corrupted": hashlib.sha256(digests.encode()).hexdigest()}
+        device = self.data.train.device
+        backend = torch.backends.cudnn if device.type == "cuda" else torch.backends.mkldnn
+        # Of float32 products: scores, Hessian, sharpness and NTK are taken in full, predictions as torch is set.
+        precision = {"derivatives": "ieee", "predictions": backend.conv.fp32_precision}
         write_json(
             path,
             {
@@ -319,7 +323,7 @@ class Measurement:
                 "trained": self.trained,
                 "data": data,
                 "protocol": protocol,
-                "environment": environment(self.data.train.device),
+                "environment": environment(device) | {"float32": precision},
                 "result": result,
             },
         )
