@@ -177,8 +177,6 @@ def _table(rows: list[list[str]], form: str) -> str:
     if form == "text":
         return tabulate(zip(*rows, strict=True), tablefmt="plain", disable_numparse=True) + "\n"
     style = {"markdown": "github", "latex": "latex"}[form]
-    if form == "markdown":
-        rows = [list(map(table_cell, row)) for row in rows]
     text = tabulate(rows[1:], rows[0], style, disable_numparse=True, colalign=("left",), stralign="right")
     return (text.replace("±", r"$\pm$") if form == "latex" else text) + "\n"
 
