@@ -465,6 +465,62 @@ def test_a_method_has_one_name_and_colour(tmp_path):
     assert unknown.label == "theirs"
 
 
+# Machado, Oliveira and Fernandes, "A physiologically-based model for simulation of color vision deficiency", 2009:
+# matrices of linear RGB for no deficiency, and for severity 1.0 of each.
+SIGHT = {
+    "normal": np.eye(3),
+    "protanope": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranope": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritanope": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+TO_XYZ = np.array(
+    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.119192, 0.9503041]]
+)
+
+
+def linear(colours):
+    """Linear RGB of sRGB colours, [N, 3]."""
+    values = np.array([plots.to_rgb(colour) for colour in colours])
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+def contrasts(colours):
+    """WCAG's contrast of each colour to white."""
+    return 1.05 / (linear(colours) @ TO_XYZ[1] + 0.05)
+
+
+def least_distance(colours, sight):
+    """The least CIE76 distance of two colours."""
+    xyz = np.clip(linear(colours) @ np.array(SIGHT[sight]).T, 0, 1) @ TO_XYZ.T / TO_XYZ.sum(axis=1)
+    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz * (29 / 6) ** 2 / 3 + 4 / 29)
+    lab = np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], axis=1)
+    return min(np.linalg.norm(a - b) for a, b in itertools.combinations(lab, 2))
+
+
+def test_the_palette_can_be_read():
+    """On white paper; and the measures find what could not be read in an earlier palette."""
+    palette = [*{method.colour for method in METHODS.values()}, plots.SHADES["sam"][0], plots.SHADES["sam"][2]]
+    assert contrasts(palette).min() > 3
+    assert contrasts(["#F0E442", "#FFFFFF"]) == pytest.approx([1.3, 1], abs=0.05)
+    assert (
+        least_distance(["#009E73", "#CC79A7"], "deuteranope")
+        < 20
+        < 80
+        < least_distance(["#009E73", "#CC79A7"], "normal")
+    )
+
+
+@pytest.mark.parametrize("sight", SIGHT)
+def test_colours_of_methods_differ(sight):
+    palette = [*{method.colour for method in METHODS.values()}, plots.SHADES["sam"][0], plots.SHADES["sam"][2]]
+    assert least_distance(palette, sight) > 17
+
+
+@pytest.mark.parametrize(("key", "count"), [("sam", 2), ("sam", 5), ("deep_ensemble", 3), ("paper", 4)])
+def test_shades_are_dark_enough(key, count):
+    assert contrasts(plots.shades(key, count)).min() > 3
+
+
 def test_settings_that_tell_groups_apart(tmp_path):
     """Those of one method; the number of members is one of them."""
     settings = [SHARPBALANCE, SHARPBALANCE | {"unselected": "normal"}, SHARPBALANCE | {"flat_ratio": 0.3}]

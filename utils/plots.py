@@ -43,21 +43,24 @@ MARKERS = "osD^vph<>"
 LINES = ("-", (0, (6, 2)), (0, (3, 2)), (0, (1, 1)))
 # How labels write the settings in which curves of one method differ.
 SYMBOLS = {"rho": r"$\rho$", "flat_ratio": "$k$", "initial_epochs": "$T_d$"}
+# Shades for the smallest to the largest rho. Those of other methods go from dark to the colour.
+SHADES = {"sam": ("#710000", "#D67822", "#AA8856")}
+HALF, FULL = 3.3, 6.8  # widths in inches, those of print: half a page and a page
 STYLE = {
     "axes.grid": True,
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "axes.titlesize": 10,
+    "axes.titlesize": 8,
     "errorbar.capsize": 2,
-    "font.size": 9.5,
+    "font.size": 7.5,
     "grid.alpha": 0.3,
     "grid.linewidth": 0.6,
-    "legend.fontsize": 9,
+    "legend.fontsize": 7.5,
     "legend.frameon": False,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 4.5,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
     "pdf.fonttype": 42,  # text stays text
 }
 # All other settings are matplotlib's own: a user's matplotlibrc could ask for LaTeX, or for black paper.
@@ -109,17 +112,20 @@ def save(figure: Figure, path: str | Path) -> list[Path]:
     files = [file_beside(Path(path), kind) for kind in left_out]
     for file, (kind, entries) in zip(files, left_out.items(), strict=True):
         buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, dpi=160, metadata=dict.fromkeys(entries))
+        figure.savefig(buffer, format=kind, dpi=200, metadata=dict.fromkeys(entries))
         write_atomically(file, buffer.getvalue())
     return files
 
 
 def shades(key: str, count: int) -> list[tuple[float, ...]]:
-    """Shades of a method's colour from dark to light, one for each of its curves."""
+    """Shades of a method's colour, one for each of its curves; none is too light for white paper."""
     colour = to_rgb(METHODS[key].colour)
-    # From a mixture with black to one with white; neither end is reached.
-    mixes = [0.0] if count == 1 else [-0.45 + 0.95 * i / (count - 1) for i in range(count)]
-    return [tuple(c * (1 + m) if m < 0 else c + (1 - c) * m for c in colour) for m in mixes]
+    if count == 1:
+        return [colour]
+    dark = tuple(0.45 * c for c in colour)
+    stops = np.array([to_rgb(c) for c in SHADES.get(key, (dark, colour))])
+    places = np.linspace(0, len(stops) - 1, count)
+    return [tuple(float(np.interp(x, range(len(stops)), c)) for c in stops.T) for x in places]
 
 
 def line_styles(ensembles: list[Ensemble]) -> list[Group]:
@@ -450,7 +456,7 @@ def sets(runs: list[Ensemble]) -> Figure:
     (run,) = runs
     seeds, shares, pictures = run.seeds, run.content["shares"], run.content["pictures"]
     members, classes = len(seeds), shares["classes"].shape[1] - 1
-    figure = Figure(figsize=(7, 4.4 + 0.28 * members), layout="constrained")
+    figure = Figure(figsize=(FULL, 4.4 + 0.28 * members), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=[1.3 + 0.28 * members, 3.1])
     axes = upper.subplots(1, 2, width_ratios=[min(classes, 12) + 1, members + 2], sharey=True)
     for axis, key, names, label, title in (
@@ -463,7 +469,7 @@ def sets(runs: list[Ensemble]) -> Figure:
             axis.set_xticks(range(len(names)), names)
             for (i, j), value in np.ndenumerate(values):
                 text = "-" if np.isnan(value) else f"{value:.0f}"
-                axis.text(j, i, text, ha="center", va="center", fontsize=8, color="black" if value > 55 else "white")
+                axis.text(j, i, text, ha="center", va="center", fontsize=7, color="black" if value > 55 else "white")
         else:
             axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
             axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: "all" if x == 0 else f"{x - 1:.0f}"))
@@ -479,31 +485,32 @@ def sets(runs: list[Ensemble]) -> Figure:
         strip = np.pad(images, ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=1).swapaxes(0, 1)
         strip = strip.reshape(height, -1, channels)[:, :-gap]
         axis.imshow(strip.squeeze(2) if channels == 1 else strip, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axis.set_xticks([i * (width + gap) + (width - 1) / 2 for i in range(count)], line["names"], fontsize=8)
+        axis.set_xticks([i * (width + gap) + (width - 1) / 2 for i in range(count)], line["names"], fontsize=7)
         axis.set_yticks([])
         axis.set_title(line["title"])
     for axis in (*axes, *strips):
         axis.grid(visible=False)
         axis.spines[:].set_visible(False)
         axis.tick_params(length=0)
-    lower.supxlabel(textwrap.fill(run.content["note"], 112), fontsize=8, color="0.25")
+    lower.supxlabel(textwrap.fill(run.content["note"], 122), fontsize=7, color="0.25")
     return figure
 
 
-def panels(height: float, *shape: int, **options: Any) -> tuple[Figure, Any]:
-    """A figure of `height` inches with one panel or an array of panels."""
-    figure = Figure(figsize=(7, height), layout="constrained")
+def panels(height: float, *shape: int, width: float = FULL, **options: Any) -> tuple[Figure, Any]:
+    """A figure of `width` and `height` inches with one panel or an array of panels."""
+    figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(*shape, **options)
 
 
 def _finished(figure: Figure, handles: list[Any], note: str) -> Figure:
     """Add a legend above the panels, without taking their height, and a note below them."""
-    columns = min(3, len(handles))
+    width = figure.get_figwidth()
+    columns = min(3 if width > HALF else 2, len(handles))
     figure.set_figheight(figure.get_figheight() + 0.2 * ((len(handles) - 1) // columns))
     # matplotlib fills columns first; this order fills rows first.
     ordered = [handle for i in range(columns) for handle in handles[i::columns]]
     figure.legend(handles=ordered, loc="outside upper center", ncols=columns)
-    figure.supxlabel(textwrap.fill(note, 112), fontsize=8, color="0.25")
+    figure.supxlabel(textwrap.fill(note, round(18 * width)), fontsize=7, color="0.25")
     return figure
 
 

@@ -23,18 +23,19 @@ class Method(NamedTuple):
     colour: str
 
 
-# All methods, in the order of legends. The palette is that of Okabe and Ito, made for colour-blind readers. The keys
-# released, paper, random and same are the values of --partition.
+# All methods, in the order of legends. The palette was searched: each colour has a contrast above 3 on white, and all
+# pairs differ for colour-blind readers too (tests/test_plots.py). The keys released, paper, random and same are the
+# values of --partition.
 METHODS = {
-    "deep_ensemble": Method("deep ensemble", "#009E73"),
-    "sam": Method("SAM", "#D55E00"),
-    "sharpbalance": Method("SharpBalance", "#0072B2"),  # of the theorems, in which members do not pick samples
-    "released": Method("SharpBalance (released)", "#0072B2"),
-    "paper": Method("SharpBalance (paper)", "#56B4E9"),
-    "random": Method("SAM on random samples", "#CC79A7"),
-    "same": Method("SAM on the same random samples", "#E69F00"),
-    "averaged": Method("ensemble of averages (EoA)", "#F0E442"),
-    "asam": Method("ASAM", "#7F7F7F"),
+    "deep_ensemble": Method("deep ensemble", "#1A664D"),
+    "sam": Method("SAM", "#D67822"),
+    "sharpbalance": Method("SharpBalance", "#434AFA"),  # of the theorems, in which members do not pick samples
+    "released": Method("SharpBalance (released)", "#434AFA"),
+    "paper": Method("SharpBalance (paper)", "#1391DB"),
+    "random": Method("SAM on random samples", "#8200AC"),
+    "same": Method("SAM on the same random samples", "#590922"),
+    "averaged": Method("ensemble of averages (EoA)", "#785A00"),
+    "asam": Method("ASAM", "#6B6B6B"),
     "unknown": Method("unknown method", "#000000"),  # checkpoints that do not record how they were trained
 }
 

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from utils.plots import MARKERS, decimal_ticks, grey, panels, shades, styled
+from utils.plots import FULL, MARKERS, decimal_ticks, grey, panels, shades, styled
 from utils.results import METHODS
 from utils.verification import Row, relative_to_sam, stable_limit
 
@@ -107,7 +107,7 @@ def published(rows: dict[str, list[Row]]) -> Figure:
     Args:
         rows: from `utils.verification.published`.
     """
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    figure = Figure(figsize=(FULL, 4.6), layout="constrained")
     axes = figure.subplot_mosaic([["panel", "sharpness"], ["panel", "variance"]], width_ratios=[1.15, 1])
     panel, red, blue = axes["panel"], METHODS["sam"].colour, METHODS["sharpbalance"].colour
     for method, colour, bound, regime, marker in (
