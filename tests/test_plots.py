@@ -22,7 +22,7 @@ from utils.checkpoint import load_model
 from utils.datasets import load_data
 from utils.files import write_array, write_json
 from utils.hessian import top_eigenvalues
-from utils.metrics import pack_counts, paired_bootstrap, t_interval
+from utils.metrics import pack_counts
 from utils.partition import PARTITION_RULE, sharpness_aware_masks
 from utils.results import METHODS, read_ensemble
 
@@ -202,55 +202,57 @@ def test_files_of_measured_kinds(kind, three, tmp_path, capsys):
 def test_tradeoff(three, tmp_path):
     one = figure("tradeoff", three)
     (axis,) = drawn_well(one, 1)
-    assert len(one.axes) == 2  # and the colour bar
     assert axis.get_xscale() == "log"
     points = [line for line in axis.get_lines() if line.get_zorder() == 3]
     assert [line.get_xydata()[0].tolist() for line in points] == [
         pytest.approx([x, 20 * a]) for x, a in ((9, 0.7), (3, 0.8), (2, 0.9))
     ]
-    edges = [line.get_markeredgecolor() for line in points]
-    assert [plots.to_rgb(c) for c in edges] == [
-        plots.to_rgb(METHODS[key].colour) for key in ("deep_ensemble", "sam", "released")
-    ]
-    assert len({line.get_markerfacecolor() for line in points}) == 3
-    assert len(axis.collections) == 6  # bars in both directions
-    assert "1 ensemble of 2 members" in one._supxlabel.get_text()
-    # Several ensembles of several radii: a shade for each radius, and no bars. Without a corrupted set: no colour bar.
+    colours = [plots.to_rgb(METHODS[key].colour) for key in ("deep_ensemble", "sam", "released")]
+    assert [plots.to_rgb(line.get_markerfacecolor()) for line in points] == colours
+    assert len({line.get_marker() for line in points}) == 3
+    note = " ".join(one._supxlabel.get_text().split())
+    assert "1 ensemble of 2 members" in note
+    assert "50 test images" in note
+    # Several ensembles of several radii: a shade for each radius, a small mark for each ensemble; the mean is large.
     folders = [
-        measure(tmp_path / f"{rho}{i}", SAM | {"rho": rho}, (i, i + 5), 0.8, 2.0, corrupted=False)
+        measure(tmp_path / f"{rho}{i}", SAM | {"rho": rho}, (i, i + 5), 0.8 + 0.02 * i, 2.0 + i + rho, corrupted=False)
         for rho in (0.1, 0.2)
         for i in range(2)
     ]
     one = figure("tradeoff", folders)
-    assert len(one.axes) == 1
-    assert not one.axes[0].collections
+    (axis,) = one.axes
     assert [text.get_text() for text in one.legends[0].get_texts()] == [r"SAM, $\rho$ = 0.1", r"SAM, $\rho$ = 0.2"]
-    points = one.axes[0].get_lines()
-    assert len({plots.to_rgb(point.get_markeredgecolor()) for point in points}) == 2
-    assert {point.get_marker() for point in points} == {"o"}
-    assert one.axes[0].get_xscale() == "linear"
+    means = [line.get_xydata()[0].tolist() for line in axis.get_lines() if line.get_zorder() == 3]
+    assert means == [pytest.approx([2.6, 16.2]), pytest.approx([2.7, 16.2])]
+    joined = [line.get_xydata().tolist() for line in axis.get_lines() if line.get_zorder() == 1]
+    assert joined[0] == [pytest.approx([2.1, 16.0]), pytest.approx([2.2, 16.0])]  # the same seeds
+    assert len(joined) == 2
+    assert "the same seeds" in " ".join(one._supxlabel.get_text().split())
 
 
 def test_benchmark(three, tmp_path):
     axes = drawn_well(figure("benchmark", three), 4)
     left, right = axes[:2]
-    # Bars are those of a method after another: mean of the members, ensemble.
-    assert [bar.get_height() for bar in left.patches] == pytest.approx([60, 70, 70, 80, 80, 90])
-    assert [bar.get_height() for bar in right.patches] == pytest.approx([10, 10, 10])
-    low, high = left.collections[1].get_segments()[0][:, 1]
+    # Dots are those of a method after another: mean of the members, ensemble.
+    dots = [line.get_xdata()[0] for line in left.get_lines() if line.get_zorder() == 3]
+    assert dots == pytest.approx([60, 70, 80, 70, 80, 90])
+    low, high = left.collections[3].get_segments()[0][:, 0]
     assert (low, high) == (pytest.approx(67), pytest.approx(74))
-    gap = 100.0 * ((np.arange(IMAGES) >= 30) & (np.arange(IMAGES) < 35))  # where the ensemble is right and no member
-    edges = paired_bootstrap(torch.from_numpy(gap))
-    assert right.collections[0].get_segments()[0][:, 1].tolist() == pytest.approx(edges)
+    # Differences to SAM of the same seeds; one pair has no interval over ensembles.
+    dots = [line.get_xdata()[0] for line in right.get_lines() if line.get_zorder() == 3]
+    assert dots == pytest.approx([-10, 10, -10, 10])
     more = [measure(tmp_path / f"sam{i}", SAM, (i, i + 5), a) for i, a in enumerate((0.7, 0.8, 0.84))]
+    more += [measure(tmp_path / f"deep{i}", DEEP, (i, i + 5), a) for i, a in enumerate((0.6, 0.72, 0.7))]
     one = figure("benchmark", more)
-    assert one.axes[0].patches[1].get_height() == pytest.approx(78)
-    edges = one.axes[0].collections[1].get_segments()[0][:, 1]
-    assert edges.tolist() == pytest.approx(t_interval([70, 80, 84]))
-    assert "Student's" in one._supxlabel.get_text()
-    assert "3 ensembles of 2 members" in one._supxlabel.get_text()
+    ensemble = [line.get_xdata()[0] for line in one.axes[0].get_lines() if line.get_zorder() == 3][3]
+    assert ensemble == pytest.approx(78)
+    gap = [line.get_xdata()[0] for line in one.axes[1].get_lines() if line.get_zorder() == 3][1]
+    assert gap == pytest.approx(100 * (2.02 - 2.34) / 3)
+    note = " ".join(one._supxlabel.get_text().split())
+    assert "3 ensembles of 2 members" in note
+    assert "differences, over ensembles, images" in note
     clean = measure(tmp_path / "clean", SAM, corrupted=False)
-    assert len(figure("benchmark", [clean]).axes) == 2
+    assert len(figure("benchmark", [clean]).axes) == 1
 
 
 def test_labels_are_not_cut_off(tmp_path):
@@ -265,10 +267,12 @@ def test_labels_are_not_cut_off(tmp_path):
 
 def test_severity(three):
     left, right = drawn_well(figure("severity", three), 2)
-    curves = [line for line in left.get_lines() if len(line.get_xdata()) == 6]
+    curves = [line for line in left.get_lines() if len(line.get_xdata()) == 5]
     assert len(curves) == 6  # members and ensembles of three methods
-    assert curves[1].get_ydata().tolist() == pytest.approx([70 - 8 * s for s in range(6)])
-    assert curves[0].get_ydata().tolist() == pytest.approx([60 - 8 * s for s in range(6)])
+    assert curves[1].get_ydata().tolist() == pytest.approx([70 - 8 * s for s in SEVERITIES])
+    assert curves[0].get_ydata().tolist() == pytest.approx([60 - 8 * s for s in SEVERITIES])
+    clean = [line for line in left.get_lines() if len(line.get_xdata()) == 1]  # not joined to the others
+    assert [line.get_ydata()[0] for line in clean] == pytest.approx([60, 70, 70, 80, 80, 90])
     assert len(left.collections) == 36
     assert len(right.collections) == 18  # the file holds none for the ECE of members
 
@@ -361,7 +365,11 @@ def test_landscape(runs, few_steps, tmp_path, monkeypatch):
     tops = [top["losses"] for top in content["runs"][0]["top"].values()]
     assert [line.get_ydata().tolist() for line in middle.get_lines()[3:5]] == tops
     pair = next(iter(content["runs"][0]["between"].values()))
-    assert right.get_lines()[0].get_xydata().tolist() == [[0.0, pair[0]], [0.5, pair[1]], [1.0, pair[2]]]
+    assert right.get_lines()[0].get_xydata().tolist() == [
+        [0.0, (pair[0] + pair[2]) / 2],  # which member comes first means nothing
+        [0.5, pair[1]],
+        [1.0, (pair[0] + pair[2]) / 2],
+    ]
     curves = next(iter(content["runs"][0]["along"].values()))
     assert [values[1] for values in curves] == pytest.approx([loss, loss], rel=1e-5)
     assert curves[0] != curves[1]
@@ -513,6 +521,8 @@ def test_the_palette_can_be_read():
 @pytest.mark.parametrize("sight", SIGHT)
 def test_colours_of_methods_differ(sight):
     palette = [*{method.colour for method in METHODS.values()}, plots.SHADES["sam"][0], plots.SHADES["sam"][2]]
+    assert least_distance(palette, sight) > 12
+    palette.remove(METHODS["unknown"].colour)
     assert least_distance(palette, sight) > 17
 
 

@@ -17,7 +17,6 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.cm import ScalarMappable
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -32,7 +31,9 @@ from utils.results import (
     Interval,
     estimate,
     estimate_of,
+    gap_between,
     groups_of,
+    interval_of,
     require,
     setting_of,
     sharpness_protocol,
@@ -167,17 +168,25 @@ def _how_many(groups: list[Group]) -> str:
 
 
 def _about(groups: list[Group]) -> str:
-    """Data, network, and the number of ensembles of each group."""
-    return f"{setting_of(groups[0].ensembles[0].content)}; {_how_many(groups)}"
+    """Data, network, the number of test images, and the number of ensembles of each group."""
+    content = groups[0].ensembles[0].content
+    result = content.get("result", {})
+    images = result.get("test", {}).get("samples") or content["data"].get("test")
+    text = f"{setting_of(content)}; {_how_many(groups)}"
+    if result and images:
+        corrupted = result.get("corrupted", {}).get("mean", {}).get("samples")
+        text += f"; {images} test images" + (f", {corrupted:g} of them corrupted" if corrupted else "")
+    return text
 
 
-def _intervals(groups: list[Group]) -> str:
-    """The sentence that says what the intervals of a figure are over."""
+def _intervals(groups: list[Group], name: str = "") -> str:
+    """The sentence that says what the intervals of a figure are over, here those of the value `name`."""
     several = [len(group.ensembles) > 1 for group in groups]
-    if all(several):
-        return "95 % intervals: Student's, over ensembles."
-    more = ", Student's over ensembles where there are several" if any(several) else ""
-    return f"95 % intervals: bootstrap over test images{more}."
+    if not any(several):
+        return "95 % intervals: over test images, for these trained networks only."
+    group = groups[several.index(True)]
+    over = (*(estimate_of(group.ensembles, name)[2:] if name else ()), "ensembles")[0]
+    return f"95 % intervals: over {over}{'; of a single ensemble, over test images' * (not all(several))}."
 
 
 def _test_sets(ensembles: list[Ensemble]) -> dict[str, tuple[tuple[str, ...], str]]:
@@ -187,11 +196,7 @@ def _test_sets(ensembles: list[Ensemble]) -> dict[str, tuple[tuple[str, ...], st
 
 @styled
 def tradeoff(ensembles: list[Ensemble]) -> Figure:
-    """Disagreement against sharpness, one point per ensemble, filled by its accuracy on corrupted images.
-
-    A method with a single ensemble gets bars: the interval of its disagreement, and the standard deviation of sharpness
-    over members. Several ensembles show their spread by themselves.
-    """
+    """Disagreement against sharpness: means with intervals, and small marks of ensembles, joined by seeds."""
     for one in ensembles:
         require(one, "test", "rates", "disagreement")
         if one.values.get("sharpness") is None:
@@ -207,33 +212,35 @@ def tradeoff(ensembles: list[Ensemble]) -> Figure:
     if not sharpness:
         path = ensembles[0].folder / "sharpness.json"
         raise InputError(f"{path}: its APGD_worst-l2 is not finite, nor is any other; measure all by a smaller --rho0")
-    figure, axis = panels(4.4)
-    filling = _filling(figure, axis, [one.values.get("corrupted_ensemble") for one in ensembles])
-    handles, bars = [], ""
+    figure, axis = panels(3.6, width=HALF)
+    handles, seeds = [], {}
     for group in groups:
         marker = MARKERS[keys.index(group.key) % len(MARKERS)]
-        style = {"marker": marker, "linestyle": "", "markeredgewidth": 2, "markeredgecolor": group.colour}
-        for one in filter(finite, group.ensembles):
-            x, y, interval = one.values["sharpness"], 100 * one.values["disagreement"], one.intervals["disagreement"]
-            if len(group.ensembles) == 1:
-                faint = {"ecolor": group.colour, "elinewidth": 1, "alpha": 0.55}
-                if one.spread.get("sharpness") is not None:
-                    axis.errorbar(x, y, xerr=one.spread["sharpness"], fmt="none", **faint)
-                _bar(axis, x, interval, 100, **faint)
-                if interval is not None:
-                    bars = " Bars: 95 % bootstrap interval over test images, and ± standard deviation over members."
-            face = filling.to_rgba(100 * one.values["corrupted_ensemble"]) if filling else group.colour
-            axis.plot(x, y, markersize=9, markerfacecolor=face, zorder=3, **style)
-        face = "none" if filling else group.colour
-        handles.append(Line2D([], [], markersize=8, markerfacecolor=face, label=group.label, **style))
+        style = {"marker": marker, "linestyle": "", "color": group.colour}
+        drawn = list(filter(finite, group.ensembles))
+        for one in drawn if len(group.ensembles) > 1 else []:
+            x, y = one.values["sharpness"], 100 * one.values["disagreement"]
+            axis.plot(x, y, markersize=2.5, alpha=0.6, zorder=2, **style)
+            seeds.setdefault(one.seeds, []).append((x, y))
+        if drawn:
+            (x, across, *_), (y, interval, *_) = (estimate_of(drawn, name) for name in ("sharpness", "disagreement"))
+            bars = {"ecolor": group.colour, "elinewidth": 1, "zorder": 2.5}
+            _bar(axis, x, interval, 100, **bars)
+            _bar(axis, 100 * y, across, 1, across=True, **bars)
+            axis.plot(x, 100 * y, markersize=6, markeredgecolor="white", markeredgewidth=0.5, zorder=3, **style)
+        handles.append(Line2D([], [], markersize=5, label=group.label, **style))
+    for points in seeds.values():
+        if len(points) > 1:
+            axis.plot(*zip(*points, strict=True), color="0.75", linewidth=0.5, zorder=1)
     axis.set(xlabel="worst-case sharpness of a member, mean  [nats]", ylabel="disagreement of two members  [%]")
     if max(sharpness) > 3 * min(sharpness) > 0:
         axis.set_xscale("log")
         decimal_ticks(axis.xaxis, (1, 1.5, 2, 3, 5, 7))
     protocol = sharpness_protocol(ensembles[0], "APGD_worst-l2")
     note = (
-        f"{setting_of(ensembles[0].content)}. A point is an ensemble; {_how_many(groups)}. Sharpness: "
-        f"{'adaptive ' * bool(protocol.get('adaptive'))}worst-case, l2, radius {protocol.get('rho0')}.{bars}"
+        f"{_about(groups)}. Large marks: means. {'Small: an ensemble; lines join the same seeds. ' * bool(seeds)}"
+        f"Sharpness: {'adaptive ' * bool(protocol.get('adaptive'))}worst-case, l2, radius {protocol.get('rho0')}. "
+        f"{_intervals(groups, 'disagreement')}{' Across: over ensembles.' * bool(seeds)}"
     )
     for group in groups:
         if missing := [str(one.values["sharpness"]) for one in group.ensembles if not finite(one)]:
@@ -241,52 +248,67 @@ def tradeoff(ensembles: list[Ensemble]) -> Figure:
     return _finished(figure, handles, note)
 
 
-def _filling(figure: Figure, axis: Axes, accuracies: list[float | None]) -> ScalarMappable | None:
-    """The colour map of accuracies on corrupted images, and its bar; None if one of them was not measured."""
-    if None in accuracies:
-        return None
-    colours = ScalarMappable(cmap="cividis")
-    colours.set_clim(*_around(100 * min(accuracies), 100 * max(accuracies)))
-    bar = figure.colorbar(colours, ax=axis, pad=0.02)
-    bar.set_label("ensemble accuracy on corrupted images  [%]")
-    bar.outline.set_visible(False)
-    return colours
-
-
 @styled
 def benchmark(ensembles: list[Ensemble]) -> Figure:
-    """Bars of the members' mean, the ensemble and its gain, with 95 % intervals; one row of panels per test set."""
+    """Accuracy of the members' mean and of the ensemble, and the paired differences to SAM of the same seeds.
+
+    One row of panels per test set. The differences are left out where no other method has the seeds of SAM.
+    """
     groups, test_sets = line_styles(ensembles), _test_sets(ensembles)
-    figure, axes = panels(1.2 + 2.1 * len(test_sets), len(test_sets), 2, squeeze=False, width_ratios=[2, 1.1])
-    for (left, right), (name, (_, title)) in zip(axes, test_sets.items(), strict=True):
-        bars = {f"{name}member": "mean of the members", f"{name}ensemble": "ensemble"}
-        low, high = _around(*_bars(left, groups, bars, 1))  # on an axis from 0, all bars would be equally high
-        left.set_ylim(max(0, low - 0.35 * (high - low)), high + 0.25 * (high - low))
-        low, high = _bars(right, groups, {f"{name}gain": "ensemble - members"}, 2)
-        right.set_ylim(min(0, 1.15 * low), 1.25 * max(high, 0) or 1)
-        right.axhline(0, color="black", linewidth=0.9)
-        left.set(title=title, ylabel="accuracy  [%]")
-        right.set(title="gain of ensembling", ylabel="gain  [% points]")
-    note = f"{_about(groups)}. {_intervals(groups)} The accuracy axis does not begin at 0."
-    return _finished(figure, axes[0, 0].get_legend_handles_labels()[0], note)
+    kinds = {"member": "mean of the members", "ensemble": "ensemble"}
+    reference, pairs = _pairs(groups)
+    columns = 1 + bool(pairs)
+    height = 0.9 + len(test_sets) * (0.5 + 0.17 * len(kinds) * len(groups))
+    figure, axes = panels(height, len(test_sets), columns, squeeze=False, sharey=True)
+    over = set()
+    for line, (name, (_, title)) in zip(axes, test_sets.items(), strict=True):
+        for j, kind in enumerate(kinds):
+            for i, group in enumerate(groups):
+                place = -(j * (len(groups) + 1) + i)
+                mean, interval, *_ = estimate_of(group.ensembles, name + kind)
+                _dot(line[0], place, mean, interval, group)
+                if group.key in pairs:
+                    mean, interval, *words = interval_of(
+                        [gap_between(one, other, name + kind) for one, other in pairs[group.key]]
+                    )
+                    several = len(pairs[group.key]) > 1  # one pair of networks has no interval over ensembles
+                    over |= set(words if several else [])
+                    _dot(line[1], place, mean, interval if several else None, group)
+        centres = [-(j * (len(groups) + 1) + (len(groups) - 1) / 2) for j in range(len(kinds))]
+        line[0].set_yticks(centres, kinds.values())
+        line[0].set(title=title, xlabel="accuracy  [%]", ylabel="accuracy of  [kind]")
+        if pairs:
+            line[1].axvline(0, color="black", linewidth=0.9)
+            line[1].set(title=f"difference to {reference.label}", xlabel="accuracy  [% points]")
+        for axis in line:
+            axis.grid(visible=False, axis="y")
+    note = f"{_about(groups)}. {_intervals(groups, 'ensemble')}"
+    if over:
+        note += f" 95 % intervals of differences, over {' or '.join(sorted(over))}: pairs of the same seeds."
+    elif pairs:
+        note += " Differences are of one pair of ensembles, and have no interval."
+    return _finished(figure, _markers(groups, linestyle=""), note)
 
 
-def _bars(axis: Axes, groups: list[Group], names: dict[str, str], digits: int) -> tuple[float, float]:
-    """Bars of values (name: label) in percent, the groups side by side; the range of bars and intervals."""
-    width, edges = 0.8 / len(groups), []
-    above = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 7.5}
-    for group in groups:
-        for j, name in enumerate(names):
-            mean, interval = estimate_of(group.ensembles, name)
-            x, ends = j + group.offset * width, [100 * value for value in (mean, *(interval or []))]
-            edges += ends
-            axis.bar(x, 100 * mean, 0.92 * width, color=group.colour, label=group.label if j == 0 else None)
-            _bar(axis, x, interval, 100, ecolor="black", elinewidth=1)
-            rotation = 90 if len(groups) > 4 else 0
-            axis.annotate(f"{100 * mean:.{digits}f}", (x, max(0, *ends)), (0, 2), rotation=rotation, **above)
-    axis.set_xticks(range(len(names)), names.values())
-    axis.grid(visible=False, axis="x")
-    return min(edges), max(edges)
+def _pairs(groups: list[Group]) -> tuple[Group | None, dict[str, list[tuple[Ensemble, Ensemble]]]]:
+    """SAM, and of each other method the ensembles that have its seeds, with SAM's; none if there are several of one."""
+    keys = [group.key for group in groups]
+    reference = next((group for group in groups if group.key == "sam"), None)
+    if reference is None or len(set(keys)) < len(keys):
+        return None, {}
+    by_seeds = {one.seeds: one for one in reference.ensembles}
+    pairs = {
+        group.key: [(one, by_seeds[one.seeds]) for one in group.ensembles if one.seeds in by_seeds]
+        for group in groups
+        if group is not reference
+    }
+    return reference, {key: found for key, found in pairs.items() if found}
+
+
+def _dot(axis: Axes, place: float, mean: float, interval: Interval, group: Group) -> None:
+    """A value in percent and its interval, horizontally."""
+    _bar(axis, place, interval, 100, across=True, ecolor=group.colour, elinewidth=1)
+    axis.plot(100 * mean, place, marker=group.marker, color=group.colour, linestyle="", zorder=3)
 
 
 @styled
@@ -301,7 +323,9 @@ def severity(ensembles: list[Ensemble]) -> Figure:
         x = [value + 0.05 * group.offset for value in severities]
         for axis, key in zip(axes, ("accuracy", "ece"), strict=True):
             for kind, style in (("member", {"linestyle": "--", "markerfacecolor": "white"}), ("ensemble", {})):
-                _curve(axis, x, [_score(group.ensembles, place, kind, key) for place in places], group, 100, **style)
+                values = [_score(group.ensembles, place, kind, key) for place in places]
+                for part in (slice(1), slice(1, None)):  # clean images are no severity: not joined to the others
+                    _curve(axis, x[part], values[part], group, 100, **style)
     axes[0].set(ylabel="accuracy  [%]", xlabel="severity  [1]")
     axes[1].set(ylabel="ECE  [%]", xlabel="severity  [1]", ylim=(0, None))
     for axis in axes:
@@ -357,7 +381,7 @@ def curves(runs: list[Ensemble]) -> Figure:
     A dotted line marks the epoch before which SharpBalance assigns samples.
     """
     figure, axes = panels(4.8, 2, 2, sharex=True)
-    groups, handles, dotted = line_styles(runs), [], {"linestyle": ":", "linewidth": 1}
+    groups, handles, dotted, clipped = line_styles(runs), [], {"linestyle": ":", "linewidth": 1}, ""
     for (loss, accuracy), part, title in zip(axes, ("train", "val"), ("training", "validation"), strict=True):
         for group in groups:
             logs = [_read_log(run.folder / f"seed_{seed}") for run in group.ensembles for seed in run.seeds]
@@ -370,11 +394,17 @@ def curves(runs: list[Ensemble]) -> Figure:
                     handles = [grey("the sets are made", **dotted)]
         loss.set(title=title, ylabel="loss  [nats]", yscale="log")
         accuracy.set(title=title, ylabel="accuracy  [%]")
+        # One diverged member must not squeeze the others.
+        found = [[y for y in line.get_ydata() if np.isfinite(y) and y > 0] for line in loss.get_lines()]
+        tops = [max(values) for values in found if values and len(values) > 2]
+        if tops and max(tops) > 10 * statistics.median(tops):
+            loss.set_ylim(top=3 * statistics.median(tops))
+            clipped = " Losses above a panel are cut off."
         low, high = loss.get_ylim()
         decimal_ticks(loss.yaxis, (1, 2, 5) if high < 100 * low else (1,))
     _whole_numbers(axes[1], "epoch  [1]")
-    note = f"{_about(groups)}. Faint: a member; strong: their mean. Training: augmented images, at the weights before "
-    note += "each step. Until its sets are made, SharpBalance is SAM."
+    note = f"{_about(groups)}.{clipped} Faint: a member; strong: their mean. Training: augmented images, at "
+    note += "the weights before each step. Until its sets are made, SharpBalance is SAM."
     return _finished(figure, axes[0, 0].get_legend_handles_labels()[0] + handles, note)
 
 
@@ -407,10 +437,12 @@ def landscape(runs: list[Ensemble]) -> Figure:
     for group in groups:
         found = [run.content for run in group.ensembles]
         losses["along"].append([np.mean(curves, axis=0) for one in found for curves in one["along"].values()])
-        losses["between"].append([curve for one in found for curve in one["between"].values()])
+        # Which of two members comes first means nothing: a pair and its reverse, averaged.
+        pairs = [np.asarray(curve, dtype=float) for one in found for curve in one["between"].values()]
+        losses["between"].append([(curve + curve[::-1]) / 2 for curve in pairs])
         losses["top"].append([top["losses"] for one in found for top in one.get("top", {}).values()])
     titles = {"along": ("random directions", "step  [filter norm]"), "top": ("top eigenvector", "step  [filter norm]")}
-    titles["between"] = ("between two members", "way to the other  [1]")
+    titles["between"] = ("between two members", "way, either direction  [1]")
     if not any(losses["top"]):
         del titles["top"], losses["top"]
     figure, axes = panels(3.7, 1, len(titles), sharey=True)
@@ -519,9 +551,9 @@ def grey(label: str, **style: Any) -> Line2D:
     return Line2D([], [], color="grey", label=label, **style)
 
 
-def _markers(groups: list[Group]) -> list[Line2D]:
+def _markers(groups: list[Group], **style: Any) -> list[Line2D]:
     """The entries of a legend of curves with markers."""
-    return [Line2D([], [], color=group.colour, marker=group.marker, label=group.label) for group in groups]
+    return [Line2D([], [], color=group.colour, marker=group.marker, label=group.label, **style) for group in groups]
 
 
 def _whole_numbers(axes: np.ndarray, label: str) -> None:
@@ -531,11 +563,15 @@ def _whole_numbers(axes: np.ndarray, label: str) -> None:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _bar(axis: Axes, x: float, interval: Interval, factor: float, **style: Any) -> None:
-    """A vertical interval. It is drawn without its value, which a bootstrap interval need not contain."""
+def _bar(axis: Axes, x: float, interval: Interval, factor: float, across: bool = False, **style: Any) -> None:
+    """An interval, vertical or across. It is drawn without its value, which a bootstrap interval need not contain."""
     if interval is not None:
         low, high = (factor * edge for edge in interval)
-        axis.errorbar(x, (low + high) / 2, (high - low) / 2, fmt="none", **style)
+        centre, half = (low + high) / 2, (high - low) / 2
+        if across:
+            axis.errorbar(centre, x, xerr=half, fmt="none", **style)
+        else:
+            axis.errorbar(x, centre, half, fmt="none", **style)
 
 
 def _curve(axis: Axes, x: list[float], values: list[Estimate], group: Group, factor: float, **style: Any) -> None:

@@ -35,7 +35,7 @@ METHODS = {
     "random": Method("SAM on random samples", "#8200AC"),
     "same": Method("SAM on the same random samples", "#590922"),
     "averaged": Method("ensemble of averages (EoA)", "#785A00"),
-    "asam": Method("ASAM", "#6B6B6B"),
+    "asam": Method("ASAM", "#868686"),
     "unknown": Method("unknown method", "#000000"),  # checkpoints that do not record how they were trained
 }
 
