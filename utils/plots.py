@@ -231,7 +231,7 @@ def tradeoff(ensembles: list[Ensemble]) -> Figure:
         handles.append(Line2D([], [], markersize=5, label=group.label, **style))
     for points in seeds.values():
         if len(points) > 1:
-            axis.plot(*zip(*points, strict=True), color="0.75", linewidth=0.5, zorder=1)
+            axis.plot(*zip(*points, strict=True), color="0.85", linewidth=0.4, zorder=1)
     axis.set(xlabel="worst-case sharpness of a member, mean  [nats]", ylabel="disagreement of two members  [%]")
     if max(sharpness) > 3 * min(sharpness) > 0:
         axis.set_xscale("log")
@@ -267,11 +267,11 @@ def benchmark(ensembles: list[Ensemble]) -> Figure:
                 place = -(j * (len(groups) + 1) + i)
                 mean, interval, *_ = estimate_of(group.ensembles, name + kind)
                 _dot(line[0], place, mean, interval, group)
-                if group.key in pairs:
+                if group.label in pairs:
                     mean, interval, *words = interval_of(
-                        [gap_between(one, other, name + kind) for one, other in pairs[group.key]]
+                        [gap_between(one, other, name + kind) for one, other in pairs[group.label]]
                     )
-                    several = len(pairs[group.key]) > 1  # one pair of networks has no interval over ensembles
+                    several = len(pairs[group.label]) > 1  # one pair of networks has no interval over ensembles
                     over |= set(words if several else [])
                     _dot(line[1], place, mean, interval if several else None, group)
         centres = [-(j * (len(groups) + 1) + (len(groups) - 1) / 2) for j in range(len(kinds))]
@@ -291,18 +291,21 @@ def benchmark(ensembles: list[Ensemble]) -> Figure:
 
 
 def _pairs(groups: list[Group]) -> tuple[Group | None, dict[str, list[tuple[Ensemble, Ensemble]]]]:
-    """SAM, and of each other method the ensembles that have its seeds, with SAM's; none if there are several of one."""
-    keys = [group.key for group in groups]
-    reference = next((group for group in groups if group.key == "sam"), None)
-    if reference is None or len(set(keys)) < len(keys):
-        return None, {}
-    by_seeds = {one.seeds: one for one in reference.ensembles}
+    """SAM, of SharpBalance's rho where there are several, and by label the ensembles of its seeds, each with SAM's."""
+
+    def rho(group: Group) -> Any:
+        return group.ensembles[0].content["trained"]["rho"]
+
+    wanted = [rho(group) for group in groups if group.key in ("released", "paper")]
+    found = [group for group in groups if group.key == "sam"]
+    reference = next((group for group in found if rho(group) in wanted), found[0] if found else None)
+    by_seeds = {one.seeds: one for one in reference.ensembles} if reference else {}
     pairs = {
-        group.key: [(one, by_seeds[one.seeds]) for one in group.ensembles if one.seeds in by_seeds]
+        group.label: [(one, by_seeds[one.seeds]) for one in group.ensembles if one.seeds in by_seeds]
         for group in groups
         if group is not reference
     }
-    return reference, {key: found for key, found in pairs.items() if found}
+    return reference, {label: both for label, both in pairs.items() if both}
 
 
 def _dot(axis: Axes, place: float, mean: float, interval: Interval, group: Group) -> None:
@@ -541,7 +544,8 @@ def _finished(figure: Figure, handles: list[Any], note: str) -> Figure:
     figure.set_figheight(figure.get_figheight() + 0.2 * ((len(handles) - 1) // columns))
     # matplotlib fills columns first; this order fills rows first.
     ordered = [handle for i in range(columns) for handle in handles[i::columns]]
-    figure.legend(handles=ordered, loc="outside upper center", ncols=columns)
+    narrow = {"fontsize": 7, "handlelength": 1, "handletextpad": 0.4, "columnspacing": 0.8} if width <= HALF else {}
+    figure.legend(handles=ordered, loc="outside upper center", ncols=columns, **narrow)
     figure.supxlabel(textwrap.fill(note, round(18 * width)), fontsize=7, color="0.25")
     return figure
 
