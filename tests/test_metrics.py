@@ -11,6 +11,7 @@ from utils.metrics import (
     bootstrap_weights,
     calibration_bins,
     calibration_gaps,
+    debiased_calibration_error,
     ensemble_log_probs,
     expected_calibration_error,
     fit_temperature,
@@ -143,3 +144,42 @@ def test_bootstrap_intervals_cover():
     assert percentile_interval(torch.zeros(0)) is None
     assert percentile_interval(torch.tensor([1.0, math.nan])) is None
     assert torch.equal(weights, bootstrap_weights(200, 1000))
+
+
+@pytest.mark.parametrize("samples", [200, 500, 899, 10_000])
+@pytest.mark.parametrize("true", [0.0, 0.01, 0.03, 0.05, 0.1])
+def test_calibration_error_of_few_samples(samples, true):
+    """Unbiased in its square, and an interval that covers, where the plug-in error is far too large."""
+    random, draws = np.random.default_rng(0), 600 if samples < 1000 else 200
+    found, hits, plug_in = [], 0, []
+    for _ in range(draws):
+        confidence = 0.1 + 0.9 * random.beta(2, 1.5, samples)
+        correct = random.random(samples) < np.clip(confidence - true, 0, 1)
+        confidence, correct = torch.from_numpy(confidence), torch.from_numpy(correct)
+        value, (low, high) = debiased_calibration_error(confidence, correct)
+        assert low <= value <= high
+        found.append(value)
+        hits += low <= true + 1e-3 * true and true <= high
+        plug_in.append(
+            calibration_gaps({"confidence": confidence, "correct": correct.double()}, 15).mean(0).abs().sum()
+        )
+    assert stats.binomtest(hits, draws, 0.95).pvalue > 1e-4 or hits > 0.95 * draws, hits
+    if true >= 0.05:
+        assert np.mean(found) == pytest.approx(true, abs=0.012)
+    if samples == 200:
+        assert np.mean(plug_in) > true + 0.01
+
+
+def test_calibration_error_by_its_definition():
+    """All pairs of a bin, one by one."""
+    random = np.random.default_rng(0)
+    confidence, correct = random.random(60), random.random(60) < 0.4
+    bins, square = np.minimum((confidence * 5).astype(int), 4), 0.0
+    for b in range(5):
+        gap = (correct - confidence)[bins == b]
+        products = [x * y for i, x in enumerate(gap) for j, y in enumerate(gap) if i != j]
+        square += len(gap) / 60 * np.mean(products)
+    value, _ = debiased_calibration_error(torch.from_numpy(confidence), torch.from_numpy(correct), 5)
+    assert value == pytest.approx(math.sqrt(square), rel=1e-12)
+    # Without a second sample in any bin nothing is known.
+    assert debiased_calibration_error(torch.tensor([0.5]), torch.tensor([1.0]))[0] == 0

@@ -359,29 +359,40 @@ def test_a_sharpness_that_was_cut_off(tmp_path, capsys):
     assert re.search(r"^sharpness \(worst, l2\) +- +1\.0000 ± 0\.1000$", out, re.MULTILINE)
 
 
-@pytest.mark.parametrize("spread", [(0.1, 0, 1), (0, 1, 1), (0.05, 1, 0.5), (0, 0, 1)])
-def test_intervals_over_ensembles_and_images_cover(spread):
-    """Student's over ensembles alone does not where images matter."""
+@pytest.mark.parametrize("images", [200, 10_000])
+@pytest.mark.parametrize("ensembles", [2, 3, 5, 10])
+@pytest.mark.parametrize("ratio", [0.02, 0.5, 1, 2, 50])
+def test_intervals_over_ensembles_and_images_cover(ensembles, images, ratio):
+    """93 to 97 % where either population rules, and not less anywhere; ratio: of the two standard errors."""
+    random, draws = np.random.default_rng(0), 1000 if images == 200 else 300
+    hits = 0
+    for _ in range(draws):
+        own = ratio * math.sqrt(ensembles / images) * random.standard_normal((ensembles, 1))
+        values = torch.from_numpy(own + random.standard_normal(images))
+        low, high = crossed_interval(values)
+        hits += low <= 0 <= high
+        # Never within a one-way interval.
+        for one_way in (t_interval(values.mean(dim=1).tolist()), t_interval(values.mean(dim=0).tolist())):
+            assert low <= one_way[0] + 1e-12
+            assert one_way[1] - 1e-12 <= high
+    assert stats.binomtest(hits, draws, 0.93).pvalue > 1e-3 or hits > 0.93 * draws, hits
+    if ratio in (0.02, 50):
+        assert stats.binomtest(hits, draws, 0.97).pvalue > 1e-3 or hits < 0.97 * draws, hits
+
+
+def test_interval_over_ensembles_and_images_by_its_definition():
     random = np.random.default_rng(0)
-    crossed, student = [], []
-    for _ in range(400):
-        a, b, c = (
-            size * random.normal(size=shape) for size, shape in zip(spread, [(4, 1), (1, 300), (4, 300)], strict=True)
-        )
-        values = 0.3 + a + b + c
-        crossed.append(crossed_interval(torch.from_numpy(values)))
-        student.append(t_interval(values.mean(axis=1)))
-    assert np.mean([low <= 0.3 <= high for low, high in crossed]) > 0.93
-    if spread[1]:
-        assert not covers(student, 0.3)
-    # By its definition, for two of each.
-    table = torch.tensor([[0.0, 1.0], [2.0, 7.0]])
-    low, high = crossed_interval(table)
-    rows, columns, residual = np.var([0.5, 4.5], ddof=1) / 2, np.var([1, 4], ddof=1) / 2, 4 * 1.0**2 / 4
-    variance = rows + columns - residual
-    degrees = variance**2 / (rows**2 + columns**2 + residual**2)
-    assert (low + high) / 2 == pytest.approx(2.5)
-    assert (high - low) / 2 == pytest.approx(stats.t.ppf(0.975, degrees) * math.sqrt(variance))
+    table = 0.1 * random.normal(size=(6, 1)) + random.normal(size=(1, 50)) + 2 * random.normal(size=(6, 50))
+    low, high = crossed_interval(torch.from_numpy(table))
+    a, b = table.mean(axis=1), table.mean(axis=0)
+    residuals = table - a[:, None] - b + table.mean()
+    parts = [a.var(ddof=1) / 6, b.var(ddof=1) / 50, (residuals**2).sum() / (5 * 49) / 300]
+    variance = max(parts[0] + parts[1] - parts[2], *parts[:2])
+    degrees = variance**2 / (parts[0] ** 2 / 5 + parts[1] ** 2 / 49 + parts[2] ** 2 / (5 * 49))
+    halves = [stats.t.ppf(0.975, degrees) * math.sqrt(variance)]
+    halves += [stats.t.ppf(0.975, n - 1) * math.sqrt(part) for n, part in zip((6, 50), parts[:2], strict=True)]
+    assert (low + high) / 2 == pytest.approx(table.mean())
+    assert (high - low) / 2 == pytest.approx(max(halves))
     assert crossed_interval(torch.ones(2, 3)) == [1, 1]
 
 
