@@ -25,7 +25,7 @@ from utils import InputError, cli, distributed
 from utils.datasets import AUGMENTATIONS, DATASETS, load_data
 from utils.ensemble import train_ensemble
 from utils.partition import PARTITION_RULE, SCORE_FREE, UNSELECTED
-from utils.run import Run, Settings, read_settings
+from utils.run import Run, Settings, begun_by_this_job, check_known, commit_of, read_settings, relative_paths
 
 # The paper's recipe for the colour sets, small ones for the others: (width, epochs, batch_size, lr).
 RECIPES = {
@@ -49,7 +49,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     given, recorded = parser.parse_given(argv), {}
     if "resume" in given:
         # Options that are given stand; the run's folder refuses those that contradict it.
-        recorded = parser.parse_given(words_of(parser, given["resume"]))
+        words, folder = words_of(parser, given["resume"]), given["resume"]
+        parser.around = f"{folder / 'args.json'}: ", f"; it was changed, or made by another version{commit_of(folder)}"
+        recorded = parser.parse_given(words)
+        parser.around = "", ""
         given["save_path"] = given["resume"]
         if given.get("overwrite"):
             parser.error("--overwrite: given with --resume; leave one of the two out")
@@ -58,7 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in zip(("width", "epochs", "batch_size", "lr"), RECIPES[args.data], strict=True):
         if getattr(args, name) is None:
             setattr(args, name, value)
-    check_method(parser, args)
+    check_method(parser, args, given)
     usual = USUAL_RHO[args.sam_adaptive]
     if args.rho is None:
         args.rho = usual if args.sam else 0.0
@@ -75,6 +78,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.unselected = None
     if args.save_path is None:
         args.save_path = Path("runs") / f"{args.data}_{settings_of(args).method}"
+    if args.overwrite and begun_by_this_job(args.save_path):
+        args.overwrite = False
+        note(f"--overwrite: this job began the run in {args.save_path}, and goes on; remove it to start anew")
 
     info = DATASETS[args.data]
     try:
@@ -91,11 +97,12 @@ def words_of(parser: cli.Parser, folder: Path) -> list[str]:
         parser.error(f"--resume: expected a run folder with args.json, got {folder}")
     try:
         settings = read_settings(folder)
+        check_known(folder, settings)
     except InputError as error:
         parser.error(str(error))
     words = []
     for name, value in settings.items():
-        if value is not None and name not in ("resume", "checkpoint", "overwrite", "evaluate"):
+        if value is not None and name not in ("resume", "checkpoint", "overwrite", "evaluate", "draws"):
             text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
             words.append(f"--{name}={text}")
     return words
@@ -106,17 +113,20 @@ def settings_of(args: argparse.Namespace) -> Settings:
     return Settings(**{name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")})
 
 
-def check_method(parser: cli.Parser, args: argparse.Namespace) -> None:
-    """Refuse settings that contradict each other, and note those that have no effect."""
+def check_method(parser: cli.Parser, args: argparse.Namespace, given: dict[str, Any]) -> None:
+    """Refuse settings that contradict each other, and refuse or note those that are given and have no effect."""
     drawn = PARTITION_RULE[args.partition] in SCORE_FREE
     if args.flat_ratio and not args.sam:
         way_out = "so that no sample could have SAM; add --sam, or leave --flat_ratio out"
         parser.error(f"--flat_ratio: {args.flat_ratio} given without --sam, {way_out}")
     if args.sam_adaptive and not args.sam:
         parser.error("--sam_adaptive: given without --sam; add --sam, or leave it out")
-    for name, value in (("unselected", args.unselected), ("partition", args.partition if drawn else None)):
+    if "bn_perturbed" in given and not args.sam:
+        parser.error("--bn_perturbed: given without --sam; add --sam, or leave it out")
+    partition = args.partition if drawn else given.get("partition")
+    for name, value in (("unselected", args.unselected), ("partition", partition)):
         if value and not args.flat_ratio:
-            parser.error(f"--{name}: {value} given without a --flat_ratio above 0; add one")
+            parser.error(f"--{name}: {value} given without a --flat_ratio above 0; add one, or leave it out")
     if args.match_size and not drawn:
         parser.error("--match_size: given without --partition random or same, whose sets it sizes")
     if args.average_from is not None and args.average_from >= args.epochs:
@@ -128,6 +138,8 @@ def check_method(parser: cli.Parser, args: argparse.Namespace) -> None:
     drawn = drawn and not args.match_size
     if args.rho and not args.sam:
         note(f"--rho {args.rho} has no effect without --sam")
+    if "initial_epochs" in given and not args.flat_ratio:
+        note(f"--initial_epochs {args.initial_epochs} has no effect without a --flat_ratio above 0")
     if args.unselected and drawn:
         note(f"--unselected {args.unselected} has no effect with --partition {args.partition}")
     if args.augmentation == "flip" and not DATASETS[args.data].preprocessing.flip:
@@ -137,8 +149,9 @@ def check_method(parser: cli.Parser, args: argparse.Namespace) -> None:
 
 
 def note(text: str) -> None:
-    """Say what does not stop the program."""
-    print(f"note: {text}", file=sys.stderr)
+    """Say what does not stop the program, once for all ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr)
 
 
 def build_parser() -> cli.Parser:
@@ -240,9 +253,14 @@ def main(args: argparse.Namespace) -> None:
     distributed.join(device, args.seed, args.save_path)
     args.threads = distributed.broadcast(torch.get_num_threads())
     torch.set_num_threads(args.threads)
-    split = args.train_idx_path, args.val_idx_path
-    training = args.label_noise, args.augmentation
-    data = load_data(args.data, args.data_path, device, *split, args.download, *training)
+    cores = distributed.cores()
+    if args.threads > cores and args.threads == threads_of_run(args):
+        why = f"the run began with {args.threads} threads, and this machine has {cores} cores"
+        note(f"{why}: the result is the same, but late; --threads {cores} is faster, and differs in the last bits")
+    split = {"train_idx_path": args.train_idx_path, "val_idx_path": args.val_idx_path}
+    training = {"label_noise": args.label_noise, "augmentation": args.augmentation}
+    with relative_paths(args.resume, data_path=args.data_path, **split):
+        data = load_data(args.data, args.data_path, device, **split, download=args.download, **training)
     settings = settings_of(args)
     if not distributed.rank():
         what = f"{len(args.seed)} x {args.model} (width {args.width}) on {args.data}"

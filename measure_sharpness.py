@@ -11,7 +11,10 @@ a later call does not repeat it.
 """
 
 import argparse
+import hashlib
 import itertools
+import json
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -26,8 +29,9 @@ from utils import InputError, cli
 from utils.data import ImageSet
 from utils.files import load_json, write_json
 from utils.fisher import ntk_gram, per_sample_fisher
-from utils.hessian import hessian_trace, matching_parameters, top_eigenpairs
+from utils.hessian import hessian_trace, matching_parameters, to_float64, top_eigenpairs
 from utils.predictions import Measurement, SavedMember, measure_settings
+from utils.results import standard_deviation
 from utils.sharpness import MAXIMISERS, NORMS, average_sharpness, worst_case_sharpness
 
 MODES = ("APGD_worst", "APGD_average", "hessian_t", "hessian_e", "fisher", "NTK")
@@ -69,12 +73,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_option(group, "probes", "products with H of hessian_t", cli.number(int, 2), "N", default=30)
     cli.add_option(group, "top_k", "eigenvalues of hessian_e", cli.COUNT, "K", default=5)
     cli.add_option(group, "ntk_samples", "images of the NTK", cli.number(int, 2), "N", default=100)
-    cli.add_option(group, "params", "only parameters whose names match (default: all; NTK: weight$)", str, "REGEX")
+    text = "only parameters whose names match (default: all; NTK: weight$); not in fisher"
+    cli.add_option(group, "params", text, str, "REGEX")
     args = parser.parse_args(argv)
     if args.n_draws % 2:
         parser.error(f"--n_draws: expected an even number, since draws come in pairs, got {args.n_draws}")
     if args.trace_method == "hutch++" and args.probes < 6:
         parser.error(f"--probes: expected 6 or more for hutch++, got {args.probes}")
+    if args.params is not None and "fisher" in args.mode:
+        parser.error("--params: has no effect on --mode fisher, which takes all parameters; leave one of the two out")
     return args
 
 
@@ -94,9 +101,8 @@ def main(args: argparse.Namespace) -> None:
     found: dict[str, dict[str, dict]] = {name: {} for name in names}
     todo, digest = [], images.digest()
     for member, name in itertools.product(members, names):
-        path = measurement.settings.save / "sharpness" / member.digest[:16] / f"{name}.json"
         about = about_part(args, name, member, digest)
-        part = read_part(path, about)
+        path, part = find_part(measurement.settings.save / "sharpness" / member.digest[:16], about)
         if part is None:
             todo.append((member, name, path, about))
         else:
@@ -107,15 +113,21 @@ def main(args: argparse.Namespace) -> None:
     for member, name, path, about in todo:
         bar.set_description(f"{member.path.parent.name} {name}")
         member.model.to(images.device, memory_format=torch.channels_last)
-        found[name][member.digest] = measure(args, name, member, images, bar.update)
+        try:
+            part = measure(args, name, member, images, bar.update)
+        except ValueError as error:
+            raise InputError(f"{name} of {member.path}: {error}") from error
+        if part["value"] is not None and not math.isfinite(part["value"]):
+            part["note"] = why_not_finite(args, name)
+        found[name][member.digest] = part
         done += passes_of(args, name, len(images))
         bar.update(done - bar.n)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"about": about, "result": found[name][member.digest]})
-        measurement.write("sharpness.json", collect(members, names, found), vars(args))
+        measurement.write("sharpness.json", collect(args, members, names, found), vars(args), keep_parts)
     bar.close()
-    path = measurement.write("sharpness.json", collect(members, names, found), vars(args))
-    print_table(members, names, found)
+    path = measurement.write("sharpness.json", collect(args, members, names, found), vars(args), keep_parts)
+    print_table(args, members, names, found)
     print(f"wrote {path}")
 
 
@@ -128,6 +140,16 @@ def about_part(args: argparse.Namespace, name: str, member: SavedMember, images:
     """All that the value of a part depends on; `images` is their digest."""
     settings = {key: getattr(args, key) for key in PROTOCOL[name.split("-")[0]]}
     return {"part": name, "weights": member.digest, "images": images, **settings}
+
+
+def find_part(folder: Path, about: dict[str, Any]) -> tuple[Path, dict | None]:
+    """The file of a part, and what it holds already. What was measured by another protocol stays beside it."""
+    path = folder / f"{about['part']}.json"
+    if (part := read_part(path, about)) is None and path.exists():
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+        path = folder / f"{about['part']}-{digest[:8]}.json"
+        part = read_part(path, about)
+    return path, part
 
 
 def read_part(path: Path, expected: dict[str, Any]) -> dict | None:
@@ -180,7 +202,7 @@ def measure(
         else:
             each = sum(len(labels) for _, labels in subset) // 2  # forward passes only
             found = average_sharpness(model, subset, n_draws=args.n_draws, progress=lambda: progress(each), **common)
-        spread = statistics.stdev(found["loss_by_batch"]) if len(subset) > 1 else None
+        spread = standard_deviation(found["loss_by_batch"])
         found["loss_standard_error_over_batches"] = None if spread is None else spread / len(subset) ** 0.5
         return {"value": found["loss"], **found, "images": sum(len(labels) for _, labels in subset)}
     if mode == "hessian_t":
@@ -190,13 +212,16 @@ def measure(
         values, _, residuals = top_eigenpairs(model, batches(args.hessian_samples), args.top_k, args.params)
         return {"value": values[0].item(), "eigenvalues": values.tolist(), "residuals": residuals.tolist()}
     if mode == "fisher":
-        scores = torch.cat([per_sample_fisher(model, *batch) for batch in batches(count)]).double().cpu()
+        scores = to_float64(torch.cat([per_sample_fisher(model, *batch) for batch in batches(count)]))
         points = torch.quantile(scores, torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
         quantiles = dict(zip(map(str, QUANTILES), points, strict=True))
         error = scores.std().item() / len(scores) ** 0.5 if len(scores) > 1 else None
         return {"value": scores.mean().item(), "standard_error": error, "quantiles": quantiles, "images": len(scores)}
     (pictures, _), *_ = batches(args.ntk_samples, args.ntk_samples)
-    values = torch.linalg.eigvalsh(ntk_gram(model, pictures, args.params or r"weight$"))
+    gram = ntk_gram(model, pictures, args.params or r"weight$")
+    if not gram.isfinite().all():
+        return {"value": math.nan, "log_determinant": math.nan, "condition": math.nan, "images": len(pictures)}
+    values = torch.linalg.eigvalsh(gram)
     # float32 gradients resolve eigenvalues down to this share of the largest.
     full_rank = bool(values[0] > 1e-7 * values[-1])
     log_det = values.log().sum().item() if full_rank else None
@@ -204,7 +229,9 @@ def measure(
     return {"value": log_det, "log_determinant": log_det, "condition": condition, "images": len(pictures)}
 
 
-def collect(members: list[SavedMember], names: list[str], found: dict[str, dict[str, dict]]) -> dict[str, Any]:
+def collect(
+    args: argparse.Namespace, members: list[SavedMember], names: list[str], found: dict[str, dict[str, dict]]
+) -> dict[str, Any]:
     """The result: each part by member, with mean and standard deviation over members, and which parts are missing."""
     result: dict[str, Any] = {"missing": []}
     for name in names:
@@ -213,23 +240,48 @@ def collect(members: list[SavedMember], names: list[str], found: dict[str, dict[
         result[name] = {
             "members": rows,
             "mean": statistics.mean(values) if values else None,
-            "std": statistics.stdev(values) if len(values) > 1 else None,
+            "std": standard_deviation(values),
             "n": len(values),
+            "protocol": {key: getattr(args, key) for key in PROTOCOL[name.partition("-")[0]]},
         }
         result["missing"] += [f"{name} of {m.path}" for m, row in zip(members, rows, strict=True) if row is None]
     return result
 
 
-def print_table(members: list[SavedMember], names: list[str], found: dict[str, dict[str, dict]]) -> None:
+def keep_parts(before: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
+    """The result with the other parts of an earlier call, each with the protocol that it was measured by."""
+    rows, result = before["result"], content["result"]
+    missing = list(result["missing"])
+    kept = {name: row for name, row in rows.items() if name not in result}
+    for name, row in kept.items():
+        asked = PROTOCOL[name.partition("-")[0]]
+        kept[name] = {"protocol": {key: before["protocol"][key] for key in asked}} | row
+        missing += [one for one in rows["missing"] if one.startswith(f"{name} of ")]
+    return result | kept | {"missing": missing}
+
+
+def print_table(
+    args: argparse.Namespace, members: list[SavedMember], names: list[str], found: dict[str, dict[str, dict]]
+) -> None:
     """A line for each part: the members' values, and mean ± standard deviation."""
     print(f"{'':16}" + "".join(f"{'seed ' + str(m.seed) if m.seed is not None else m.path.name:>14}" for m in members))
     for name in names:
         values = [found[name][member.digest]["value"] for member in members]
         cells = "".join(f"{'singular' if value is None else format(value, '.5g'):>14}" for value in values)
         numbers = [value for value in values if value is not None]
-        spread = f" ± {statistics.stdev(numbers):.3g}" if len(numbers) > 1 else ""
+        spread = standard_deviation(numbers)
+        spread = "" if spread is None else f" ± {spread:.3g}"
         mean = f"   mean {statistics.mean(numbers):.5g}{spread} (n = {len(numbers)})" if numbers else ""
         print(f"{name:16}{cells}{mean}")
+        if not all(map(math.isfinite, numbers)):
+            print(f"{'':16}  not finite: {why_not_finite(args, name)}")
+
+
+def why_not_finite(args: argparse.Namespace, name: str) -> str:
+    """The reason for a value of a part that is not finite."""
+    if name.startswith("APGD"):
+        return f"within the radius --rho0 {args.rho0:g} the loss leaves the range of float32; a smaller one has a value"
+    return "the loss or its derivatives leave the range of float32 at these weights"
 
 
 def print_protocol(args: argparse.Namespace) -> None:

@@ -33,6 +33,13 @@ class SAM(torch.optim.Optimizer):
     Parameters whose gradient is None at `first_step` are neither moved nor restored. The weights at w are kept in
     buffers that are allocated once, and come back bit for bit.
 
+    Where the norm of the gradient at w, or at w + eps, is not finite, the step is skipped: eps is 0, and afterwards
+    weights and state are as before, bit for bit (but for state that the base optimizer keeps on another device).
+
+    Attributes:
+        skipped: int64 [2], on the device of the weights: how many steps were skipped, and how many of them in a row up
+            to now. Nothing here waits for the device; reading them does.
+
     Args:
         params: parameters or param_groups, as for any optimizer.
         base_optimizer: the class of the optimizer that takes the step.
@@ -41,6 +48,7 @@ class SAM(torch.optim.Optimizer):
         kwargs: arguments of the base optimizer (lr, momentum, ...).
 
     Raises:
+        TypeError: if `base_optimizer` is an optimizer, and not its class.
         ValueError: if rho is negative or not finite.
     """
 
@@ -52,6 +60,10 @@ class SAM(torch.optim.Optimizer):
         adaptive: bool = False,
         **kwargs: Any,
     ):
+        if not callable(base_optimizer):
+            example = "SAM(params, torch.optim.SGD, lr=0.1)"
+            found = f"an object of {type(base_optimizer).__name__}"
+            raise TypeError(f"base_optimizer: expected the class of an optimizer, as in {example}, got {found}")
         super().__init__(params, {"rho": rho, "adaptive": adaptive})
         for group in self.param_groups:
             if not 0 <= group["rho"] < float("inf"):
@@ -66,6 +78,11 @@ class SAM(torch.optim.Optimizer):
         self._saved: dict[Tensor, Tensor] = {}
         self._moved: list[Tensor] = []
         self._perturbed = False
+        self.skipped = torch.zeros(2, dtype=torch.int64)
+
+    def _save(self, params: list[Tensor]) -> None:
+        self._saved.update({p: torch.empty_like(p) for p in params if p not in self._saved})
+        torch._foreach_copy_([self._saved[p] for p in params], params)
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
@@ -80,16 +97,15 @@ class SAM(torch.optim.Optimizer):
         self._moved = [p for group in groups for p in group]
         if not self._moved:
             raise RuntimeError("first_step: no parameter has a gradient; call backward before it")
-        self._saved.update({p: torch.empty_like(p) for p in self._moved if p not in self._saved})
-        torch._foreach_copy_([self._saved[p] for p in self._moved], self._moved)
+        self._save(self._moved)
         self._perturbed = True
 
         scaled = []  # T g
         for group, params in zip(self.param_groups, groups, strict=True):
             grads = [p.grad for p in params]
             scaled += torch._foreach_mul(torch._foreach_abs(params), grads) if group["adaptive"] and params else grads
-        norms = torch._foreach_norm(scaled)
-        norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+        norm = _norm(scaled)
+        self._finite = torch.isfinite(norm)
         for group, params in zip(self.param_groups, groups, strict=True):
             if not params:
                 continue
@@ -99,6 +115,7 @@ class SAM(torch.optim.Optimizer):
             # The scale stays a tensor on the device: no host sync.
             eps = torch._foreach_mul(directions, group["rho"] / (norm + 1e-12))
             torch._foreach_add_(params, eps)
+        _choose(self._finite, self._moved, [self._saved[p] for p in self._moved])
         if zero_grad:
             self.zero_grad()
 
@@ -114,16 +131,43 @@ class SAM(torch.optim.Optimizer):
     def second_step(self, zero_grad: bool = False) -> None:
         """Bring the weights back to w and take the base optimizer's step with the gradients that stand in `.grad`.
 
+        The step is skipped where they or those of `first_step` have no finite norm.
+
         Raises:
             RuntimeError: if no `first_step` came before it.
         """
         if not self._perturbed:
             raise RuntimeError("second_step: the weights are not perturbed; call first_step before it")
         self.restore()
-        self.base_optimizer.step()
+        self._step_if_finite()
         self._opt_called = True  # what a scheduler looks at before it warns that no step was taken
         if zero_grad:
             self.zero_grad()
+
+    def _step_if_finite(self) -> None:
+        """Take the step where it is finite; a GPU, which must not be waited for, takes it and takes it back."""
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not params:
+            return
+        finite = self._finite & torch.isfinite(_norm([p.grad for p in params]))
+        skipped = (~finite).to(torch.int64)
+        total, in_a_row = self.skipped.to(finite.device, non_blocking=True)
+        self.skipped = torch.stack([total + skipped, (in_a_row + 1) * skipped])
+        if finite.device.type == "cpu":
+            if finite:
+                self.base_optimizer.step()
+            return
+
+        def state() -> dict[tuple[Tensor, str], Tensor]:
+            kept = {(p, name): value for p in params for name, value in self.state.get(p, {}).items()}
+            return {key: v for key, v in kept.items() if isinstance(v, Tensor) and v.device == finite.device}
+
+        self._save(params)
+        before = {key: value.clone() for key, value in state().items()}
+        self.base_optimizer.step()
+        after = state()
+        old = [before[key] if key in before else torch.zeros_like(value) for key, value in after.items()]
+        _choose(finite, [*params, *after.values()], [*(self._saved[p] for p in params), *old])
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:
         """One whole SAM step. `closure` clears the gradients, computes the loss, calls backward and returns the loss.
@@ -169,3 +213,25 @@ class SAM(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._share()
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    """The l2 norm of all entries, 0-dimensional."""
+    norms = torch._foreach_norm(tensors)
+    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+
+
+def _choose(condition: Tensor, new: list[Tensor], old: list[Tensor]) -> None:
+    """Leave the new values where the condition (bool, 0-dimensional) holds, or write the old ones over them.
+
+    The bits are multiplied by 1 or 0, as whole numbers: a float that is not finite would survive a product with 0.
+    """
+    if condition.device.type == "cpu":
+        if not condition:
+            torch._foreach_copy_(new, old)
+        return
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    new, old = ([t.detach().view(kinds[t.element_size()]) for t in tensors] for tensors in (new, old))
+    condition = condition.to(new[0].dtype)
+    torch._foreach_mul_(new, condition)
+    torch._foreach_add_(new, torch._foreach_mul(old, 1 - condition))

@@ -98,8 +98,8 @@ def step(share: float, width: int = 16, size: int = 128) -> Timed:
     """A SharpBalance step with this share of SAM samples, against the passes that it cannot do without."""
     model, (images, labels) = network(width), batch(size)
     optimizer = SAM(model.parameters(), rho=0.1, lr=1e-3, momentum=0.9, weight_decay=5e-4)
-    mask = torch.arange(size) < round(size * share)
-    parts = [part for part in (~mask, mask, mask) if part.any()]
+    mask = torch.arange(size, device="cpu") < round(size * share)
+    parts = [part.to(images.device) for part in (~mask, mask, mask) if part.any()]
     copies = [(images[part], labels[part]) for part in parts]
 
     def passes() -> None:
@@ -158,7 +158,8 @@ def synthetic(images: int) -> ImageSet:
     """Random pictures in the form of CIFAR-10."""
     random = np.random.default_rng(0)
     pictures = random.integers(0, 256, (images, 32, 32, 3), dtype=np.uint8)
-    return ImageSet(pictures, random.integers(0, 10, images), DATASETS["cifar10"].preprocessing)
+    labels, device = random.integers(0, 10, images), torch.get_default_device()
+    return ImageSet(pictures, labels, DATASETS["cifar10"].preprocessing, device)
 
 
 def epoch(width: int) -> Timed:
@@ -195,7 +196,7 @@ def epochs(samples: int = 512, members: int = 1, count: int = 1) -> Timed:
     """Epochs of members of width 8 in turn, without SAM."""
     data, models = synthetic(samples), [network(8) for _ in range(members)]
     optimizers = [SAM(model.parameters(), rho=0.1, lr=1e-3) for model in models]
-    mask = torch.zeros(samples, dtype=torch.bool)
+    mask = torch.zeros(samples, dtype=torch.bool, device="cpu")
 
     def train() -> None:
         for epoch in range(count):
@@ -258,7 +259,7 @@ def hessian(samples: int = 128, size: int = 128) -> Timed:
 def prediction(samples: int = 2048) -> Timed:
     """The pass that all metrics of diversity derive from, against forward passes alone."""
     data, model = synthetic(samples), network(16).eval()
-    images = data.normalise(torch.from_numpy(np.zeros((512, 32, 32, 3), dtype=np.uint8)))
+    images = data.normalise(torch.zeros(512, 32, 32, 3, dtype=torch.uint8))
 
     @torch.inference_mode()
     def passes() -> None:
@@ -303,7 +304,7 @@ def metrics(members: int = 3, samples: int = 10_000, classes: int = 100) -> Time
 def diversity() -> Timed:
     """All of measure_diversity.py for 3 members on one part of 10,000 images, against the forward passes alone."""
     data, members = synthetic(10_000), [network(16).eval() for _ in range(3)]
-    images = data.normalise(torch.from_numpy(np.zeros((512, 32, 32, 3), dtype=np.uint8)))
+    images = data.normalise(torch.zeros(512, 32, 32, 3, dtype=torch.uint8))
     weights = bootstrap_weights(len(data), 1000)
 
     def ours() -> None:
@@ -404,6 +405,8 @@ SCALING: dict[str, tuple[str, tuple[float, ...], Callable[[Any], Timed], str]] =
     "metrics by M": ("members", (2, 4, 8), lambda m: metrics(m, 2000, 10), "up to 2^M, at most 200 a size"),
     "theory": ("dimension", (75, 150, 300), theory, "1 to 2"),
 }
+# What does not run on a GPU, or compares with a part that does not.
+CPU_ONLY = ("checkpoint", "loading", "diversity", "metrics", "partition", "theory")
 SLOW = ("fisher64", "apgd-l2", "apgd-linf", "tight-l2", "tight-linf")  # width 64, half a minute and more each
 
 
@@ -415,12 +418,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_option(parser, "repeats", "timed repeats of each function", cli.number(int, 3), "N", default=9)
     cli.add_flag(parser, "quick", "3 repeats, without the slow cases of width 64: two minutes")
     cli.add_option(parser, "threads", "CPU threads (default: one for each core)", cli.COUNT, "N")
+    text = "where the cases run; targets are those of the CPU, and cases of the CPU alone are left out elsewhere"
+    cli.add_choice(parser, "device", text, ("cpu", "cuda", "mps"), default="cpu")
     cli.add_option(parser, "save", "folder of the JSON", cli.path, "DIR", default=Path("runs/benchmark"))
     cli.add_flag(parser, "check", "exit with status 1 if a ratio misses its target")
     parser.add_argument("--measure", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--to", type=cli.path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    known = SCALING if args.scaling else CASES
+    if args.scaling and args.device != "cpu":
+        parser.error(f"--scaling: measured on the CPU, got --device {args.device}; leave one of the two out")
+    known = SCALING if args.scaling else [n for n in CASES if args.device == "cpu" or n not in CPU_ONLY]
     unknown = next((name for name in args.only or () if name not in known), None)
     if unknown:
         parser.error(f"--only: expected some of {', '.join(known)}, got '{unknown}'")
@@ -431,36 +438,43 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def seconds_of(functions: Timed, repeats: int) -> dict[str, list[float]]:
+def seconds_of(functions: Timed, repeats: int, device: torch.device) -> dict[str, list[float]]:
     """The seconds of every repeat of each function, by turns."""
+    wait = (lambda: None) if device.type == "cpu" else torch.accelerator.synchronize
     seconds: dict[str, list[float]] = {label: [] for label in functions}
     for repeat in range(repeats + 1):
         for label, function in functions.items():
+            wait()
             started = time.perf_counter()
             function()
+            wait()
             if repeat:  # the first round warms up
                 seconds[label].append(time.perf_counter() - started)
     return seconds
 
 
-def measure(name: str, repeats: int, threads: int | None) -> dict:
-    """Run one case in this process: seconds of every repeat, and the peak memory of the process."""
-    device = start_device("cpu", threads)
-    seconds = seconds_of(CASES[name][0](), repeats)
+def measure(name: str, repeats: int, threads: int | None, device_name: str) -> dict:
+    """Run one case in this process: seconds of every repeat, and the peak memory of the process, or of the GPU."""
+    device = start_device(device_name, threads)
+    with device:  # where the case makes its tensors
+        functions = CASES[name][0]()
+    seconds = seconds_of(functions, repeats, device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**20
     return {"seconds": seconds, "peak_memory_mib": peak, "environment": environment(device)}
 
 
 def scaling(args: argparse.Namespace) -> None:
     """Print a line for each part: its times at three sizes and the fitted exponent."""
-    start_device("cpu", args.threads)
+    device = start_device("cpu", args.threads)
     print(f"{'part':16} {'grows':10} {'sizes and ms':52} exponent  expected")
     for name in args.only:
         what, sizes, case, expected = SCALING[name]
         medians = []
         for size in sizes:
             label, function = next(iter(case(size).items()))
-            medians.append(statistics.median(seconds_of({label: function}, args.repeats)[label]))
+            medians.append(statistics.median(seconds_of({label: function}, args.repeats, device)[label]))
         exponent = np.polyfit(np.log(sizes), np.log(medians), 1)[0]
         cells = ", ".join(f"{size}: {1000 * t:.1f}" for size, t in zip(sizes, medians, strict=True))
         print(f"{name:16} {what:10} {cells:52} {exponent:8.2f}  {expected}", flush=True)
@@ -472,7 +486,7 @@ def rows_of(name: str, result: dict) -> list[tuple[str, bool]]:
     (_, mine), *others = result["seconds"].items()
     rows = []
     for label, floor in others:
-        target = CASES[name][1][label]
+        target = CASES[name][1][label] if result["environment"]["device"] == "cpu" else None
         case_ms, floor_ms = (1000 * statistics.median(values) for values in (mine, floor))
         ratio = case_ms / floor_ms
         quarters = statistics.quantiles([a / b for a, b in zip(mine, floor, strict=True)], n=4)
@@ -490,7 +504,7 @@ def rows_of(name: str, result: dict) -> list[tuple[str, bool]]:
 def main(args: argparse.Namespace) -> None:
     """Run the cases and print their table."""
     if args.measure:
-        write_json(args.to, measure(args.measure, args.repeats, args.threads))
+        write_json(args.to, measure(args.measure, args.repeats, args.threads, args.device))
         return
     if args.scaling:
         scaling(args)
@@ -500,6 +514,7 @@ def main(args: argparse.Namespace) -> None:
     for name in args.only:
         with tempfile.TemporaryDirectory() as folder:
             options = {"--measure": name, "--to": f"{folder}/x", "--repeats": args.repeats, "--threads": args.threads}
+            options["--device"] = args.device
             words = [str(word) for option, value in options.items() if value for word in (option, value)]
             subprocess.run([sys.executable, __file__, *words], check=True)
             results[name] = load_json(Path(folder, "x"))

@@ -35,11 +35,12 @@ import numpy as np
 import torch
 from tabulate import tabulate
 
-from utils import InputError, RunError, cli
+from utils import InputError, RunError, cli, table_cell
 from utils.data import Data
 from utils.datasets import CORRUPTED, DATASETS, find_corrupted, load_data
 from utils.distributed import cores
 from utils.files import load_json, read_json, write_array, write_atomically, write_json
+from utils.places import PLACES, find
 from utils.results import copy_results
 from utils.run import environment, read_settings
 
@@ -92,8 +93,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if own:
         parser.error(f"{own.split('=')[0]}: set by --methods and --seeds; choose among these, or call main.py")
     for name in ("runs", "measurements", "results"):
-        place = (getattr(args, name) or f"{name}/{args.preset}").format(data=args.data)
-        setattr(args, name, None if place == "none" else Path(place))
+        place = (getattr(args, name) or f"{name}/{args.preset}").replace("{data}", args.data)
+        try:
+            setattr(args, name, None if place == "none" else cli.path(place))
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"--{name}: {error}")
     args.seeds = [seeds.strip() for seeds in args.seeds.split(",")][: args.ensembles]
     args.jobs = cores() if args.jobs == "auto" else args.jobs
     if args.images and not args.validation:
@@ -144,11 +148,11 @@ def main(args: argparse.Namespace) -> None:
     experiment.prepare()
     plan = experiment.train()
     if args.results:
-        rows = [[name, *row.values()] for name, row in plan["runs"].items()]
+        rows = [[table_cell(name), *row.values()] for name, row in plan["runs"].items()]
         text = tabulate(rows, ["run", *next(iter(plan["runs"].values()))], "github", floatfmt=".4f")
         args.results.mkdir(parents=True, exist_ok=True)
         write_json(args.results / "plan.json", plan)
-        write_atomically(args.results / "validation.md", (text + "\n").encode())
+        write_atomically(args.results / "validation.md", (text + "\n").encode(errors="backslashreplace"))
     if not args.skip_measuring:
         experiment.measure()
         experiment.compare()
@@ -213,10 +217,10 @@ class Experiment:
         """Make the corrupted copies of the first test images, beside a link to the data."""
         args, folder = self.args, self.args.runs / f"corrupted_{self.args.corrupted}"
         folder.mkdir(parents=True, exist_ok=True)
-        files = self.load().record["files"]
-        link = folder / (DATASETS[args.data].places or ("", ""))[1]
-        if files and not link.exists():
-            link.symlink_to(Path(files[0]["path"]).parent.resolve(), target_is_directory=True)
+        self.load()
+        if args.data in PLACES and not (folder / PLACES[args.data][1]).exists():
+            data = find(args.data, args.data_path).resolve()
+            (folder / PLACES[args.data][1]).symlink_to(data, target_is_directory=True)
         flags = ["--data", args.data, "--data_path", args.data_path, "--to", folder, "--images", args.corrupted]
         command = ["scripts/make_corrupted.py", *flags, "--workers", args.jobs]
         name = f"{CORRUPTED[args.data]} of {args.corrupted} images"

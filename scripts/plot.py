@@ -19,17 +19,19 @@ from the theory.json that this leaves beside them: --from results/theory/theory.
 """
 
 import argparse
+import os
 import sys
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ["MPLBACKEND"] = "agg"  # figures need no display, and matplotlib refuses to start by an unknown backend
 
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from utils import InputError, plots, theory_plots
-from utils.cli import Parser, number, run
+from utils.cli import Parser, number, path, run
 from utils.files import read_json, write_json
 from utils.landscape import compute_landscape, compute_sets, read_landscape, read_sets
 from utils.results import Ensemble, check_alike, read_ensemble, read_run, require
@@ -45,8 +47,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("kind", choices=[*KINDS, "theory"], help="which figure")
-    add("--from", type=Path, nargs="+", dest="folders", metavar="FOLDER", help="result folders, or a file of numbers")
-    add("--to", type=Path, required=True, metavar="FILE", help="the figure, without suffix; of theory a folder")
+    add("--from", type=path, nargs="+", dest="folders", metavar="FOLDER", help="result folders, or a file of numbers")
+    add("--to", type=path, required=True, metavar="FILE", help="the figure, without suffix; of theory a folder")
     add("--data_sets", type=number(int, 2), default=20, metavar="N", help="data sets of each setting of theory")
     args = parser.parse_args(argv)
     if args.kind != "theory" and args.folders is None:

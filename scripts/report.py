@@ -8,18 +8,20 @@ verdict on each of `CLAIMS`, and the accuracy under each corruption. Tables and 
 
 import argparse
 import math
+import os
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 from tabulate import tabulate
 
-from utils import InputError, results
+from utils import InputError, results, table_cell
 from utils.cli import Parser, path, run
 from utils.files import read_json, write_atomically
 from utils.results import METHODS, Ensemble, Gap
@@ -58,24 +60,33 @@ class Claim(NamedTuple):
     gap: Callable[[Measured, str], Gap]
 
 
-def compare(name: str, a: str, b: str, value: str) -> Claim:
-    """Method a minus method b in one value; in sharpness, the difference of the logarithms."""
+def compare(name: str, first: str, second: str, value: str) -> Claim:
+    """The first method minus the second in one value; in sharpness, the difference of the logarithms.
+
+    nan where a sharpness is not finite.
+    """
 
     def gap(found: Measured, seeds: str) -> Gap:
-        one, other = found[a][seeds], found[b][seeds]
+        one, other = found[first][seeds], found[second][seeds]
         if value == "sharpness":
-            return math.log(one.values[value] / other.values[value])
+            a, b = one.values[value], other.values[value]
+            return math.log(a / b) if 0 < a < math.inf and 0 < b < math.inf else math.nan
         return results.gap_between(one, other, value)
 
     what, unit = COMPARED[value]
     names = NAMES | {"sam_largest": "SAM with the largest rho"}
-    return Claim(name, f"{what}, {names[a]} - {names[b]}", unit, gap)
+    return Claim(name, f"{what}, {names[first]} - {names[second]}", unit, gap)
 
 
 def slope(found: Measured, seeds: str) -> float:
-    """Least-squares slope of disagreement over the logarithm of sharpness, along rho (0 is the deep ensemble)."""
+    """Least-squares slope of disagreement over the logarithm of sharpness, along rho (0 is the deep ensemble).
+
+    nan where a sharpness is not finite.
+    """
     methods = [found["deep_ensemble"], *(found[name] for name in found if name.startswith("sam_0"))]
     values = [by_seeds[seeds].values for by_seeds in methods]
+    if not all(0 < v["sharpness"] < math.inf for v in values):
+        return math.nan
     return float(np.polyfit([np.log(v["sharpness"]) for v in values], [v["disagreement"] for v in values], 1)[0])
 
 
@@ -137,7 +148,7 @@ def main(args: argparse.Namespace) -> None:
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             what = f"not an experiment with all methods of the claims ({error!r})"
             raise InputError(f"{folder}: {what}; run scripts/experiment.py again") from error
-    write_atomically(args.results / "README.md", ("\n\n".join(blocks) + "\n").encode())
+    write_atomically(args.results / "README.md", ("\n\n".join(blocks) + "\n").encode(errors="backslashreplace"))
     print(f"wrote {args.results / 'README.md'}")
 
 
@@ -157,8 +168,12 @@ def read_measured(folder: Path, rho: float) -> Measured:
 
 
 def verdict(gaps: list[Gap]) -> tuple[str, float, list[float]]:
-    """Supported, contradicted or undecided, by the 95 % interval of the mean; the mean, and that interval."""
+    """Supported, contradicted or undecided, by the 95 % interval of the mean; the mean, and that interval.
+
+    A mean that is not finite has no interval, and decides nothing.
+    """
     mean, interval, _ = results.interval_of(gaps)
+    interval = interval or [math.nan, math.nan]
     word = "supported" if interval[0] > 0 else "contradicted" if interval[1] < 0 else "undecided"
     return word, mean, interval
 
@@ -170,10 +185,10 @@ def section(folder: Path, plan: dict[str, Any]) -> list[str]:
     first, seeds = ensembles[0].content, sorted(measured["sam"])
     corrupted, images = results.require(ensembles[0], "corrupted", "mean", "samples"), first["data"]["val"]
     commits = sorted({one.content["environment"]["commit"] or "no clone" for one in ensembles})
-    ball = next(iter(measured["sam"].values())).content["sharpness"]["protocol"]
+    ball = results.sharpness_protocol(next(iter(measured["sam"].values())), "APGD_worst-l2")
     known = all("disagreement" in one.by_sample for one in ensembles)
     blocks = [
-        f"## {folder.name.replace('_', ' ').capitalize()}",
+        f"## {table_cell(folder.name.replace('_', ' ').capitalize())}",
         f"{len(seeds)} ensembles by each method: {results.setting_of(first)}, {first['trained']['epochs']} epochs; "
         f"{images} validation images, {first['data']['test']} test images, corrupted copies of {corrupted:g}. "
         f"{plan['jobs']} single-thread processes on {plan['environment']['cpus']} cores, torch "
@@ -195,9 +210,10 @@ def section(folder: Path, plan: dict[str, Any]) -> list[str]:
             f"Of the training images {100 * shares['all']:.1f} % have a wrong label. Of those that a member trains "
             f"with SAM once samples are assigned: {'; '.join(sets)}."
         )
-    tables = f"{folder.name}/tables.md"
-    figures = [f"![{text}]({folder.name}/{kind}.png)" for kind, text in FIGURES.items()]
-    return [*blocks, f"All methods: [{tables}]({tables}).", *by_corruption(measured), *figures]
+    place = quote(os.fsencode(folder.name))
+    figures = [f"![{text}]({place}/{kind}.png)" for kind, text in FIGURES.items()]
+    tables = f"[{table_cell(folder.name)}/tables.md]({place}/tables.md)"
+    return [*blocks, f"All methods: {tables}.", *by_corruption(measured), *figures]
 
 
 def choices(plan: dict[str, Any]) -> str:
@@ -219,8 +235,9 @@ def claims_table(measured: Measured, seeds: list[str]) -> str:
     for name, text, unit, gap in CLAIMS:
         factor, digits = (100, 2) if unit else (1, 3)
         word, mean, (low, high) = verdict([factor * gap(measured, one) for one in seeds])
-        interval = f"[{low:.{digits}f}, {high:.{digits}f}]"
-        rows.append([name, text, f"{mean:+.{digits}f} {unit}".strip(), interval, len(seeds), f"**{word}**"])
+        interval = f"[{low:.{digits}f}, {high:.{digits}f}]" if math.isfinite(mean) else "-"
+        shown = f"{mean:+.{digits}f} {unit}".strip() if math.isfinite(mean) else "not finite"
+        rows.append([name, text, shown, interval, len(seeds), f"**{word}**"])
     return _table(rows, ["claim", "", "mean", "95 % interval", "n", "verdict"])
 
 
@@ -250,6 +267,7 @@ def by_corruption(measured: Measured) -> list[str]:
 
 
 def _table(rows: list[list[Any]], header: list[str]) -> str:
+    rows = [list(map(table_cell, row)) for row in rows]
     return tabulate(rows, header, "pipe", disable_numparse=True)
 
 

@@ -4,6 +4,7 @@
 #   bash scripts/reproduce_fashion_mnist.sh night   # to results/fashion_mnist: about 7 hours on 2 cores
 #   bash scripts/reproduce_fashion_mnist.sh hour    # 1,000 images with wrong labels, to results/fashion_mnist_hour
 # Options that follow go to scripts/experiment.py and to main.py, for instance --data_path DIR or --download.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by sh
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" requirements.txt
 case ${1:-} in

@@ -12,7 +12,7 @@ intervals over ensembles and test images, or over one of them where the other is
 import argparse
 import csv
 import io
-import statistics
+import math
 import sys
 from pathlib import Path
 
@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tabulate import tabulate
 
-from utils import InputError, first_line, results
-from utils.cli import Parser, run
+from utils import InputError, first_line, printable, results, table_cell
+from utils.cli import Parser, path, run
 from utils.files import write_atomically
 from utils.results import Ensemble
 from utils.run import OLD_DEFAULTS
@@ -39,9 +39,9 @@ LONG = ("and", "trained with")  # sources that are left out on the terminal
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(__doc__)
-    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="folders that measure_*.py wrote")
+    parser.add_argument("folders", type=path, nargs="+", metavar="FOLDER", help="folders that measure_*.py wrote")
     parser.add_argument("--format", choices=("text", "markdown", "latex", "csv"), default="text", help="of the tables")
-    parser.add_argument("--to", type=Path, metavar="FILE", help="write there instead of on the terminal")
+    parser.add_argument("--to", type=path, metavar="FILE", help="write there instead of on the terminal")
     return parser.parse_args(argv)
 
 
@@ -63,7 +63,7 @@ def main(args: argparse.Namespace) -> None:
         args.to.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--to {args.to}: cannot be written ({error.strerror}); name another file") from error
-    write_atomically(args.to, text.encode())
+    write_atomically(args.to, text.encode(errors="backslashreplace"))
 
 
 def tables(ensembles: list[Ensemble], form: str) -> str:
@@ -84,13 +84,22 @@ def tables(ensembles: list[Ensemble], form: str) -> str:
     note += "±: standard deviation over ensembles, or over the members of a single one; [ ]: 95 % interval."
     if any(row[3] == results.BOTH for row in differences):
         note += " Differences of NLL, ECE and sharpness: over ensembles only, with the images as they are."
+    unknown = [COLUMNS[name].title for name in shown if any(_infinite(one.values.get(name)) for one in ensembles)]
+    if unknown:
+        note += f" inf, nan: the loss leaves the range of float32 ({', '.join(unknown)})."
     lead = {"text": "", "markdown": "- ", "latex": "% "}[form]
     lines = []
     for one in ensembles:
         source = source_of(one).items()
         known = [f"{name} {value}" for name, value in source if value and (form != "text" or name not in LONG)]
-        lines.append(f"{lead}{one.folder}: {'; '.join(known)}")
+        line = f"{one.folder}: {'; '.join(known)}"
+        lines.append(lead + (table_cell(line) if form == "markdown" else printable(line)))
     return "\n".join([lead * (form == "latex") + note, "", *blocks, *lines]) + "\n"
+
+
+def _infinite(value: float | None) -> bool:
+    """Whether a value was measured but is not finite."""
+    return value is not None and not math.isfinite(value)
 
 
 def difference_rows(groups: dict[str, list[Ensemble]], shown: list[str]) -> list[list[str]]:
@@ -121,8 +130,8 @@ def source_of(ensemble: Ensemble) -> dict[str, str]:
     content, settings = ensemble.content, ensemble.content.get("trained") or {}
     settings = {k: v for k, v in settings.items() if k != "seed" and v is not None and OLD_DEFAULTS.get(k, k) != v}
     return {
-        "measured by": content["command"],
-        "and": content.get("sharpness", {}).get("command", ""),
+        "measured by": commands_of(content),
+        "and": commands_of(content.get("sharpness", {})),
         "trained with": " ".join(f"--{name} {value}" for name, value in settings.items()),
         "seeds": " ".join(map(str, ensemble.seeds)),
         "commit": str(content.get("environment", {}).get("commit") or ""),
@@ -130,11 +139,16 @@ def source_of(ensemble: Ensemble) -> dict[str, str]:
     }
 
 
+def commands_of(content: dict) -> str:
+    """The commands whose results a file holds."""
+    return " && ".join([*(call["command"] for call in content.get("earlier", [])), content.get("command", "")])
+
+
 def _cell(column: str, group: list[Ensemble]) -> str:
     values = [one.values.get(column) for one in group]
     if None in values:
         return "-"
-    spread = statistics.stdev(values) if len(values) > 1 else group[0].spread.get(column)
+    spread = results.standard_deviation(values) if len(values) > 1 else group[0].spread.get(column)
     return _text(column, *results.estimate_of(group, column), spread)
 
 
@@ -147,7 +161,7 @@ def _text(column: str, mean: float, interval: list[float] | None, spread: float 
         value *= factor
         return f"{value:{sign}.3g}" if abs(value) >= 1e5 else f"{value:{sign}.{digits}f}"
 
-    text = number(mean, sign)
+    text = number(mean, sign if math.isfinite(mean) else "")
     if spread is not None:
         text += f" ± {number(spread)}"
     return text if interval is None else f"{text} [{', '.join(map(number, interval))}]"
@@ -155,6 +169,7 @@ def _text(column: str, mean: float, interval: list[float] | None, spread: float 
 
 def _table(rows: list[list[str]], form: str) -> str:
     """One table, whose first row is the header; as text it is transposed, to fit a terminal."""
+    rows = [[table_cell(cell) if form == "markdown" else printable(cell) for cell in row] for row in rows]
     if form == "csv":
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(rows)

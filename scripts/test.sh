@@ -2,6 +2,7 @@
 # Checks the code: ruff (lint and format) and the tests. Arguments go to pytest: bash scripts/test.sh -m slow
 # bash scripts/test.sh --isa runs the tests three times, with the CPU instructions that older processors lack switched
 # off: floats then differ in their last bits, as they do from one machine to the next.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by sh
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" requirements-dev.txt
 ruff check .

@@ -45,3 +45,16 @@ def test_scaling(capsys):
     with pytest.raises(SystemExit, match="2"):
         call("--scaling", "--only", "fisher16")
     assert "--only: expected some of training by N" in capsys.readouterr().err
+
+
+def test_on_a_gpu_there_are_fewer_cases(capsys):
+    only = benchmark.parse_args(["--device", "cuda"]).only
+    assert "step30" in only
+    assert not set(only) & set(benchmark.CPU_ONLY)
+    for words, problem in (
+        (["--only", "theory"], "--only: expected some of fisher64"),
+        (["--scaling"], "--scaling: measured on the CPU, got --device cuda"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            benchmark.parse_args(["--device", "cuda", *words])
+        assert problem in capsys.readouterr().err

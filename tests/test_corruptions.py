@@ -4,6 +4,7 @@ import colorsys
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -11,15 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, features
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 
 from scripts import make_corrupted
 from tests import files
-from utils import RunError, cli
+from utils import InputError, RunError, cli
 from utils.corruptions import CONSTANTS, FUNCTIONS, corrupt
-from utils.datasets import CORRUPTIONS, SEVERITIES, check_corrupted, find_corrupted, load_data, read_corrupted
+from utils.datasets import CORRUPTIONS, SEVERITIES, check_corrupted, find_corrupted, load_data, note, read_corrupted
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = [(8, 1), (28, 1), (32, 3), (64, 3)]
@@ -376,3 +378,150 @@ def test_contact_sheet(tmp_path):
     with Image.open(tmp_path / "new/sheet.png") as sheet:
         assert sheet.size == (130 + 6 * 100, 20 + 15 * 100)
     assert not (tmp_path / "data/CIFAR-10-C").exists()
+
+
+# Published sets, and parts of them
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    """A small CIFAR-10 and TinyImageNet, by name: folder and data."""
+    folder = tmp_path_factory.mktemp("clean")
+    files.write_cifar(folder / "cifar10")
+    files.write_tiny_imagenet(folder / "tiny-imagenet-200", per_class=5)
+    return folder, {name: load_data(name, folder) for name in ("cifar10", "tiny_imgnet")}
+
+
+def write_arrays(folder, labels, rows=None, name="fog"):
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / f"{name}.npy", np.zeros((rows or len(labels), 32, 32, 3), np.uint8))
+    np.save(folder / "labels.npy", labels, allow_pickle=True)
+
+
+def write_folders(folder, classes, images=2, end=".JPEG"):
+    for severity in "12":
+        for name in classes:
+            place = folder / "fog" / severity / name
+            place.mkdir(parents=True)
+            for i in range(images):
+                Image.new("RGB", (64, 64)).save(place / f"{i}{end}")
+
+
+def measured(name, data, folder, corruptions=("fog",), severities=(1, 2)):
+    """What a measuring script does; the folder that was found and the images of a part."""
+    note.cache_clear()
+    found = find_corrupted(name, folder, required=True)
+    check_corrupted(found, data, corruptions, severities)
+    return found, len(read_corrupted(found, data, corruptions[0], severities[0]))
+
+
+@pytest.mark.parametrize(
+    "place", ["CIFAR-10-C", "CIFAR-10-C/CIFAR-10-C", "cifar10_c", "cifar-10-batches-py/CIFAR-10-C"]
+)
+def test_places_of_a_corrupted_set(place, clean, tmp_path, capsys):
+    data = clean[1]["cifar10"]
+    write_arrays(tmp_path / place, np.tile(data.test.labels.numpy(), 5).astype(">u2"))
+    for name in ("._fog.npy", "._labels.npy", ".DS_Store"):
+        (tmp_path / place / name).write_bytes(b"\0\5\x16\7")
+    assert measured("cifar10", data, tmp_path) == (tmp_path / place, 20)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("place", ["Tiny-ImageNet-C", "Tiny-ImageNet-C/Tiny-ImageNet-C", "tiny-imagenet-c"])
+@pytest.mark.parametrize("end", [".JPEG", ".png"])
+def test_places_of_a_corrupted_set_of_folders(place, end, clean, tmp_path, capsys):
+    data = clean[1]["tiny_imgnet"]
+    write_folders(tmp_path / place, data.record["files"][0]["classes"], end=end)
+    (tmp_path / place / "fog/1/@eaDir").mkdir()
+    assert measured("tiny_imgnet", data, tmp_path) == (tmp_path / place, 6)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["cifar10", "tiny_imgnet"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_archive_of_corruptions_is_named(name, inside, tmp_path, capsys):
+    """Else only clean images would be measured, without a word."""
+    spelling = {"cifar10": "CIFAR-10-C", "tiny_imgnet": "Tiny-ImageNet-C"}[name]
+    path = tmp_path / spelling / f"{spelling}.tar" if inside else tmp_path / f"{spelling}.tar"
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    command = f"{path} is not unpacked: unpack it (tar -xf {path} -C {path.parent})"
+    with pytest.raises(InputError, match=re.escape(command)):
+        find_corrupted(name, tmp_path, required=True)
+    if not inside:
+        note.cache_clear()
+        assert find_corrupted(name, tmp_path) is None
+        assert capsys.readouterr().err == f"note: {command}: without it only clean images are measured\n"
+    path.rename(path.with_name(f"{spelling}-extra.tar"))
+    if inside:
+        with pytest.raises(InputError, match=r"got neither; remove it, or unpack the archive into it"):
+            find_corrupted(name, tmp_path)
+    else:
+        assert find_corrupted(name, tmp_path) is None
+        assert capsys.readouterr().err == ""
+
+
+def test_one_severity_is_not_taken_for_five(clean, tmp_path):
+    data = clean[1]["cifar10"]
+    labels = data.test.labels.numpy()
+    equal_fifths = np.tile(labels[:4], 5)  # of one severity, by chance
+    for bad, rows, message in (
+        (labels, None, r"labels\.npy: expected 5 times the same labels, severity by severity; a set of one"),
+        (np.repeat(labels, 5), None, "expected 5 times the same labels"),
+        (np.tile(labels, 5), 20, r"fog\.npy: expected 100 images as in .*labels\.npy, got a fifth, one severity alone"),
+        (labels, 100, r"labels\.npy: expected 100 integers, got int64 \[20\]"),
+        (np.tile(labels, 5).astype(object), None, r"labels\.npy: not a readable \.npy file .*objects"),
+        (np.tile((labels + 1) % 10, 5), None, "the labels of the test set, in its order"),
+    ):
+        write_arrays(tmp_path / "CIFAR-10-C", bad, rows)
+        with pytest.raises(InputError, match=message):
+            measured("cifar10", data, tmp_path)
+    data.test.labels[:], before = torch.from_numpy(equal_fifths), data.test.labels.clone()
+    write_arrays(tmp_path / "CIFAR-10-C", equal_fifths)
+    with pytest.raises(InputError, match="a set of one severity"):
+        measured("cifar10", data, tmp_path)
+    data.test.labels[:] = before
+
+
+def test_sizes_that_do_not_fit_the_test_set_are_said(clean, tmp_path, capsys):
+    data = clean[1]["cifar10"]
+    write_arrays(tmp_path / "CIFAR-10-C", np.tile(data.test.labels.numpy()[:15], 5))
+    assert measured("cifar10", data, tmp_path)[1] == 15
+    where = tmp_path / "CIFAR-10-C"
+    assert capsys.readouterr().err == f"note: {where}: 15 images of a corruption at a severity, expected 20\n"
+    tiny = clean[1]["tiny_imgnet"]
+    write_folders(tmp_path / "Tiny-ImageNet-C", tiny.record["files"][0]["classes"])
+    (tmp_path / "Tiny-ImageNet-C/fog/2/n00001007/1.JPEG").unlink()
+    assert measured("tiny_imgnet", tiny, tmp_path)[1] == 6
+    assert "5 to 6 images of a corruption at a severity, expected 6\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: shutil.rmtree(f / "fog/2/n00001007"), r"fog/2: expected the classes .*, but it lacks n00001007;"),
+        (lambda f: [p.unlink() for p in (f / "fog/2/n00001007").iterdir()], r"fog/2: no images .* in n00001007;"),
+        (lambda f: (f / "fog/1/n00000009").mkdir(), "but it also has n00000009;"),
+        (lambda f: [(f / f"fog/1/n{i:08d}").mkdir() for i in range(997)], r"3 classes .* got 1000, as frost of zenodo"),
+        (lambda f: shutil.rmtree(f / "fog/2"), r"fog/2 missing; complete it"),
+    ],
+)
+def test_incomplete_folders(change, message, clean, tmp_path):
+    data = clean[1]["tiny_imgnet"]
+    write_folders(tmp_path / "Tiny-ImageNet-C", data.record["files"][0]["classes"])
+    change(tmp_path / "Tiny-ImageNet-C")
+    with pytest.raises(InputError, match=message):
+        measured("tiny_imgnet", data, tmp_path)
+
+
+def test_a_set_made_of_other_images_is_not_measured(tmp_path, capsys):
+    files.write_fashion_mnist(tmp_path / "a/fashion-mnist")
+    make("--data", "fashion_mnist", "--data_path", tmp_path / "a", "--corruptions", "fog", "--images", "7")
+    data, folder = load_data("fashion_mnist", tmp_path / "a"), tmp_path / "a/Fashion-MNIST-C"
+    capsys.readouterr()
+    assert measured("fashion_mnist", data, tmp_path / "a") == (folder, 7)
+    assert capsys.readouterr().err == ""  # fewer, as about.json says
+    other = load_data("fashion_mnist", files.write_fashion_mnist(tmp_path / "b", seed=1))
+    with pytest.raises(InputError, match=r"Fashion-MNIST-C: made of other test images than those of --data_path"):
+        measured("fashion_mnist", other, tmp_path / "a")
+    (folder / "about.json").write_text("{}")
+    with pytest.raises(InputError, match=r"about\.json: cannot be read"):
+        measured("fashion_mnist", data, tmp_path / "a")

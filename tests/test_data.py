@@ -1,17 +1,24 @@
 import collections
+import gzip
+import hashlib
 import os
 import pickle
+import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 
+import utils.datasets
 from tests import files, reference
 from utils import InputError
 from utils.data import ImageSet, Preprocessing, batch_slices
-from utils.datasets import DATASETS, load_data, mislabel
+from utils.datasets import load_data, mislabel
 from utils.files import load_array
+from utils.places import PLACES
 
 COLOUR = Preprocessing((0.5, 0.4, 0.3), (0.2, 0.3, 0.25), padding=4, flip=True)
 
@@ -157,7 +164,7 @@ def test_digits():
 @pytest.mark.parametrize("place", [0, 1, 2, 3])
 @pytest.mark.parametrize("old_numpy", [True, False])
 def test_cifar(name, place, old_numpy, tmp_path):
-    folder = files.write_cifar(tmp_path / DATASETS[name].places[place], name, images=20, old_numpy=old_numpy)
+    folder = files.write_cifar(tmp_path / PLACES[name][place], name, images=20, old_numpy=old_numpy)
     data = load_data(name, tmp_path)
     total = 100 if name == "cifar10" else 20
     assert (len(data.train), len(data.val), len(data.test)) == (total - total // 10, total // 10, 20)
@@ -170,9 +177,10 @@ def test_cifar(name, place, old_numpy, tmp_path):
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
-def test_cifar_written_by_hand_in_any_protocol(protocol, tmp_path):
+@pytest.mark.parametrize("labels", [np.arange(6), list(np.arange(6, dtype=np.uint8)), tuple(range(6))])
+def test_cifar_written_by_hand_in_any_protocol(labels, protocol, tmp_path):
     files.write_cifar(tmp_path)
-    batch = {b"data": np.zeros((6, 3072), np.uint8), b"labels": np.arange(6)}
+    batch = {b"data": np.zeros((6, 3072), np.uint8), b"labels": labels}
     for i in range(1, 6):
         (tmp_path / f"data_batch_{i}").write_bytes(pickle.dumps(batch, protocol=protocol))
     assert len(load_data("cifar10", tmp_path).train) == 27
@@ -202,8 +210,13 @@ class Payload:
         (lambda p: pickle.dumps({"data": np.zeros((2, 3072), np.float32), "labels": [0, 1]}), "float32"),
         (lambda p: pickle.dumps({"data": np.array([{}, {}]), "labels": [0, 1]}), "array of object"),
         (lambda p: pickle.dumps([1, 2]), "expected a dict, got a list"),
-        (lambda p: pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1]})[:500], "not a CIFAR batch"),
-        (lambda p: b"", "not a CIFAR batch"),
+        (lambda p: pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1]}, 2)[:500], "too early"),
+        (lambda p: pickle.dumps({"data": np.zeros((2, 3072), np.uint8)}, 5)[:500], "not a CIFAR batch .pickle exhaust"),
+        (lambda p: b"", "data_batch_3: empty"),
+        (lambda p: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "a git-lfs pointer"),
+        (lambda p: b"\n<!DOCTYPE html><html>", "a web page"),
+        (lambda p: pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [np.float32(0)] * 2}), "list of 2"),
+        (lambda p: pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "fine_labels": [0, 1]}), "no such entry"),
         # numpy's array constructor asked for 10^13 bytes
         (lambda p: b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I10000000000000\ntS'b'\ntR.", "a form"),
     ],
@@ -225,7 +238,7 @@ def test_missing_files_and_folders(tmp_path):
         load_data("tiny_imgnet", tmp_path)
     files.write_cifar(tmp_path)
     (tmp_path / "data_batch_4").unlink()
-    with pytest.raises(InputError, match="data_batch_4: cannot be read"):
+    with pytest.raises(InputError, match=r"no cifar10 found; .* lacks data_batch_4; unpack .*, or --download"):
         load_data("cifar10", tmp_path)
 
 
@@ -258,7 +271,8 @@ def test_fashion_mnist(zipped, tmp_path):
         (lambda b: b + b"x", "more follow"),
         (lambda b: b"\x00" + b[:-1], "header"),
         (lambda b: b[:10], "not a readable IDX file"),
-        (lambda b: b"", "header"),
+        (lambda b: b"", "empty"),
+        (lambda b: b"<html>", "a web page"),
         (lambda b: b[:4] + b"\xff\xff\xff\xff" + b[8:], "more than the file can hold"),
     ],
 )
@@ -297,7 +311,7 @@ def test_bad_tiny_imagenet(tmp_path):
     folder = files.write_tiny_imagenet(tmp_path / "b", val_folders=True)
     for path in sorted((folder / "val").iterdir())[1:]:
         path.rename(folder / path.name)
-    with pytest.raises(InputError, match=r"the 3 folders of .*, got 1 others"):
+    with pytest.raises(InputError, match=r"the class folders of .*train, but it lacks n00001007, n00001014; unpack"):
         load_data("tiny_imgnet", folder)
     folder = files.write_tiny_imagenet(tmp_path / "c")
     next((folder / "train").glob("*/images/*")).write_bytes(b"no picture")
@@ -305,8 +319,176 @@ def test_bad_tiny_imagenet(tmp_path):
         load_data("tiny_imgnet", folder)
     folder = files.write_tiny_imagenet(tmp_path / "d")
     (folder / "wnids.txt").write_text("n00000001\n")
-    with pytest.raises(InputError, match=r"not those of .*wnids\.txt"):
+    problem = r"the classes of .*wnids\.txt, but it lacks n00000001 and also has n00001000, n00001007, n00001014;"
+    with pytest.raises(InputError, match=problem):
         load_data("tiny_imgnet", folder)
+
+
+def of_class(folder, number=1):
+    return sorted((folder / "train").iterdir())[number] / "images"
+
+
+def sort_val(folder, place):
+    """Move the images of val/images/ to folders of their classes, as scripts on the web do; those of some."""
+    for line in (folder / "val/val_annotations.txt").read_text().splitlines():
+        file, wnid = line.split("\t")[:2]
+        (folder / place / wnid).mkdir(parents=True, exist_ok=True)
+        (folder / "val/images" / file).rename(folder / place / wnid / file)
+
+
+def with_windows_lines(folder):
+    for path in (folder / "wnids.txt", folder / "val/val_annotations.txt"):
+        path.write_bytes(b"\xef\xbb\xbf\r\n" + path.read_bytes().replace(b"\n", b"\r\n") + b" \r\n\r\n")
+
+
+def with_junk(folder):
+    for place in (of_class(folder), folder / "train", folder / "val", folder / "val/images", folder):
+        for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._x.JPEG"):
+            (place / name).write_bytes(b"\0\5\x16\7")
+        for name in (".ipynb_checkpoints", "@eaDir", "__MACOSX", "#recycle"):
+            (place / name).mkdir()
+            (place / name / "x.JPEG").write_bytes(b"a thumbnail")
+
+
+def flatten(folder):
+    for path in (folder / "train").glob("*/images/*"):
+        path.rename(path.parent.parent / path.name)
+
+
+def without_annotation_folder(folder):
+    for path in (folder / "val/images").iterdir():
+        path.rename(folder / "val" / path.name)
+    (folder / "val/images").rmdir()
+
+
+def convert(folder, end, kind):
+    for path in folder.rglob("*.JPEG"):
+        with Image.open(path) as image:
+            image.save(path.with_suffix(end), kind)
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: sort_val(folder, "val/images"),
+        lambda folder: sort_val(folder, "val"),  # val/images/ stays behind, empty
+        without_annotation_folder,
+        flatten,
+        with_windows_lines,
+        with_junk,
+        lambda folder: (folder / "wnids.txt").unlink(),
+        lambda folder: convert(folder, ".png", "PNG"),
+        lambda folder: [p.rename(p.with_suffix(".jpg")) for p in folder.rglob("*.JPEG")],
+        lambda folder: [p.rename(p.with_suffix(".jpeg")) for p in (folder / "train").rglob("*.JPEG")],
+    ],
+)
+def test_forms_of_tiny_imagenet(change, tmp_path):
+    """All are read as the form that is unpacked, with the same images and labels."""
+    folder = files.write_tiny_imagenet(tmp_path, per_class=5)
+    before = load_data("tiny_imgnet", folder).record["sha256_of_arrays_and_split"]
+    change(folder)
+    data = load_data("tiny_imgnet", folder)
+    assert data.record["sha256_of_arrays_and_split"] == before
+    assert data.record["files"][0]["classes"] == ["n00001000", "n00001007", "n00001014"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: [p.unlink() for p in of_class(f).iterdir()], r"train: no images .* in n00001007; unpack"),
+        (lambda f: shutil.rmtree(of_class(f).parent), r"wnids\.txt, but it lacks n00001007; unpack"),
+        (
+            lambda f: (f / "val/images/val_3.JPEG").unlink(),
+            r"annotations\.txt: names val_3\.JPEG, which .*images lacks",
+        ),
+        (lambda f: (f / "val/images/val_9.jpg").write_bytes(b"x"), r"names 6 of the 7 images of .*, not val_9\.jpg;"),
+        (lambda f: (f / "val/val_annotations.txt").write_text("val_0.JPEG\tn00001000\n"), "names 1 of the 6 images"),
+        (lambda f: (f / "val/val_annotations.txt").write_text("\n"), "names 0 of the 6 images"),
+        (lambda f: (sort_val(f, "val/images"), (f / "val/images/a.JPEG").touch()), "1 images beside class folders"),
+        (lambda f: (sort_val(f, "val"), shutil.rmtree(f / "val/n00001014")), "lacks n00001014"),
+        (lambda f: Image.new("RGB", (32, 64)).save(of_class(f) / "a.jpg"), r"a\.jpg: .*64x64 pixels, got 32x64"),
+        (lambda f: Image.new("RGB", (64, 64)).save(of_class(f) / "a.jpg", "WEBP"), "neither JPEG nor PNG"),
+        (lambda f: Image.fromarray(np.zeros((64, 64), np.uint16)).save(of_class(f) / "a.png"), "8 bits a channel"),
+        (lambda f: (of_class(f) / "a.JPEG").write_bytes(next(of_class(f).iterdir()).read_bytes()[:-99]), "truncated"),
+        (lambda f: (f / "wnids.txt").write_bytes("n1\n".encode("utf-16")), r"wnids\.txt: not a text in UTF-8"),
+    ],
+)
+def test_incomplete_tiny_imagenet(change, message, tmp_path):
+    folder = files.write_tiny_imagenet(tmp_path, per_class=5)
+    change(folder)
+    with pytest.raises(InputError, match=message):
+        load_data("tiny_imgnet", folder)
+
+
+def notes(capsys, *arguments, **options):
+    """What is said while a set is read."""
+    utils.datasets.note.cache_clear()
+    load_data(*arguments, **options)
+    return capsys.readouterr().err
+
+
+def test_sets_that_are_not_the_published_ones_are_named(tmp_path, capsys):
+    assert notes(capsys, "digits") == ""
+    folder = files.write_tiny_imagenet(tmp_path / "tiny", per_class=6)
+    next(of_class(folder).iterdir()).unlink()
+    line = notes(capsys, "tiny_imgnet", folder)
+    assert re.fullmatch(r"note: --data tiny_imgnet: not the published set: 17 training and 6 test images, .*\n", line)
+    assert "197 of 200 classes have no training images; classes have 5 to 6 training images" in line
+    line = notes(capsys, "cifar100", files.write_cifar(tmp_path / "c", "cifar100", images=24))
+    assert "classes have no test images; the md5 of train, test differs" in line
+    folder = files.write_fashion_mnist(tmp_path / "f", zipped=False)
+    line = notes(capsys, "fashion_mnist", folder)
+    assert "40 training and 20 test images, published are 60000 and 10000; the md5 of" in line
+    assert "MNIST:" not in line
+    path = folder / "train-labels-idx1-ubyte"
+    path.write_bytes(path.read_bytes()[:8] + bytes([5, 0, 4, 1, 9, 2, 1, 3, 1, 4, 3, 5, 3, 6, 1, 7] + [0] * 24))
+    assert "its labels are those of MNIST;" in notes(capsys, "fashion_mnist", folder)
+
+
+def test_the_published_set_is_not_commented(tmp_path, monkeypatch, capsys):
+    """Whoever packed it: the md5 of what is in the archive counts. Said once, whatever loads it how often."""
+    folder = files.write_fashion_mnist(tmp_path)
+    contents = [gzip.decompress(path.read_bytes()) for path in folder.iterdir()]
+    monkeypatch.setattr(utils.datasets, "IDX_MD5", {hashlib.md5(content).hexdigest() for content in contents})
+    monkeypatch.setitem(utils.datasets.COUNTS, "fashion_mnist", (40, 20))
+    assert notes(capsys, "fashion_mnist", folder) == ""
+    assert all(file["md5_is_the_published_one"] for file in load_data("fashion_mnist", folder).record["files"])
+    monkeypatch.setitem(utils.datasets.COUNTS, "fashion_mnist", (41, 20))
+    assert notes(capsys, "fashion_mnist", folder).count("\n") == 1
+    load_data("fashion_mnist", folder)
+    assert capsys.readouterr().err == ""
+
+
+def test_fewer_than_ten_training_images(tmp_path):
+    folder = files.write_fashion_mnist(tmp_path, train=9)
+    with pytest.raises(
+        InputError, match=r"expected 10 or more training images of fashion_mnist, got 9.*--val_idx_path"
+    ):
+        load_data("fashion_mnist", folder)
+    np.save(tmp_path / "t.npy", np.arange(6))
+    np.save(tmp_path / "v.npy", np.arange(6, 9))
+    data = load_data("fashion_mnist", folder, train_idx_path=tmp_path / "t.npy", val_idx_path=tmp_path / "v.npy")
+    assert (len(data.train), len(data.val)) == (6, 3)
+    assert len(load_data("fashion_mnist", files.write_fashion_mnist(tmp_path / "ten", train=10)).val) == 1
+
+
+@pytest.mark.parametrize("spelling", ["{}", "{}.gz"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dotted", [False, True])
+def test_names_of_idx_files(spelling, packed, dotted, tmp_path):
+    """Packed or not, whatever the name says; and a dot for the last dash but one."""
+    folder = files.write_fashion_mnist(tmp_path, zipped=packed)
+    digest = load_data("fashion_mnist", folder).record["sha256_of_arrays_and_split"]
+    for path in list(folder.iterdir()):
+        name = path.name.removesuffix(".gz")
+        path.rename(folder / spelling.format(name.replace("-idx", ".idx") if dotted else name))
+    assert load_data("fashion_mnist", folder).record["sha256_of_arrays_and_split"] == digest
+    for path in list(folder.iterdir()):  # as unpacked by some programs
+        path.rename(folder / "x")
+        (folder / path.name.removesuffix(".gz")).mkdir()
+        (folder / "x").rename(folder / path.name.removesuffix(".gz") / path.name.replace(".idx", "-idx"))
+    assert load_data("fashion_mnist", folder).record["sha256_of_arrays_and_split"] == digest
 
 
 def test_given_split(tmp_path):
@@ -319,9 +501,12 @@ def test_given_split(tmp_path):
     with pytest.raises(InputError, match="go together"):
         load_data("digits", train_idx_path=tmp_path / "train.npy")
     for bad, message in (
-        (np.array([0, 0]), "distinct"),
-        (np.array([9999]), "0 to 897"),
-        (np.array([0.5]), "whole numbers"),
+        (np.array([0, 0]), "distinct .* got some of them twice"),
+        (np.array([9999]), "0 to 897, got 9999 to 9999"),
+        (np.array([-1, 4]), "0 to 897, got -1 to 4"),
+        (np.array([0.5]), r"an \.npy list of whole numbers, got float64 \[1\]"),
+        (np.array([[0], [2]]), r"got int64 \[2, 1\]"),
+        (np.arange(898) < 9, r"got bool \[898\]; numpy\.flatnonzero makes one of a mask"),
         (np.array([], dtype=int), "whole numbers"),
         (np.array([1]), "share samples"),
     ):

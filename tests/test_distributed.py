@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,12 +12,13 @@ import time
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed.run as torchrun_module
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import main
 from tests.test_ensemble import ROOT, TINY, results, run
-from utils import cli, distributed
+from utils import RunError, cli, distributed
 
 FLAGS = [*TINY, "--seed", "13 17 27", "--sam", "--rho", "0.1", "--flat_ratio", "0.4", "--initial_epochs", "2"]
 FLAGS += ["--threads", "1"]
@@ -137,6 +139,24 @@ def test_max_restarts_goes_on_by_itself(whole, tmp_path):
     assert results(tmp_path / "run") == results(whole)
 
 
+def test_overwrite_acts_once_under_torchrun(whole, tmp_path):
+    """A restart goes on with what was trained since; another torchrun begins anew."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    fault = f"utils.training.sharpbalance_step 24 before 9 1 {tmp_path / 'marker'}"
+    flags = [*FLAGS, "--overwrite"]
+    status, output = torchrun(folder, "--nproc-per-node 2 --max-restarts 1", fault, flags)
+    assert (tmp_path / "marker").exists()
+    assert status == 0, output
+    assert results(folder) == results(whole)
+    epochs = re.findall(r"^ +(\d) +13 ", output, re.M)
+    assert epochs == ["0", "1", "2", "3"], output
+    assert output.count("--overwrite: this job began the run") == 1
+    status, output = torchrun(folder, "--nproc-per-node 2", flags=flags)
+    assert re.findall(r"^ +(\d) +13 ", output, re.M) == epochs
+    assert "--overwrite" not in output
+
+
 def free_port():
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
@@ -195,6 +215,44 @@ def test_a_refusal_on_rank_0_ends_all(whole, tmp_path):
     assert "--rho 0.3 here, 0.1 there" in output
 
 
+def test_jobs_meet_over_the_loopback_address(monkeypatch):
+    """The machine's own name may be known to no server: a laptop on another network, a container."""
+    started = []
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    monkeypatch.setattr(torchrun_module, "run", started.append)
+    monkeypatch.setattr(distributed.logging, "disable", lambda level: None)
+    for name in ("OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    with pytest.raises(SystemExit):
+        main.launch(main.parse_args(["--seed", "1", "2", "--jobs", "2"]))
+    assert started[0].local_addr == "127.0.0.1"
+    assert os.environ["GLOO_SOCKET_IFNAME"].startswith("lo")
+
+
+@pytest.mark.parametrize(("gpus", "name", "backend"), [(2, "cuda", "nccl"), (1, "cuda", "gloo"), (2, "cuda:1", "gloo")])
+def test_the_gpu_of_a_rank(gpus, name, backend, monkeypatch, tmp_path):
+    """That of its local rank, or the one that was named, which all share: nccl refuses two ranks on one GPU."""
+    chosen, backends = [], []
+
+    def init(backend, **more):
+        backends.append(backend)
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(distributed.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(distributed.dist, "rendezvous", lambda *w, **m: iter([(None, 1, 2)]))
+    monkeypatch.setattr(distributed.dist, "PrefixStore", lambda *words: None)
+    monkeypatch.setattr(distributed.dist, "init_process_group", init)
+    for variable, value in {"RANK": 1, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2, "WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(variable, str(value))
+    with pytest.raises(RunError, match="far enough"):
+        distributed.join(torch.device(name), [1, 2], tmp_path)
+    assert backends == [backend]
+    assert chosen == ([1 % gpus] if name == "cuda" else [])
+
+
 @pytest.mark.parametrize(("exitcode", "status", "message"), [(-9, 1, "rank 1 was ended by signal 9"), (2, 2, "")])
 def test_jobs_end_as_their_process_that_failed(exitcode, status, message, monkeypatch, capsys):
     def run(args):
@@ -204,7 +262,7 @@ def test_jobs_end_as_their_process_that_failed(exitcode, status, message, monkey
     monkeypatch.setattr(sys, "argv", ["main.py", "--seed", "1", "2"])
     monkeypatch.setattr(torchrun_module, "run", run)
     monkeypatch.setattr(distributed.logging, "disable", lambda level: None)
-    for name in ("OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL"):
+    for name in ("OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL", "GLOO_SOCKET_IFNAME"):
         monkeypatch.setenv(name, os.environ.get(name, "1"))
     with pytest.raises(SystemExit) as stop:
         cli.run(main.launch, main.parse_args(["--seed", "1", "2", "--jobs", "2", "--threads", "1"]))

@@ -110,6 +110,48 @@ def test_a_run_of_a_version_without_these_options_is_resumed(tmp_path):
 
 
 @pytest.mark.parametrize("partition", ["random", "same"])
+@pytest.mark.parametrize("old", [False, True])
+def test_a_run_that_was_begun_earlier_keeps_its_draws(partition, old, tmp_path):
+    """It does not say by which generator its sets are drawn."""
+    flags = [*SHARPBALANCE, "--epochs", "2", "--initial_epochs", "1", "--partition", partition]
+    args = main.parse_args([*flags, "--save_path", str(tmp_path / "run")])
+    settings = main.settings_of(args).recorded()
+    assert settings["draws"] == "RandomState"
+    if old:
+        del settings["draws"]
+    args.save_path.mkdir()
+    (args.save_path / "args.json").write_text(json.dumps(settings))
+    main.main(main.parse_args(["--resume", str(args.save_path)]))
+    seeds = [13, 17] if partition == "random" else [13, 13]
+    for name, seed in zip(("seed_13", "seed_17"), seeds, strict=True):
+        random = np.random.default_rng(seed) if old else np.random.RandomState([seed, 0, 2])
+        found = np.flatnonzero(np.load(args.save_path / name / "sam_mask.npy"))
+        assert found.tolist() == sorted(random.permutation(809)[:323].tolist())
+    assert json.loads((args.save_path / "args.json").read_text()) == settings
+    if not old:
+        before = results(args.save_path)
+        assert results(run(args.save_path, flags)) == before
+
+
+@pytest.mark.parametrize(
+    ("recorded", "flags"),
+    [
+        ({"partition": "paper", "initial_epochs": 1}, ["--sam"]),
+        ({"partition": "paper", "initial_epochs": 1}, ["--sam", "--initial_epochs", "0"]),
+        ({"bn_perturbed": "freeze", "rho": 0.3}, []),
+    ],
+)
+def test_settings_without_effect_do_not_hinder_a_run(recorded, flags, tmp_path):
+    """Earlier versions took them; given today, some are refused."""
+    args = main.parse_args([*TINY, "--epochs", "1", *flags, "--save_path", str(tmp_path / "run")])
+    args.save_path.mkdir()
+    (args.save_path / "args.json").write_text(json.dumps(main.settings_of(args).recorded() | recorded))
+    main.main(main.parse_args(["--resume", str(args.save_path)]))
+    before = results(args.save_path)
+    assert results(run(args.save_path, [*TINY, "--epochs", "1", *flags])) == before
+
+
+@pytest.mark.parametrize("partition", ["random", "same"])
 @pytest.mark.parametrize("reading", ["released", "paper"])
 def test_drawn_sets_of_the_size_of_sharpbalances(partition, reading, tmp_path):
     """The warm-up is the same, so that the sizes are those of the SharpBalance run of the same seeds."""
@@ -139,8 +181,8 @@ KILLS = {
     "in warm-up, within an epoch": ("utils.training.sharpbalance_step", 10, "before"),
     "after the first epoch of the first member": ("utils.member.train_epoch", 2, "before"),
     "during the save of a checkpoint": ("utils.files.os.fsync", 9, "before"),
-    "between the best and the last checkpoint": ("utils.files.os.replace", 4, "after"),
-    "between the log and the checkpoint": ("utils.files.os.replace", 5, "after"),
+    "between the log and the best checkpoint": ("utils.files.os.replace", 4, "after"),
+    "between the best and the last checkpoint": ("utils.files.os.replace", 5, "after"),
     "before the scores": ("utils.member.Member.score", 1, "before"),
     "between the scores of two members": ("utils.member.Member.score", 2, "before"),
     "between scores and split": ("utils.ensemble.sharpness_aware_masks", 1, "before"),
@@ -376,7 +418,7 @@ def flipped(content):
         (
             "checkpoint.pth.tar",
             lambda b: b[:-1],
-            r"damaged.*resuming from checkpoint_previous\.pth\.tar, after epoch 2",
+            r"damaged.*resuming from (checkpoint_previous\.pth\.tar, after epoch 2|model_best\.pth\.tar, after .* 3)",
         ),
         ("checkpoint.pth.tar", flipped, "damaged.*resuming from"),
         ("checkpoint.pth.tar", lambda b: None, "missing; resuming from"),

@@ -1,3 +1,5 @@
+from contextlib import suppress
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,8 @@ import utils.fisher
 from models import MODELS, create_model
 from tests import reference
 from utils.fisher import ntk_gram, per_sample_fisher
+from utils.hessian import hessian_trace, top_eigenpairs
+from utils.sharpness import average_sharpness, worst_case_sharpness
 
 
 def summed_logit_gradients(model, images, names):
@@ -334,3 +338,51 @@ def test_equals_backpack():
         loss(extended(images), labels).backward()
     theirs = sum(p.batch_l2 for p in extended.parameters())
     torch.testing.assert_close(scores, theirs, rtol=1e-10, atol=0)
+
+
+SWITCHES = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul)
+SWITCHES += (torch.backends.mkldnn.conv, torch.backends.cudnn.rnn)
+
+
+@pytest.fixture
+def precisions():
+    def set_all(values):
+        for switch, value in zip(SWITCHES, values, strict=True):
+            switch.fp32_precision = value
+
+    before = [switch.fp32_precision for switch in SWITCHES]
+    yield set_all
+    set_all(before)
+
+
+class Watched(nn.Sequential):
+    """Notes the precision of float32 products whenever it is called."""
+
+    def forward(self, x):
+        self.seen.add(tuple(switch.fp32_precision for switch in SWITCHES))
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda model, x, y: per_sample_fisher(model, x, y),
+        lambda model, x, y: ntk_gram(model, x),
+        lambda model, x, y: hessian_trace(model, [(x, y)], probes=2),
+        lambda model, x, y: top_eigenpairs(model, [(x, y)]),
+        lambda model, x, y: worst_case_sharpness(model, [(x, y)], 0.1, n_iters=2),
+        lambda model, x, y: average_sharpness(model, [(x, y)], 0.1, n_draws=4),
+        lambda model, x, y: per_sample_fisher(model, x, y + 100),  # which fails
+    ],
+)
+def test_what_is_measured_by_derivatives_has_full_precision(measure, precisions):
+    """On recent GPUs TF32 is the default of convolutions; a user may have asked for less as well."""
+    before = ("tf32", "tf32", "bf16", "bf16", "tf32")
+    precisions(before)
+    torch.manual_seed(0)
+    model = Watched(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).eval()
+    model.seen = set()
+    with suppress(IndexError, RuntimeError):
+        measure(model, torch.randn(6, 4), torch.arange(6) % 3)
+    assert model.seen == {("ieee",) * 5}
+    assert tuple(switch.fp32_precision for switch in SWITCHES) == before

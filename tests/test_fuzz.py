@@ -206,7 +206,7 @@ def means_what_it_says(words, args, options):
         text = text if equals else words[places[-1] + 1]
         value = getattr(args, option.dest)
         if isinstance(value, Path):
-            assert value == Path(text)
+            assert value == Path(text).expanduser()
             assert text
         else:
             assert value == type(value)(text)
@@ -240,6 +240,7 @@ def test_flags(name, folder, monkeypatch):
             path.unlink() if path.is_file() or path.is_symlink() else path.rmdir()
 
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(folder / "folder"))  # what ~ stands for
     check()
 
 
@@ -467,11 +468,9 @@ def test_lists_of_images(name, tmp_path):
     folder = files.write_tiny_imagenet(tmp_path, classes=2, per_class=5)
 
     def check(mutate):
-        with mutated(folder / name, mutate) as content:
+        with mutated(folder / name, mutate):
             data = read(lambda: load_data("tiny_imgnet", folder))
-        if data is not None:
-            assert len(data.train) == 9
-            assert len(data.test) == (len([x for x in content.decode().splitlines() if x]) if "val" in name else 4)
+        assert data is None or (len(data.train), len(data.test)) == (9, 4)
 
     fuzz(check, 8)
 

@@ -152,6 +152,10 @@ def test_default_folders():
         (["--sam", "maybe"], ["--sam: expected True or False, got 'maybe'"]),
         (["--sam_adaptive"], ["--sam_adaptive", "--sam"]),
         (["--sam", "--partition", "random"], ["--partition", "--flat_ratio"]),
+        (["--sam", "--partition", "paper"], ["--partition: paper given without a --flat_ratio", "leave it out"]),
+        (["--partition", "released", "--flat_ratio", "0"], ["--partition: released given without"]),
+        (["--bn_perturbed", "freeze"], ["--bn_perturbed: given without --sam"]),
+        (["--sam", "False", "--bn_perturbed=update"], ["--bn_perturbed: given without --sam"]),
         (["--sam", "--unselected", "one"], ["--unselected", "--flat_ratio"]),
         (["--batch_size", "0"], ["--batch_size: expected a whole number >= 2, got '0'"]),
         (["--batch_size", "1"], ["--batch_size", "'1'"]),
@@ -251,6 +255,8 @@ def test_the_accuracies_are_those_of_measure_diversity(tmp_path, monkeypatch, ca
 def test_notes(capsys):
     parse_args(["--rho", "0.1"])
     assert "no effect without --sam" in capsys.readouterr().err
+    parse_args(["--sam", "--initial_epochs", "3"])
+    assert "--initial_epochs 3 has no effect without a --flat_ratio above 0" in capsys.readouterr().err
     parse_args(["--sam", "--flat_ratio", "0.5", "--seed", "13"])
     assert "one member alone" in capsys.readouterr().err
     assert (parse_args(["--sam"]).rho, parse_args(["--sam", "--sam_adaptive"]).rho) == (0.05, 0.5)

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import measure_diversity
 import measure_diversity_variance
 import measure_sharpness
 import utils.diversity
+import utils.landscape
 import utils.metrics
 import utils.predictions
 from models import create_model
@@ -22,6 +24,7 @@ from utils import cli
 from utils.checkpoint import load_model, save_checkpoint
 from utils.datasets import CORRUPTIONS, load_data
 from utils.metrics import bootstrap_weights, unpack_counts
+from utils.sharpness import NORMS
 
 SCRIPTS = {
     "diversity": measure_diversity,
@@ -557,6 +560,39 @@ def test_no_measure_leaves_a_trace(saved, tmp_path):
     same(before, state())
 
 
+class NoFloat64(TorchDispatchMode):
+    """Refuses conversions to float64, as Apple's devices do: ours go through numpy, on the CPU."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        inputs = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, torch.Tensor)]
+        made = isinstance(result, torch.Tensor) and result.dtype is torch.float64
+        if made and inputs and not any(x.dtype is torch.float64 for x in inputs):
+            raise TypeError(f"{operation}: Cannot convert a MPS Tensor to float64 dtype")
+        return result
+
+
+@pytest.mark.parametrize("name", [*MODES, "landscape"])
+def test_a_device_without_float64(name, saved, tmp_path):
+    """The same values as without its restriction."""
+    words = ["--resume", saved[1][0], "--save", tmp_path, "--data_path", tmp_path, *SMALL, "--trace_method", "hutch++"]
+    args = measure_sharpness.parse_args([str(word) for word in words])
+    measurement = utils.predictions.Measurement(utils.predictions.measure_settings(args))
+    member, images = measurement.members[0], measurement.data.train
+
+    def measured():
+        if name == "landscape":
+            batches = [images.batch(np.arange(20))]
+            along, top = utils.landscape.along_random, utils.landscape.along_top
+            return [*itertools.chain(*along(member.model, batches)), *top(member.model, batches)["losses"]]
+        parts = measure_sharpness.part_names(name, NORMS)
+        return [measure_sharpness.measure(args, part, member, images)["value"] for part in parts]
+
+    expected = measured()
+    with NoFloat64():
+        assert measured() == pytest.approx(expected, rel=1e-5)
+
+
 def nan_weight(network):
     network.linear.weight[0, 0] = float("nan")
 
@@ -592,6 +628,9 @@ def test_bad_input(saved, tmp_path, capsys):
     assert f"--save {tmp_path / 'file'}: cannot be written" in line
     line = refused(capsys, "sharpness", "--resume", *paths, "--params", "nothing", *common)
     assert "--params: no trainable parameter matches 'nothing'" in line
+    for mode in ("fisher", "all", "NTK,fisher"):
+        line = refused(capsys, "sharpness", "--resume", *paths, "--params", "weight", "--mode", mode, *common)
+        assert "--params: has no effect on --mode fisher" in line
     for flags in (["--n_draws", 5], ["--rho0", 0], ["--norms", "l1"], ["--probes", 5, "--trace_method", "hutch++"]):
         assert flags[0] in refused(capsys, "sharpness", "--resume", *paths, *flags, *common)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("*.json"))

@@ -59,6 +59,28 @@ def test_the_notebook_runs_from_an_empty_kernel(monkeypatch):
     assert "DIVERGENT" in "".join(output.get("text", "") for output in outputs)
 
 
+@pytest.mark.parametrize("start", ["here", "in tests", "above", "elsewhere, by Jupyter's name of it", "nowhere near"])
+def test_the_notebook_finds_the_repository(start, monkeypatch, tmp_path):
+    """Wherever its kernel was started."""
+    cell = next(c for c in json.loads(NOTEBOOK.read_text())["cells"] if c["cell_type"] == "code")
+    source = "".join(line for line in cell["source"] if not line.startswith("%"))
+    places = {"here": ROOT, "in tests": ROOT / "tests", "above": tmp_path}
+    (tmp_path / "clone").symlink_to(ROOT)
+    (tmp_path / "else" / "where").mkdir(parents=True)
+    monkeypatch.chdir(places.get(start, tmp_path / "else" / "where"))
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path and Path(path).resolve() != ROOT])
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    if start.startswith("elsewhere"):
+        monkeypatch.setenv("JPY_SESSION_NAME", str(NOTEBOOK))
+    if start == "nowhere near":
+        (tmp_path / "clone").unlink()
+        with pytest.raises(FileNotFoundError, match="start Jupyter in the repository, or set PYTHONPATH"):
+            exec(source, {})
+        return
+    exec(source, {})
+    assert Path(sys.path[0]).resolve() == ROOT
+
+
 def test_what_git_holds_of_the_notebook():
     assert NOTEBOOK.stat().st_size < 2**20
     cells = json.loads(NOTEBOOK.read_text())["cells"]

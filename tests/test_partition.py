@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from tests import reference
-from utils.partition import sharpness_aware_masks
+from utils.data import TAGS, generator
+from utils.partition import SETS, sharpness_aware_masks
 
 RATIOS = [0, 0.001, 0.1, 0.25, 0.4, 0.5, 0.77, 0.999, 1]
 
@@ -92,6 +93,26 @@ def test_random_and_same():
     assert (same == random[0]).all()
     # A member's draw is its own: it does not depend on who else is there.
     assert (sharpness_aware_masks(scores[:2], 0.3, "random", seeds=[17, 13]) == random[[1, 0]]).all()
+
+
+@pytest.mark.parametrize(
+    ("draws", "sets"),
+    [
+        ({}, [[9, 11, 16, 17, 18, 19], [4, 7, 11, 15, 17, 18]]),
+        ({"draws": None}, [[0, 1, 3, 6, 13, 15], [3, 4, 5, 6, 14, 17]]),  # of runs of earlier versions
+    ],
+)
+def test_drawn_sets_are_the_same_for_ever(draws, sets):
+    found = sharpness_aware_masks(np.zeros((2, 20)), 0.3, "random", seeds=[13, 17], **draws)
+    assert [np.flatnonzero(mask).tolist() for mask in found] == sets
+
+
+def test_drawn_sets_have_a_stream_of_their_own():
+    """They are not the first images of an epoch's order."""
+    drawn = sharpness_aware_masks(np.zeros((1, 50)), 0.3, "random", seeds=[13])[0]
+    orders = [set(generator(13, 0, tag).permutation(50)[:15].tolist()) for tag in TAGS]
+    assert set(np.flatnonzero(drawn).tolist()) not in orders
+    assert SETS not in TAGS.values()
 
 
 def test_drawn_sets_of_given_sizes():

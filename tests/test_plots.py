@@ -2,7 +2,11 @@
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -554,3 +558,49 @@ def test_bad_words(words, message, capsys):
         plot.parse_args(words)
     assert end.value.code == 2
     assert message in capsys.readouterr().err
+
+
+HOSTILE = {
+    "text.usetex": True,
+    "figure.facecolor": "black",
+    "axes.labelcolor": "white",
+    "font.family": ["serif"],
+    "savefig.bbox": "tight",
+    "savefig.transparent": True,
+    "figure.dpi": 30,
+    "savefig.dpi": 20,
+    "axes.unicode_minus": False,
+    "lines.linestyle": "--",
+}
+
+
+@pytest.mark.parametrize("kind", ["tradeoff", "benchmark", "ensemble_size"])
+def test_the_users_settings_of_matplotlib_change_nothing(kind, three, tmp_path):
+    """Also where they ask for LaTeX, which is not there."""
+    call(kind, three, tmp_path / "a")
+    with matplotlib.rc_context(HOSTILE):
+        call(kind, three, tmp_path / "b")
+        assert matplotlib.rcParams["text.usetex"]  # they are the user's again
+    for suffix in ("pdf", "png"):
+        assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize("variable", ["MPLBACKEND", "MPLCONFIGDIR"])
+def test_the_users_backend(variable, three, tmp_path):
+    """One that is not there, by a variable or by a file."""
+    call("tradeoff", three, tmp_path / "a")
+    (tmp_path / "matplotlibrc").write_text("backend: tkagg\ntext.usetex: True\n")
+    command = [sys.executable, ROOT / "scripts/plot.py", "tradeoff", "--from", *three, "--to", tmp_path / "b"]
+    variables = os.environ | {variable: "nowhere" if variable == "MPLBACKEND" else str(tmp_path)}
+    subprocess.run(command, env=variables, check=True, capture_output=True)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["a$b_$c", "_hidden", "a|b", r"x^{\broken$ and $", "line\nbreak"])
+def test_a_folders_name_is_no_formula(name, three, tmp_path):
+    """Of checkpoints whose training is not known, the label is the folder's name."""
+    folder = measure(tmp_path / "odd" / name, SAM, trained=None)
+    one = figure("tradeoff", [folder, *three[:1]])
+    plots.save(one, tmp_path / "a")
+    labels = [text.get_text() for text in one.legends[0].get_texts()]
+    assert labels[1].replace(r"\$", "$") == name.lstrip("_").replace("\n", r"\n")

@@ -252,3 +252,14 @@ def test_the_tables_in_the_repository_are_those_of_their_result_files(setting, t
     monkeypatch.setattr(experiment, "call", tables)
     experiment.main(experiment.parse_args([f"fashion_mnist/{setting}", "--redraw"]))
     assert (place / "tables.md").read_text() == (ROOT / place / "tables.md").read_text()
+
+
+def test_a_folder_of_any_name(results):
+    """Its links are links, and its heading is one line."""
+    name = "noisy |<labels>\n(a) %"
+    (results / "noisy_labels").rename(results / name)
+    call(results)
+    text = (results / "README.md").read_text()
+    assert r"## Noisy \|\<labels>\\n(a) %" in text.splitlines()
+    assert r"[noisy \|\<labels>\\n(a) %/tables.md](noisy%20%7C%3Clabels%3E%0A%28a%29%20%25/tables.md)" in text
+    assert "(noisy%20%7C%3Clabels%3E%0A%28a%29%20%25/tradeoff.png)" in text

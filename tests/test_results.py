@@ -1,11 +1,13 @@
 """How results are read: by the settings of any version, under one name for each method, without the trainer."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
+from scripts import summarize
 from tests.test_ensemble import ROOT
 from tests.test_summarize import SAM, SHARPBALANCE, write
 from utils import InputError
@@ -149,3 +151,34 @@ READERS = ("utils.results", "utils.plots", "utils.theory_plots", "utils.landscap
 def test_readers_of_results_do_not_import_the_trainer(module):
     code = f"import sys, {module}; assert not {{'utils.ensemble', 'utils.member', 'main'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("a|b", r"a\|b"),
+        ("a\nb", r"a\\nb"),
+        ("\x1b[31m", r"\\x1b[31m"),
+        ("<b>`x`", r"\<b>\`x\`"),
+        ("caf\udce9", r"caf\\udce9"),
+    ],
+)
+def test_names_of_folders_in_tables(name, shown, tmp_path, capsys):
+    """A name ends no cell and no line, and cannot control a terminal."""
+    folder = tmp_path / name
+    try:
+        write(folder, SAM, (1, 2), 0.8, trained=None)
+    except OSError:
+        pytest.skip("a file system without such names")
+    for form in ("markdown", "latex", "text", "csv"):
+        arguments = summarize.parse_args([str(tmp_path / "a"), "--format", form, "--to", str(tmp_path / f"t.{form}")])
+        arguments.folders = [folder]  # the command line may refuse such a path
+        summarize.main(arguments)
+        text = (tmp_path / f"t.{form}").read_text()
+        assert all(character.isprintable() for line in text.split("\n") for character in line)
+    lines = (tmp_path / "t.markdown").read_text().splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 3
+    assert table[2].startswith(f"| {shown} ")
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
+    assert f"/{shown}: measured by" in lines[-1]

@@ -175,16 +175,53 @@ def test_a_gradient_of_zeros(adaptive):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
-def test_a_gradient_that_is_not_finite(value):
-    """Of w + eps nothing is left behind: w comes back bit for bit. 1e30 is finite, but its square is not."""
-    model = net().float()
-    optimizer = SAM(model.parameters(), rho=0.5, lr=0.1)
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("bad", [(True, False), (False, True), (True, True)])
+def test_a_gradient_that_is_not_finite(value, adaptive, base, bad):
+    """The step is skipped: one entry is enough. 1e30 is finite, but its square is not."""
+    kwargs = {"momentum": 0.9} if base is torch.optim.SGD else {}
+    model, other = net().float(), net().float()
+    optimizer = SAM(model.parameters(), base, rho=0.5, adaptive=adaptive, lr=0.1, weight_decay=0.1, **kwargs)
+    expected = SAM(other.parameters(), base, rho=0.5, adaptive=adaptive, lr=0.1, weight_decay=0.1, **kwargs)
+    images, labels = batch()
+    for step in range(6):
+        if step in (0, 3, 4):  # also before there is any state
+            before = weights(model)
+            for first, poisoned in zip((True, False), bad, strict=True):
+                closure_of(model, optimizer, images.float(), labels)()
+                if poisoned:
+                    model[2].bias.grad[1] = value
+                if first:
+                    optimizer.first_step(zero_grad=True)
+                    assert all(torch.isfinite(w).all() for w in weights(model))
+                    assert equal(before, weights(model)) == poisoned
+                else:
+                    optimizer.second_step(zero_grad=True)
+            assert equal(before, weights(model))
+        else:
+            optimizer.step(closure_of(model, optimizer, images.float(), labels))
+            expected.step(closure_of(other, expected, images.float(), labels))
+        assert optimizer.skipped.tolist() == [[1, 1], [1, 0], [1, 0], [2, 1], [3, 2], [3, 0]][step]
+    assert equal(weights(model), weights(other))  # as if these steps had not been
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        for name, found in optimizer.state[p].items():
+            assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected.state[q][name]))
+
+
+def test_a_skipped_step_of_parameters_that_first_step_did_not_see():
+    """Those that only the second pass gives a gradient, as the normal part of a SharpBalance step does."""
+    model = net()
+    optimizer = SAM(model.parameters(), rho=0.5, lr=0.1, momentum=0.9)
     before = weights(model)
+    model[0].weight.grad = torch.full_like(model[0].weight, float("inf"))
+    optimizer.first_step(zero_grad=True)
     for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, value)
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.second_step()
+    assert equal(before, weights(model))
+    closure_of(model, optimizer, *batch())()
     optimizer.first_step()
-    if value == 1e30:
-        assert all(torch.isfinite(weight).all() for weight in weights(model))
     optimizer.restore()
     assert equal(before, weights(model))
 
@@ -204,6 +241,13 @@ def test_wrong_order_of_calls():
         optimizer.first_step()
     with pytest.raises(RuntimeError, match="load_state_dict: the weights are perturbed"):
         optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("given", [torch.optim.SGD(net().parameters(), lr=0.1), "SGD", 0.1])
+def test_an_optimizer_for_a_class(given):
+    kind = type(given).__name__
+    with pytest.raises(TypeError, match=rf"base_optimizer: expected the class .* got an object of {kind}"):
+        SAM(net().parameters(), given, rho=0.05)
 
 
 @pytest.mark.parametrize("rho", [-0.1, float("nan"), float("inf")])

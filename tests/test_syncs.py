@@ -80,7 +80,7 @@ def test_a_step_waits_for_nothing(share, bn_perturbed):
     assert waits.found == []
 
 
-def test_an_epoch_waits_only_for_its_two_sums():
+def test_an_epoch_waits_only_for_its_sums():
     random = np.random.default_rng(0)
     preprocessing = Preprocessing((0.5,) * 3, (0.2,) * 3, padding=2, flip=True)
     data = ImageSet(random.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8), random.integers(0, 5, 40), preprocessing)
@@ -88,7 +88,7 @@ def test_an_epoch_waits_only_for_its_two_sums():
     optimizer = SAM(model.parameters(), rho=0.1, lr=0.1, momentum=0.9)
     with Waits(free=(torch.bool, torch.int64)) as waits:
         train_epoch(model, optimizer, data, torch.arange(40) < 15, 1, 0, 8)
-    assert waits.found == ["aten._local_scalar_dense.default"] * 2
+    assert waits.found == ["tolist"]
 
 
 def test_the_watch_sees_waits():

@@ -177,6 +177,62 @@ def test_weights_are_at_w_when_the_perturbed_pass_raises():
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
+@pytest.mark.parametrize("call", [0, 1, 2])
+def test_a_gradient_that_is_not_finite(call):
+    """Of the normal part, of the SAM part at w or at w + eps: the step is skipped."""
+    model = resnet()
+    optimizer = SAM(model.parameters(), rho=0.1, **HYPER)
+    steps, calls = list(batches(2)), []
+    sharpbalance_step(model, optimizer, *steps[0])
+    before = [p.detach().clone() for p in model.parameters()]
+    momentum = [optimizer.state[p]["momentum_buffer"].clone() for p in model.parameters()]
+
+    def hook(gradient):
+        calls.append(1)
+        return gradient / 0 if len(calls) == call + 1 else gradient
+
+    handle = model.layer3[0].conv1.weight.register_hook(hook)
+    sharpbalance_step(model, optimizer, *steps[1])
+    assert len(calls) == 3
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert all(
+        torch.equal(optimizer.state[p]["momentum_buffer"], q) for p, q in zip(model.parameters(), momentum, strict=True)
+    )
+    assert all(torch.isfinite(buffer).all() for buffer in model.buffers())
+    handle.remove()
+    sharpbalance_step(model, optimizer, *steps[1])
+    assert not torch.equal(model.linear.weight, before[-2])
+
+
+def test_skipped_steps_count_over_a_break(capsys):
+    """An epoch that resumes within says how many steps were skipped in all of it."""
+    data, mask = small_set(), torch.ones(37, dtype=torch.bool)
+    for stop in (False, True):
+        model, calls, where = resnet(torch.float32), [], []
+        optimizer = SAM(model.parameters(), rho=0.1, **HYPER)
+        model.linear.bias.register_hook(lambda g, c=calls: c.append(1) or (g / 0 if len(c) in (3, 9) else g))
+        more = {"after_step": lambda passes, here, w=where: w.append(here()) if len(w) < 3 else None}
+        if stop:
+
+            def after_step(passes, here, w=where):
+                w.append(here())
+                if len(w) == 3:
+                    raise KeyboardInterrupt
+
+            with pytest.raises(KeyboardInterrupt):
+                train_epoch(model, optimizer, data, mask, 13, 0, 8, after_step=after_step)
+            more = {"position": where[-1]}
+            optimizer.load_state_dict(optimizer.state_dict())
+        train_epoch(model, optimizer, data, mask, 13, 0, 8, **more)
+        line = capsys.readouterr().err
+        assert line.startswith("warning: member with seed 13, epoch 0: 2 of 5 steps were skipped")
+        assert line.count("\n") == 1
+    train_epoch(model, optimizer, data, mask, 13, 1, 8)
+    del where[-1]["skipped"]  # as files of older versions have it
+    train_epoch(model, optimizer, data, mask, 13, 0, 8, position=where[-1])
+    assert capsys.readouterr().err == ""
+
+
 def test_a_frozen_parameter_stays():
     model = resnet()
     model.conv1.weight.requires_grad_(False)

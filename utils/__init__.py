@@ -1,5 +1,7 @@
 """What the scripts share; each module says in its first line what it holds."""
 
+import re
+
 
 class InputError(ValueError):
     """A flag, file or folder that cannot be used: the scripts print its message as one line and exit with status 2."""
@@ -13,3 +15,19 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def printable(text: str) -> str:
+    """A text with its control characters, and what is not Unicode, as escapes: a name must not control a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def table_cell(value: object) -> str:
+    """A value as a cell of a Markdown table, which a | or a line break in a name would end, or as text beside it."""
+    return re.sub(r"([\\|`<])", r"\\\1", printable(str(value)))
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether the memory of the device or of the machine was too small: torch says so by a RuntimeError of any kind."""
+    words = ("out of memory", "allocate memory", "enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)

@@ -1,27 +1,41 @@
 """What the scripts' command lines share: a parser, argument types, groups of options, and how errors end a program."""
 
 import argparse
+import codecs
 import difflib
+import errno
+import io
 import os
 import re
+import stat
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from models import MODELS
-from utils import InputError, RunError
+from utils import InputError, RunError, out_of_memory, printable
 from utils.datasets import CORRUPTIONS, DATASETS, SEVERITIES, SPLITS
+from utils.files import broken_link
 
 UNSET = object()
+# Options, of the scripts that have them, whose smaller values need less memory.
+LESS_MEMORY = ("batch_size", "jobs", "eval_batch_size", "hessian_samples", "ntk_samples", "images")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors (exit status 2), in which - and _ in option names are the same."""
+    """argparse with one-line errors (exit status 2), in which - and _ in option names are the same.
+
+    Attributes:
+        around: what is put before and after an error's text, where the words are not the user's.
+    """
 
     def __init__(self, doc: str):
         super().__init__(description=doc, formatter_class=_Help, allow_abbrev=False)
+        self.around = ("", "")
+        _open_streams()
 
     def parse_args(
         self, args: list[str] | None = None, namespace: argparse.Namespace | None = None
@@ -57,7 +71,7 @@ class Parser(argparse.ArgumentParser):
             lambda match: f"{match[1]}: expected one of {match[3].replace(chr(39), '')}, got {match[2]}",
             message,
         )
-        fail(message.removeprefix("argument "), status=2)
+        fail(message.removeprefix("argument ").join(self.around), status=2)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -74,14 +88,61 @@ def _underscored(word: str) -> str:
     return "=".join(["--" + name[2:].replace("-", "_"), *value])
 
 
+class _Output(io.FileIO):
+    """Standard output or error, whose reader may go away: what it would have shown is dropped, and the work goes on."""
+
+    def write(self, data: Any) -> int:
+        """As FileIO's, but for a pipe or a terminal that is closed."""
+        number, name = self.fileno(), "standard output" if self.fileno() == 1 else "standard error"
+        try:
+            return super().write(data)
+        except OSError as error:
+            terminal = stat.S_ISCHR(os.fstat(number).st_mode)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, number)  # so that what is left to print does not fail again
+            os.close(null)
+            if error.errno != errno.EPIPE and not (error.errno == errno.EIO and terminal):
+                error.filename = name  # a full disk, for instance
+                raise
+        if number == 1:
+            print(f"note: {name} is closed; going on without it", file=sys.stderr)
+        return memoryview(data).nbytes
+
+
+def _shown(error: UnicodeError) -> tuple[str, int]:
+    """Stand-ins for characters that the encoding of a terminal or a log lacks."""
+    text = error.object[error.start : error.end].replace("±", "+-")
+    return text.encode("ascii", "backslashreplace").decode(), error.end
+
+
+def _open_streams() -> None:
+    """Make standard output and error safe to print to: no character, closed pipe or closed stream ends a program."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: else the next file that is opened would have this number, and get what is printed
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    codecs.register_error("shown", _shown)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", errors="shown"))  # noqa: SIM115
+        elif stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
+            stream.flush()
+            buffer, lines = io.BufferedWriter(_Output(number, "w", closefd=False)), stream.line_buffering
+            lines = lines or stream.write_through  # python -u
+            setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, "shown", line_buffering=lines))
+        elif isinstance(stream, io.TextIOWrapper):  # of a program that calls the script's functions
+            stream.reconfigure(errors="shown")
+
+
 def fail(message: str, status: int) -> NoReturn:
     """Print `<script>: error: <message>` as one line on stderr and exit."""
     script = Path(sys.argv[0]).name or "python"
     if os.environ.get("RANK", "0") != "0":
         time.sleep(1)  # torchrun ends the other ranks once one has failed: a message that all share is printed once
-    # The message may quote a file, which must not be able to control the terminal.
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
-    print(f"{script}: error: {line}", file=sys.stderr)
+    line = re.sub(r"\s*[\r\n]+\s*", " ", message.strip())
+    print(f"{script}: error: {printable(line)}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -89,14 +150,18 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
     """Call a script's main; an error that the user can fix becomes one line: bad input status 2, a failed run 1."""
     try:
         main(args)
+        sys.stdout.flush()
     except InputError as error:
         fail(str(error), status=2)
     except RunError as error:
         fail(str(error), status=1)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+        if not out_of_memory(error):
             raise
-        fail("out of memory; a smaller --width, --batch_size or number of images needs less", status=1)
+        training = ("width",) * hasattr(args, "batch_size")  # that of saved members is what it is
+        smaller = [f"--{name}" for name in (*LESS_MEMORY, *training) if getattr(args, name, None)]
+        way_out = f"a smaller {' or '.join(smaller)} needs less" if smaller else "use a larger machine or device"
+        fail(f"out of memory; {way_out}", status=1)
     except OSError as error:  # unexpected ones: a failing disk, permissions that were taken away
         fail(f"{error.filename or 'a file'}: {error.strerror or error}", status=1)
     except KeyboardInterrupt:
@@ -113,16 +178,30 @@ def boolean(text: str) -> bool:
 
 
 def path(text: str) -> Path:
-    """An argument type: a path, at which there may be nothing yet."""
+    """An argument type: a path, at which there may be nothing yet. `~` is the home folder, also in `--flag=~/x`."""
+    shown = printable(text[:200])
     if not text:
         raise argparse.ArgumentTypeError("expected a path, got an empty one")
+    if any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in text):  # control characters, separators of lines
+        raise argparse.ArgumentTypeError(f"expected a path without control characters, got '{shown}'")
+    place = os.path.expanduser(text)
+    if place.startswith("~"):
+        raise argparse.ArgumentTypeError(f"'{shown}': there is no such user; for a folder of that name write ./{shown}")
     try:
-        os.stat(text)
+        os.stat(place)
     except (FileNotFoundError, NotADirectoryError):
-        pass
+        if broken := broken_link(Path(place)):
+            raise argparse.ArgumentTypeError(f"'{shown}': {broken}; create that, or name another path") from None
     except (OSError, ValueError) as error:  # a name too long, a folder without rights, a loop of links
-        raise argparse.ArgumentTypeError(f"'{text[:200]}': {getattr(error, 'strerror', None) or error}") from error
-    return Path(text)
+        raise argparse.ArgumentTypeError(f"'{shown}': {getattr(error, 'strerror', None) or error}") from error
+    return Path(place)
+
+
+def device(text: str) -> str:
+    """An argument type: auto, or a device of torch."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda, cuda:N or mps, got '{text}'")
+    return text
 
 
 def number(kind: type, low: float, high: float = float("inf"), open_low: bool = False) -> Callable[[str], Any]:
@@ -220,7 +299,7 @@ def add_data_options(parser: Parser, measuring: bool = False) -> None:
     add_option(group, "train_idx_path", ".npy of the indices to train on, in the official order", path, "FILE")
     add_option(group, "val_idx_path", ".npy of the indices to validate on", path, "FILE")
     add_flag(group, "download", "fetch a missing data set through torchvision (not tiny_imgnet)")
-    add_choice(group, "device", "where to compute", ("auto", "cpu", "cuda", "mps"), default="auto")
+    add_option(group, "device", "auto, cpu, cuda, cuda:N or mps", device, "DEVICE", default="auto")
     add_option(group, "threads", "CPU threads of a process (default: its cores)", THREADS, "N")
 
 

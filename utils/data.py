@@ -32,17 +32,11 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """Facts of a data set.
-
-    `places` are the folders below --data_path where the set is looked for; `marker` is a file or folder that shows that
-    it is there.
-    """
+    """Facts of a data set."""
 
     num_classes: int
     image_size: int
     preprocessing: Preprocessing
-    places: tuple[str, ...]
-    marker: str
 
     @property
     def channels(self) -> int:

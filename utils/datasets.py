@@ -1,8 +1,11 @@
 """Published data sets: readers, validation split, label noise, and the corrupted copies of the test sets."""
 
+import functools
 import gzip
 import hashlib
 import io
+import re
+import sys
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,43 +14,45 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from utils import InputError
+from utils import InputError, places
 from utils.corruptions import CONSTANTS, SEVERITIES
 from utils.data import Data, DatasetInfo, ImageSet, Preprocessing
-from utils.files import ArrayUnpickler, check_file, load_array, read_bytes, read_text, refusing
+from utils.distributed import rank
+from utils.files import ArrayUnpickler, check_file, load_array, load_json, read_bytes, read_text, refusing
+from utils.places import FILES, PLACES, idx_file, named, plain, subfolders, visible
 
 # torchvision and scikit-learn take more than a second to import; the functions that need them import them.
 
 
-def _info(name: str, classes: int, size: int, mean: tuple, std: tuple, marker: str) -> DatasetInfo:
-    return DatasetInfo(classes, size, Preprocessing(mean, std, padding=4, flip=True), PLACES[name], marker)
+def _info(classes: int, size: int, mean: tuple, std: tuple) -> DatasetInfo:
+    return DatasetInfo(classes, size, Preprocessing(mean, std, padding=4, flip=True))
 
 
-# Below --data_path, in the order in which they are tried.
-PLACES = {
-    "cifar10": ("", "cifar10", "cifar-10-batches-py", "cifar10/cifar-10-batches-py"),
-    "cifar100": ("", "cifar100", "cifar-100-python", "cifar100/cifar-100-python"),
-    "tiny_imgnet": ("", "tiny-imagenet-200", "tiny_imgnet", "tiny_imgnet/tiny-imagenet-200"),
-    "fashion_mnist": ("", "fashion-mnist", "fashion_mnist", "FashionMNIST/raw", "fashion_mnist/FashionMNIST/raw"),
-}
 # Means and deviations of the colour sets are those of the authors' release; of the grey ones, those of their training
 # images.
 DATASETS = {
-    "cifar10": _info("cifar10", 10, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "data_batch_1"),
-    "cifar100": _info("cifar100", 100, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "test"),
-    "tiny_imgnet": _info("tiny_imgnet", 200, 64, (0.480, 0.448, 0.397), (0.276, 0.269, 0.282), "val"),
-    "fashion_mnist": _info("fashion_mnist", 10, 32, (0.2190,), (0.3318,), "train-images-idx3-ubyte*"),
+    "cifar10": _info(10, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": _info(100, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "tiny_imgnet": _info(200, 64, (0.480, 0.448, 0.397), (0.276, 0.269, 0.282)),
+    "fashion_mnist": _info(10, 32, (0.2190,), (0.3318,)),
     # A mirrored digit is another sign, and in 8 pixels a shift by one is large.
-    "digits": DatasetInfo(10, 8, Preprocessing((0.3053,), (0.3763,), padding=1), (), ""),
+    "digits": DatasetInfo(10, 8, Preprocessing((0.3053,), (0.3763,), padding=1)),
 }
 
 # The corrupted copies of the test sets: those that are published, and those that scripts/make_corrupted.py makes.
 CORRUPTED = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C", "tiny_imgnet": "Tiny-ImageNet-C"}
 CORRUPTED |= {"fashion_mnist": "Fashion-MNIST-C", "digits": "digits-C"}
 CORRUPTIONS = tuple(CONSTANTS)
+
+# Of the published sets: the numbers of training and test images; the md5 of the IDX files unpacked, since packed ones
+# differ by who packed them; and how the training labels of MNIST begin, whose files have the same names.
+COUNTS = {"cifar10": (50000, 10000), "cifar100": (50000, 10000)}
+COUNTS |= {"tiny_imgnet": (100000, 10000), "fashion_mnist": (60000, 10000)}
+IDX_MD5 = {"f4a8712d7a061bf5bd6d2ca38dc4d50a", "9018921c3c673c538a1fc5bad174d6f9"}
+IDX_MD5 |= {"8181f5470baa50b63fa0f6fddb340f0a", "15d484375f8d13e6eb1aabb0c3f46965"}
+MNIST_LABELS = [5, 0, 4, 1, 9, 2, 1, 3, 1, 4, 3, 5, 3, 6, 1, 7]
 SPLITS = ("val", "test", "train", "corrupted")
 AUGMENTATIONS = ("standard", "flip", "none")
 
@@ -93,10 +98,11 @@ def load_data(
     if name == "digits":
         arrays, files = _read_digits(), []
     else:
-        folder = _find(name, Path(data_path), download)
-        read = {"fashion_mnist": _read_fashion_mnist, "tiny_imgnet": _read_tiny}.get(name, _read_cifar)
-        arrays, files = read(folder, info)
+        arrays, files = _read_published(name, Path(data_path), download)
     images, labels, test_images, test_labels = arrays
+    if len(images) < 1 / VALIDATION_SHARE and train_idx_path is None and val_idx_path is None:
+        problem = f"--data_path {data_path}: expected 10 or more training images of {name}, got {len(images)}"
+        raise InputError(f"{problem}, so that 10 % are no validation image; give --train_idx_path and --val_idx_path")
     train_index, val_index = split_indices(len(images), train_idx_path, val_idx_path)
     digest = hashlib.sha256()
     for array in (*arrays, train_index, val_index):
@@ -113,6 +119,8 @@ def load_data(
     train = ImageSet(images[train_index], train_labels, training, device)
     val = ImageSet(images[val_index], labels[val_index], unaugmented, device)
     test = ImageSet(test_images, test_labels, unaugmented, device)
+    if name in COUNTS:
+        _compare_with_published(name, arrays, files)
     return Data(name, info, train, val, test, mislabelled, record)
 
 
@@ -150,10 +158,12 @@ def split_indices(samples: int, train: str | Path | None, val: str | Path | None
     for flag, path in (("--train_idx_path", train), ("--val_idx_path", val)):
         index = load_array(Path(path), flag + " ")
         if index.ndim != 1 or index.dtype.kind not in "iu" or not len(index):
-            raise InputError(f"{flag} {path}: expected a list of whole numbers, got {index.dtype} {index.shape}")
+            problem = f"{flag} {path}: expected an .npy list of whole numbers, got {index.dtype} {list(index.shape)}"
+            raise InputError(problem + "; numpy.flatnonzero makes one of a mask" * (index.dtype == bool))
         twice = len(index) > samples or len(np.unique(index)) < len(index)
         if twice or index.min() < 0 or index.max() >= samples:
-            raise InputError(f"{flag} {path}: indices must be distinct and from 0 to {samples - 1}")
+            found = "some of them twice" if twice else f"{index.min()} to {index.max()}"
+            raise InputError(f"{flag} {path}: expected distinct indices from 0 to {samples - 1}, got {found}")
         parts.append(index.astype(np.int64))
     if len(parts[0]) < 2:  # BatchNorm has no spread of one sample
         raise InputError(f"--train_idx_path {train}: expected 2 or more samples, got 1")
@@ -162,32 +172,56 @@ def split_indices(samples: int, train: str | Path | None, val: str | Path | None
     return parts[0], parts[1]
 
 
-def _find(name: str, data_path: Path, download: bool) -> Path:
-    info = DATASETS[name]
-    tried = [data_path / place for place in info.places]
-
-    def found() -> Path | None:
-        return next((folder for folder in tried if any(folder.glob(info.marker))), None)
-
-    folder = found()
-    if folder is None and download:
-        from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
-
-        fetch = {"cifar10": CIFAR10, "cifar100": CIFAR100, "fashion_mnist": FashionMNIST}.get(name)
-        if fetch is None:
-            raise InputError(f"--download: torchvision cannot fetch {name}; INSTALL.md says how to get it")
-        data_path.mkdir(parents=True, exist_ok=True)
-        with FileLock(data_path / ".download.lock"), refusing(f"--download: {name} could not be fetched"):
-            fetch(str(data_path), download=True)
-        folder = found()
-    if folder is None:
-        places, remedy = ", ".join(map(str, tried)), "" if name == "tiny_imgnet" else ", or --download"
-        problem = f"--data_path {data_path}: no {name} found (looked for {info.marker} in {places})"
-        raise InputError(f"{problem}; give the folder that holds the data sets{remedy}")
-    return folder
-
-
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def _read_published(name: str, data_path: Path, download: bool) -> tuple[Arrays, list[dict]]:
+    """Find and read a set; with `download` one that is missing, incomplete or damaged is fetched."""
+    info, folder = DATASETS[name], places.find(name, data_path)
+    read = {"fashion_mnist": _read_fashion_mnist, "tiny_imgnet": _read_tiny}.get(name, _read_cifar)
+    if folder is None and not download:
+        raise InputError(places.not_found(name, data_path))
+    damaged = False
+    while True:
+        folder = folder or places.fetch(name, data_path, damaged)
+        try:
+            return read(folder, info)
+        except InputError as error:
+            if name == "tiny_imgnet" or damaged:
+                raise
+            if not download:
+                raise InputError(f"{error}; --download fetches the published set") from error
+            note(f"{error}; the published set is fetched")
+            folder, damaged = None, True
+
+
+@functools.cache
+def note(text: str) -> None:
+    """Say once what does not stop the program."""
+    if not rank():
+        print(f"note: {text}", file=sys.stderr)
+
+
+def _compare_with_published(name: str, arrays: Arrays, files: list[dict]) -> None:
+    """Say in one line where a set is not the published one: another set of that name, a part, or the user's own."""
+    facts, counts = [], (len(arrays[0]), len(arrays[2]))
+    others = [Path(file["path"]).name for file in files if not file.get("md5_is_the_published_one", True)]
+    if name == "fashion_mnist" and arrays[1][: len(MNIST_LABELS)].tolist() == MNIST_LABELS:
+        facts.append("its labels are those of MNIST")
+    if counts != COUNTS[name]:
+        facts.append("{} training and {} test images, published are {} and {}".format(*counts, *COUNTS[name]))
+    for part, labels in (("training", arrays[1]), ("test", arrays[3])):
+        sizes = np.bincount(labels, minlength=DATASETS[name].num_classes)
+        if not sizes.all():
+            facts.append(f"{(sizes == 0).sum()} of {len(sizes)} classes have no {part} images")
+        sizes = sizes[sizes > 0]
+        if sizes.min() < sizes.max() and not others:
+            facts.append(f"classes have {sizes.min()} to {sizes.max()} {part} images, published are equally many")
+    if others:
+        more = f" and {len(others) - 2} more" if others[2:] else ""
+        facts.append(f"the md5 of {', '.join(others[:2])}{more} differs")
+    if facts:
+        note(f"--data {name}: not the published set: {'; '.join(facts)}")
 
 
 def _read_digits() -> Arrays:
@@ -220,9 +254,12 @@ def _read_cifar(folder: Path, info: DatasetInfo) -> tuple[Arrays, list[dict]]:
 
 def cifar_batch(path: Path, content: bytes, key: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [N, 32, 32, 3] and labels int64 [N] of a CIFAR batch; `key` is that of the labels."""
+    _refuse_other(path, content)
     with refusing(f"{path}: not a CIFAR batch", "nothing in it was executed"):
         try:
             batch = ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
+        except EOFError as error:
+            raise ValueError("it ends too early") from error
         except KeyError as error:  # no entry in its table of operations
             raise ValueError(f"operation {error} of pickle") from error
     if not isinstance(batch, dict):
@@ -231,46 +268,60 @@ def cifar_batch(path: Path, content: bytes, key: str, classes: int) -> tuple[np.
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != 3072:
         found = f"{images.dtype} {list(images.shape)}" if isinstance(images, np.ndarray) else type(images).__name__
         raise InputError(f"{path}: expected 'data' to be uint8 [images, 3072], got {found}")
-    whole = labels.dtype.kind in "iu" if isinstance(labels, np.ndarray) else isinstance(labels, list)
-    if whole and isinstance(labels, list):  # of lists in lists, numpy would make more numbers than the file has bytes
+    whole = labels.dtype.kind in "iu" if isinstance(labels, np.ndarray) else isinstance(labels, list | tuple)
+    if whole and isinstance(
+        labels, list | tuple
+    ):  # of lists in lists, numpy would make more numbers than the file has bytes
         whole = all(type(label) is int and abs(label) < 2**31 for label in labels)
     if not whole or np.shape(labels) != (len(images),) or not len(images):
-        raise InputError(f"{path}: expected one whole number in '{key}' for each of the {len(images)} images")
+        found = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, np.ndarray) else type(labels).__name__
+        found += f" of {len(labels)}" if isinstance(labels, list | tuple) else ""
+        problem = f"{path}: expected one whole number in '{key}' for each of the {len(images)} images"
+        raise InputError(f"{problem}, got {found if labels is not None else 'no such entry'}")
     labels = np.array(labels)
     _check_labels(path, labels, classes)
     pixels = np.ascontiguousarray(images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
     return pixels, labels.astype(np.int64)
 
 
-def _read_fashion_mnist(folder: Path, info: DatasetInfo) -> tuple[Arrays, list[dict]]:
-    from torchvision.datasets import FashionMNIST
+def _refuse_other(path: Path, content: bytes) -> None:
+    """Refuse what often lies where a file of a data set is expected, by its name."""
+    others = {rb"version https://git-lfs": "a git-lfs pointer, not the file itself; fetch that by git lfs pull"}
+    others |= {rb"\s*<(?i:!doctype|html|head|\?xml)": "a web page; download the file itself", rb"\Z": "empty"}
+    for start, what in others.items():
+        if re.match(start, content[:512]):
+            raise InputError(f"{path}: {what}")
 
-    published = dict(FashionMNIST.resources)
+
+def _read_fashion_mnist(folder: Path, info: DatasetInfo) -> tuple[Arrays, list[dict]]:
     arrays, files = [], []
-    for part in ("train", "t10k"):
-        pair = []
-        for kind, magic, item in (("images-idx3", 2051, (28, 28)), ("labels-idx1", 2049, ())):
-            name = f"{part}-{kind}-ubyte"
-            path = folder / name if (folder / name).is_file() else folder / f"{name}.gz"
-            content = read_bytes(path)
-            files.append(_fingerprint(path, content, published.get(path.name)))
-            pair.append(_read_idx(path, content, magic, item))
-        images, labels = pair
-        if len(images) != len(labels):
-            raise InputError(f"{folder}: got {len(images)} images but {len(labels)} labels in {part}")
-        _check_labels(path, labels, info.num_classes)
-        border = (info.image_size - images.shape[1]) // 2
-        padded = np.pad(images, ((0, 0), (border, border), (border, border)))
-        arrays += [padded[..., None], labels.astype(np.int64)]
+    for name, magic, item in zip(FILES["fashion_mnist"], (2051, 2049) * 2, ((28, 28), ()) * 2, strict=True):
+        path = idx_file(folder, name) or folder / name
+        content = read_bytes(path)
+        array, md5 = _read_idx(path, content, magic, item)
+        files.append(_fingerprint(path, content, None) | {"md5_is_the_published_one": md5 in IDX_MD5})
+        if item:
+            border = (info.image_size - array.shape[1]) // 2
+            arrays.append(np.pad(array, ((0, 0), (border, border), (border, border)))[..., None])
+            continue
+        if len(array) != len(arrays[-1]):
+            raise InputError(f"{path}: expected one label for each of {len(arrays[-1])} images, got {len(array)}")
+        _check_labels(path, array, info.num_classes)
+        arrays.append(array.astype(np.int64))
     return tuple(arrays), files
 
 
-def _read_idx(path: Path, content: bytes, magic: int, item: tuple[int, ...]) -> np.ndarray:
-    """An IDX file: big-endian magic number, count and item shape as 32-bit numbers, then the bytes."""
-    packed = path.suffix == ".gz"
+def _read_idx(path: Path, content: bytes, magic: int, item: tuple[int, ...]) -> tuple[np.ndarray, str]:
+    """An IDX file: big-endian magic number, count and item shape as 32-bit numbers, then the bytes; its md5, unpacked.
+
+    Whether it is packed is seen from its first bytes: browsers unpack files and leave their names as they are.
+    """
+    _refuse_other(path, content)
+    packed = content[:2] == b"\x1f\x8b"
     stream = gzip.GzipFile(fileobj=io.BytesIO(content)) if packed else io.BytesIO(content)
     with refusing(f"{path}: not a readable IDX file"):
-        header = np.frombuffer(stream.read(8 + 4 * len(item)), dtype=">u4")
+        start = stream.read(8 + 4 * len(item))
+        header = np.frombuffer(start, dtype=">u4")
         if header.tolist()[:1] != [magic] or tuple(header[2:]) != item or not header[1]:
             raise ValueError(f"expected the header {[magic, 'count', *item]}, got {header.tolist()}")
         size = int(header[1]) * int(np.prod(item))
@@ -280,54 +331,96 @@ def _read_idx(path: Path, content: bytes, magic: int, item: tuple[int, ...]) -> 
         body = stream.read(size + 1)
         if len(body) != size:
             raise ValueError(f"its header promises {size} bytes, {'more' if len(body) > size else len(body)} follow")
-    return np.frombuffer(body, dtype=np.uint8).reshape(-1, *item)
+    md5 = hashlib.md5(start, usedforsecurity=False)
+    md5.update(body)
+    return np.frombuffer(body, dtype=np.uint8).reshape(-1, *item), md5.hexdigest()
 
 
 def _read_tiny(folder: Path, info: DatasetInfo) -> tuple[Arrays, list[dict]]:
     """TinyImageNet. Classes are numbered in the order of their sorted folder names, as in the authors' release."""
-    train = folder / "train"
-    if not train.is_dir():
-        raise InputError(f"{folder}: has val/ but no train/; unpack the whole archive")
-    names = sorted(path.name for path in train.iterdir() if path.is_dir())
-    number = {name: i for i, name in enumerate(names)}
+    train, val = folder / "train", folder / "val"
+    names = _folder_names(train)
     if not 2 <= len(names) <= info.num_classes:
         raise InputError(f"{train}: expected 2 to {info.num_classes} class folders, got {len(names)}")
     listed = folder / "wnids.txt"
-    if listed.is_file() and set(read_text(listed).split()) != set(names):
-        raise InputError(f"{train}: its class folders are not those of {listed}")
-    train_files = [(path, number[name]) for name in names for path in _images_of_class(train / name)]
-
-    val = folder / "val"
-    annotations = val / "val_annotations.txt"
-    if (val / "images").is_dir():
-        if not annotations.is_file():
-            raise InputError(f"{annotations}: missing; without it the images of {val / 'images'} have no labels")
-        listed_files: dict[str, int] = {}
-        for row in (line.split("\t") for line in read_text(annotations).splitlines() if line):
-            # A name with a folder in it could lead anywhere, and one image named a million times fills the memory.
-            if len(row) < 2 or row[1] not in number or Path(row[0]).name != row[0][:255] or row[0] in listed_files:
-                found = " ".join(row[:2])[:80]
-                raise InputError(f"{annotations}: expected a file, named once, and a class of {train}, got '{found}'")
-            listed_files[row[0]] = number[row[1]]
-        test_files = [(val / "images" / name, label) for name, label in listed_files.items()]
+    if listed.is_file():
+        _check_classes(train, names, read_text(listed).split(), f"the classes of {listed}")
+    train_files = _files_of_classes(train, names)
+    # As unpacked, val/images/<file>, or val/images/<class>/<file>; else val/<class>/<file>.
+    place = val / "images" if images_in(val / "images") or _folder_names(val / "images") else val
+    single, inner = images_in(place), [name for name in _folder_names(place) if name != "images"]
+    if single and inner:
+        raise InputError(f"{place}: holds {len(single)} images beside class folders; unpack the archive anew")
+    if single:
+        test_files = _annotated(val / "val_annotations.txt", single, {name: i for i, name in enumerate(names)})
     else:
-        found = sorted(path.name for path in val.iterdir() if path.is_dir())
-        if found != names:
-            raise InputError(f"{val}: expected images/ or the {len(names)} folders of {train}, got {len(found)} others")
-        test_files = [(path, number[name]) for name in names for path in _images_of_class(val / name)]
-    arrays = (*_read_jpegs(train, train_files), *_read_jpegs(val, test_files))
+        _check_classes(place, inner, names, f"the class folders of {train}")
+        test_files = _files_of_classes(place, names)
+    arrays = (*_read_jpegs(train_files), *_read_jpegs(test_files))
     return arrays, [{"path": str(folder), "classes": names}]
 
 
-def _images_of_class(folder: Path) -> list[Path]:
-    inner = folder / "images"
-    return sorted((inner if inner.is_dir() else folder).glob("*.JPEG"))
+def _annotated(annotations: Path, images: list[Path], number: dict[str, int]) -> list[tuple[Path, int]]:
+    """Images with the labels of a list that names each of them once; .jpg and .JPEG are alike."""
+    if not annotations.is_file():
+        raise InputError(f"{annotations}: missing; without it the images of {images[0].parent} have no labels")
+    known = {path.stem: path for path in images} | {path.name: path for path in images}
+    found: dict[Path, int] = {}
+    for line in read_text(annotations).splitlines():
+        name, wnid = [*line.strip().split("\t"), ""][:2]
+        if not name:
+            continue
+        path = known.get(name) or known.get(Path(name).stem)
+        # An image named a million times fills the memory.
+        if wnid not in number or path in found or (path is None and Path(name).name != name[:255]):
+            where = f"a class of {annotations.parent.parent / 'train'}"
+            raise InputError(f"{annotations}: expected a file, named once, and {where}, got '{f'{name} {wnid}'[:80]}'")
+        if path is None:
+            raise InputError(
+                f"{annotations}: names {name[:80]}, which {images[0].parent} lacks; unpack the archive anew"
+            )
+        found[path] = number[wnid]
+    rest = [path.name for path in images if path not in found]
+    if rest:
+        problem = f"{annotations}: names {len(found)} of the {len(images)} images of {images[0].parent}, not"
+        raise InputError(f"{problem} {_some(rest)}; unpack the archive anew")
+    return list(found.items())
 
 
-def _read_jpegs(folder: Path, files: list[tuple[Path, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of a list of (file in the folder, label)."""
-    if not files:
-        raise InputError(f"{folder}: no .JPEG images found")
+def _check_classes(folder: Path, found: list[str], expected: list[str], what: str) -> None:
+    """Refuse class folders that are not the expected ones."""
+    lacking, strange = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if lacking or strange:
+        differ = [f"{words} {_some(names)}" for words, names in (("lacks", lacking), ("also has", strange)) if names]
+        raise InputError(f"{folder}: expected {what}, but it {' and '.join(differ)}; unpack the archive anew")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+
+
+def _folder_names(folder: Path) -> list[str]:
+    return [path.name for path in visible(folder) if path.is_dir()] if folder.is_dir() else []
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The images of a folder, sorted; none if there is no such folder."""
+    if not folder.is_dir():
+        return []
+    return [path for path in visible(folder) if path.suffix.lower() in (".jpeg", ".jpg", ".png")]
+
+
+def _files_of_classes(folder: Path, names: list[str]) -> list[tuple[Path, int]]:
+    """Images and labels of the folders of all classes, in each directly or in images/."""
+    classes = [images_in(folder / name / "images") or images_in(folder / name) for name in names]
+    empty = [name for name, images in zip(names, classes, strict=True) if not images]
+    if empty:
+        raise InputError(f"{folder}: no images (.JPEG, .jpg or .png) in {_some(empty)}; unpack the archive anew")
+    return [(path, label) for label, images in enumerate(classes) for path in images]
+
+
+def _read_jpegs(files: list[tuple[Path, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of a list of (file, label)."""
     # Pillow lets go of the interpreter lock while it decodes, and warns of large images, which are refused here.
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
         warnings.simplefilter("ignore")
@@ -335,40 +428,83 @@ def _read_jpegs(folder: Path, files: list[tuple[Path, int]]) -> tuple[np.ndarray
     return np.stack(images), np.array([label for _, label in files])
 
 
+def _open_image(path: Path) -> Image.Image:
+    try:
+        return Image.open(path, formats=("JPEG", "PNG"))  # for some others Pillow starts programs
+    except UnidentifiedImageError as error:
+        raise ValueError("neither JPEG nor PNG") from error
+
+
 def read_jpeg(path: Path) -> np.ndarray:
-    """An image of TinyImageNet, uint8 [64, 64, 3]."""
+    """An image of TinyImageNet, JPEG or PNG, uint8 [64, 64, 3]."""
     size = DATASETS["tiny_imgnet"].image_size
     check_file(path, MAX_IMAGE)
-    # JPEG alone: for some other formats Pillow starts programs.
-    with refusing(f"{path}: not a readable image"), Image.open(path, formats=("JPEG",)) as image:
+    with refusing(f"{path}: not a readable image"), _open_image(path) as image:
         if image.size != (size, size):
             raise ValueError(f"expected {size}x{size} pixels, got {image.size[0]}x{image.size[1]}")
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"expected 8 bits a channel, got mode {image.mode}")
         return np.asarray(image.convert("RGB"))
 
 
-def find_corrupted(name: str, data_path: Path) -> Path | None:
-    """The folder of the corrupted copies of a test set, in `data_path` or beside the data set; None without one."""
-    tried = [data_path, *(data_path / place for place in DATASETS[name].places)]
-    folders = [folder / CORRUPTED[name] for folder in tried] + [data_path.parent / CORRUPTED[name]]
-    return next((folder for folder in folders if folder.is_dir()), None)
+def find_corrupted(name: str, data_path: Path, required: bool = False) -> Path | None:
+    """The folder of the corrupted copies of a test set, in `data_path` or beside the data set; None without one.
+
+    Of an archive that is not unpacked it says so.
+
+    Raises:
+        InputError: if it is `required` and not there.
+    """
+    spelling = plain(CORRUPTED[name])
+    beside = [data_path, *(places.folders(name, data_path) if name in PLACES else ()), data_path.parent]
+    found = named(beside, spelling)
+    found += named(found, spelling)  # unpacked into a folder of its name
+    for folder in found:
+        if _in_arrays(folder) or any(path.name in CORRUPTIONS for path in subfolders(folder)):
+            return folder
+    packed = [path for folder in beside + found for path in places.archives(folder, spelling + places.PACKED)]
+    way_out = places.unpacking(packed[0]) if packed else "leave it out, or name the folder that holds it by --data_path"
+    if found:
+        way_out = way_out if packed else "remove it, or unpack the archive into it"
+        raise InputError(f"{found[0]}: expected .npy files or folders of corruptions, got neither; {way_out}")
+    if required:
+        raise InputError(f"--split corrupted: no {CORRUPTED[name]}/ in {data_path} or beside the data set; {way_out}")
+    if packed:
+        note(f"{way_out}: without it only clean images are measured")
+    return None
 
 
 def check_corrupted(folder: Path, data: Data, corruptions: Iterable[str], severities: Iterable[int]) -> None:
     """Check every file of a corrupted set that will be measured, without reading the images.
 
     Raises:
-        InputError: naming all missing files, or the first file of a wrong shape.
+        InputError: naming all missing files, or the first file or folder of a wrong form.
     """
-    if _in_arrays(folder):
+    arrays = _in_arrays(folder)
+    if arrays:
         paths = [folder / f"{name}.npy" for name in (*corruptions, "labels")]
     else:
         paths = [folder / name / str(severity) for name in corruptions for severity in severities]
     missing = ", ".join(str(path.relative_to(folder)) for path in paths if not path.exists())
     if missing:
-        raise InputError(f"{folder}: {missing} missing; complete it, or name a part by --corruptions and --severities")
-    if _in_arrays(folder):
-        for name in corruptions:
-            corrupted_arrays(folder, data, name)
+        way_out = "complete it, or name a part by --corruptions and --severities"
+        raise InputError(f"{folder}: {missing} missing; {way_out}")
+    about = folder / "about.json"
+    if about.is_file():  # of scripts/make_corrupted.py
+        with refusing(f"{about}: cannot be read", "make the set anew"):
+            origin = load_json(about)
+            made_of, whole = origin["sha256_of_test_images"], origin["images"]
+        if made_of != data.test.digest():
+            raise InputError(f"{folder}: made of other test images than those of --data_path; make the set anew")
+    else:
+        whole = len(data.test)
+    if arrays:
+        counts = [len(corrupted_arrays(folder, data, name)[1]) // len(SEVERITIES) for name in corruptions]
+    else:
+        counts = [len(_corrupted_files(path, data)) for path in paths]
+    if set(counts) - {whole}:
+        found = " to ".join(map(str, sorted({min(counts), max(counts)})))
+        note(f"{folder}: {found} images of a corruption at a severity, expected {whole}")
 
 
 def read_corrupted(folder: Path, data: Data, name: str, severity: int) -> ImageSet:
@@ -378,25 +514,30 @@ def read_corrupted(folder: Path, data: Data, name: str, severity: int) -> ImageS
     CIFAR-10-C; only the rows of the severity are read), or `<name>/<severity>/<class>/*.JPEG` (as in Tiny-ImageNet-C).
 
     Raises:
-        InputError: naming the file, for a wrong shape, dtype or label.
+        InputError: naming the file or folder, for a wrong shape, dtype, label or class.
     """
     if _in_arrays(folder):
         images, labels = corrupted_arrays(folder, data, name)
         count = len(labels) // len(SEVERITIES)
         rows = slice((severity - 1) * count, severity * count)
         return ImageSet(np.array(images[rows]), np.array(labels[rows]), data.test.preprocessing, data.test.device)
-    root = folder / name / str(severity)
-    number = {wnid: i for i, wnid in enumerate(data.record["files"][0]["classes"])}
-    classes = sorted(path.name for path in root.iterdir() if path.is_dir())
-    if not classes or not set(classes) <= set(number):
-        raise InputError(f"{root}: its {len(classes)} class folders are not those of the training images")
-    files = [(path, number[wnid]) for wnid in classes for path in _images_of_class(root / wnid)]
-    return ImageSet(*_read_jpegs(root, files), data.test.preprocessing, data.test.device)
+    files = _corrupted_files(folder / name / str(severity), data)
+    return ImageSet(*_read_jpegs(files), data.test.preprocessing, data.test.device)
 
 
 def _in_arrays(folder: Path) -> bool:
     """Whether a corrupted set is in .npy files, and not in folders of images."""
-    return any(folder.glob("*.npy"))
+    return any(path.suffix == ".npy" for path in visible(folder))
+
+
+def _corrupted_files(folder: Path, data: Data) -> list[tuple[Path, int]]:
+    """Images and labels of one corruption at one severity in a set of folders of images."""
+    classes, found = data.record["files"][0]["classes"], _folder_names(folder)
+    if len(found) > data.info.num_classes:
+        problem = f"{folder}: expected the {len(classes)} classes of the training images, got {len(found)}"
+        raise InputError(f"{problem}, as frost of zenodo.org/records/2536630; get records/8206060")
+    _check_classes(folder, found, classes, "the classes of the training images")
+    return _files_of_classes(folder, classes)
 
 
 def corrupted_arrays(folder: Path, data: Data, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -407,11 +548,16 @@ def corrupted_arrays(folder: Path, data: Data, name: str) -> tuple[np.ndarray, n
     if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images) or len(images) % severities:
         wanted = f"uint8 [{severities} N, {', '.join(map(str, shape))}], severity by severity"
         raise InputError(f"{path}: expected {wanted}, got {images.dtype} {list(images.shape)}")
+    if labels.ndim == 1 and len(labels) == severities * len(images):
+        raise InputError(f"{path}: expected {len(labels)} images as in {labels_path}, got a fifth, one severity alone")
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
         raise InputError(f"{labels_path}: expected {len(images)} integers, got {labels.dtype} {list(labels.shape)}")
     _check_labels(labels_path, labels, data.info.num_classes)
-    expected = data.test.labels.cpu().numpy()
-    if len(labels) == severities * len(expected) and (labels.reshape(severities, -1) != expected).any():
+    fifths, expected = labels.reshape(severities, -1), data.test.labels.cpu().numpy()
+    if (fifths != fifths[0]).any() or np.array_equal(labels, expected):
+        problem = f"{labels_path}: expected {severities} times the same labels, severity by severity"
+        raise InputError(f"{problem}; a set of one severity alone cannot be measured")
+    if fifths.shape[1] == len(expected) and (fifths != expected).any():
         raise InputError(f"{labels_path}: expected {severities} times the labels of the test set, in its order")
     return images, labels.astype(np.int64)
 

@@ -7,8 +7,11 @@ import ctypes
 import logging
 import math
 import os
+import platform
 import re
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -26,6 +29,10 @@ START, FOREVER = timedelta(minutes=5), timedelta(days=365)
 PULSE_SECONDS = 0.5
 SILENCE = timedelta(seconds=30)
 
+# Variables with the number of a scheduler's job, which a restarted job keeps; with the number of tasks of a launcher.
+JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
+TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE")
+
 _group: dist.ProcessGroup | None = None  # its calls wait for ever
 _watch: "Watch | None" = None
 
@@ -33,6 +40,41 @@ _watch: "Watch | None" = None
 def cores() -> int:
     """How many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_kind() -> str:
+    """The CPU's model, and the instructions that torch uses: between kinds floats differ in their last bits."""
+    names = ("model name", "CPU implementer", "CPU part")  # of x86; of Arm
+    try:
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines()]
+        found = {name.strip(): value.strip() for name, _, value in lines}
+        model = " ".join(found[name] for name in names if name in found)
+    except OSError:  # macOS
+        sysctl = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        try:
+            model = subprocess.run(sysctl, capture_output=True, text=True).stdout.strip()
+        except OSError:
+            model = ""
+    return f"{model or platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def job() -> list[str]:
+    """What started this process and may do so again: a scheduler's job, a torchrun.
+
+    Where standard input is a terminal a person did, whatever job the shell is in.
+    """
+    names = () if sys.stdin is not None and sys.stdin.isatty() else JOBS
+    found = [f"{name} {os.environ[name]}" for name in names if os.environ.get(name)]
+    if dist.is_torchelastic_launched():
+        number = os.environ.get("TORCHELASTIC_RUN_ID")
+        found.append(f"torchrun {number}, process {os.getppid()} on {socket.gethostname()}")
+    return found
+
+
+def started_many_times() -> bool:
+    """Whether a launcher that is not torchrun started this command for several tasks, each of which trains it all."""
+    several = any(os.environ.get(name, "1") not in ("", "0", "1") for name in TASKS)
+    return several and not dist.is_torchelastic_launched()
 
 
 def start_device(name: str, threads: int | None) -> torch.device:
@@ -50,9 +92,15 @@ def start_device(name: str, threads: int | None) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device in available if available[device])
-    if not available[name]:
+    device = torch.device(name)
+    if not available[device.type]:
         raise InputError(f"--device {name}: torch finds none here; use --device cpu")
-    return torch.device(name)
+    if device.index is not None:
+        count = torch.cuda.device_count()
+        if device.index >= count:
+            raise InputError(f"--device {name}: expected cuda:0 to cuda:{count - 1}, torch finds {count} here")
+        torch.cuda.set_device(device)
+    return device
 
 
 def _keep_freed_memory() -> None:
@@ -100,6 +148,10 @@ def launch(jobs: str | int | None, members: int, device: str, threads: int | Non
     if count == 1:
         return threads
     os.environ.setdefault("OMP_NUM_THREADS", str(chosen or max(1, cores() // count)))
+    # The processes of one machine meet over its loopback address: its own name may be known to no server.
+    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+    if loopback:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
     # Imported here because on macOS it prints a note.
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -109,7 +161,8 @@ def launch(jobs: str | int | None, members: int, device: str, threads: int | Non
     logging.disable(logging.ERROR)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     try:
-        torchrun.run(torchrun.parse_args(["--standalone", "--nproc-per-node", str(count), *sys.argv]))
+        options = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(count)]
+        torchrun.run(torchrun.parse_args([*options, *sys.argv]))
     except ChildFailedError as error:
         which, failure = error.get_first_failure()
         if failure.exitcode < 0:  # killed, for instance for its memory: it could say nothing
@@ -145,15 +198,19 @@ def _connect(device: torch.device, seeds: list[int], folder: Path) -> None:
     global _group, _watch
     backend = "gloo"
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        if int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count():
+        gpus = torch.cuda.device_count() if device.index is None else 1
+        if device.index is None:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
+        if int(os.environ["LOCAL_WORLD_SIZE"]) <= gpus:
             backend = "nccl"  # which refuses two ranks on one GPU
     store, number, count = next(dist.rendezvous("env://", timeout=START))
     if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
         # torchrun keeps one store for all its restarts, and what dead ranks wrote to it must not be read. On several
         # machines the counts differ; docs/CLUSTER.md says what helps there.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=START)
+    # nccl guesses a GPU by the rank, and warns of it at each barrier, unless it is told.
+    gpu = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else None
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=START, device_id=gpu)
     names = []
     for number in range(ranks()):
         logs = [f"seed {seed}: {folder / f'seed_{seed}' / 'log.jsonl'}" for seed in seeds[number :: ranks()]]

@@ -13,6 +13,7 @@
 Under torchrun rank r of K trains the members r, r + K, ... A run that was stopped resumes from its files.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils import distributed
+from utils import InputError, distributed
 from utils.checkpoint import load_model
 from utils.data import Data
 from utils.diversity import disagreement, mean_over_pairs
@@ -42,11 +43,16 @@ def train_ensemble(run: Run) -> dict | None:
         The summary, as it is written to summary.json: `evaluate_members` by checkpoint; None on ranks other than 0.
 
     Raises:
-        InputError: if the folder holds something other than this run, or if another process trains in it.
+        InputError: if the folder holds something other than this run, if another process trains in it, or if
+            `flat_ratio` picks no sample.
         RunError: if a loss is not finite, if a file cannot be written, or if another rank has ended.
         Stopped: on SIGTERM and Ctrl-C.
     """
-    settings = run.settings
+    settings, samples = run.settings, len(run.data.train)
+    fresh = run.overwrite or not (run.folder / "args.json").is_file()  # earlier versions let it pass
+    if fresh and settings.flat_ratio and not int(settings.flat_ratio * samples):
+        way_out = f"give {math.ceil(1e6 / samples) / 1e6:g} or more, or leave it out for SAM on all of them"
+        raise InputError(f"--flat_ratio: {settings.flat_ratio:g} of {samples} training images is none; {way_out}")
     with run.open():
         try:
             members = [Member(run, seed) for seed in settings.seed[distributed.rank() :: distributed.ranks()]]
@@ -58,7 +64,7 @@ def train_ensemble(run: Run) -> dict | None:
             return None
         folders = [run.folder / f"seed_{seed}" for seed in settings.seed]
         summary = {
-            name: evaluate_members([folder / file for folder in folders], run.data)
+            name: evaluate_members([folder / file for folder in folders], run.data, settings.batch_size)
             for name, file in CHECKPOINTS.items()
             if name != "averaged" or settings.average_from is not None
         }
@@ -81,7 +87,7 @@ def train_members(run: Run, members: list[Member]) -> None:
     finally:
         run.progress.close()
     for member in members:
-        member.check_best(finished=True)
+        member.check_best()
         if member.average is not None:
             with run.signals.deferred():
                 member.save_average()
@@ -113,17 +119,19 @@ def assign_samples(run: Run, members: list[Member]) -> None:
         rule = PARTITION_RULE[settings.match_size]
         sizes = sharpness_aware_masks(scores, settings.flat_ratio, rule, settings.unselected).sum(axis=1)
     unselected = settings.unselected or "normal"  # which drawn sets ignore
-    masks = sharpness_aware_masks(scores, settings.flat_ratio, select, unselected, settings.seed, sizes)
+    draws = run.recorded.get("draws")
+    masks = sharpness_aware_masks(scores, settings.flat_ratio, select, unselected, settings.seed, sizes, draws)
     for member in members:
         member.assign(masks[settings.seed.index(member.seed)])
 
 
-def evaluate_members(paths: list[Path], data: Data) -> dict:
+def evaluate_members(paths: list[Path], data: Data, at_once: int) -> dict:
     """Accuracy (0 to 1) and loss of saved members and of their ensemble (mean of softmax) on validation and test.
 
     Args:
         paths: checkpoint files.
         data: the images to evaluate on.
+        at_once: the most images in one pass.
 
     Raises:
         InputError: if a checkpoint cannot be used or is of another data set.
@@ -135,7 +143,7 @@ def evaluate_members(paths: list[Path], data: Data) -> dict:
         model = model.to(data.train.device, memory_format=torch.channels_last)
         row = {"checkpoint": str(path), "seed": checkpoint.get("seed"), "epoch": checkpoint["epoch"]}
         for split in images:
-            log_probs[split].append(F.log_softmax(predict(model, images[split])[0], dim=1))
+            log_probs[split].append(F.log_softmax(predict(model, images[split], at_once=at_once)[0], dim=1))
             row |= _rates(split, log_probs[split][-1], images[split].labels.cpu())
         members.append(row)
     ensemble = {}

@@ -1,8 +1,10 @@
 """Files: atomic writes, and reads that never execute anything or take more memory than a file can hold."""
 
+import errno
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -18,6 +20,9 @@ from utils import InputError, RunError, first_line
 
 # Upper limits, well above what the published data sets and our own files need.
 MAX_JSON, MAX_FILE, MAX_TEXT = 2**28, 2**28, 2**24
+# What systems answer that cannot sync a folder: FUSE, network and Windows file systems, folders without read access.
+NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
+NOT_FINITE = "not_finite"  # the key in our JSON files under which their infinities and nans are named
 
 
 @contextmanager
@@ -48,16 +53,25 @@ def open_atomically(path: str | Path, size: int, previous: Path | None = None) -
             except OSError:  # a file system without hard links
                 os.replace(path, previous)
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         problem = f"{path}: could not be written ({error.strerror}; {size / 2**20:.1f} MiB are needed)"
         way_out = "the previous content is untouched: free some space and re-run the same command"
         raise RunError(f"{problem}; {way_out}") from error
+
+
+def _sync_folder(path: Path) -> None:
+    """Make a rename survive a power cut, where the file system can: the content is on the disk already."""
+    try:
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:
+            raise
 
 
 def write_atomically(path: str | Path, content: bytes, previous: Path | None = None) -> None:
@@ -67,8 +81,67 @@ def write_atomically(path: str | Path, content: bytes, previous: Path | None = N
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
-    """Atomically write a value as JSON; with indent None on one line."""
-    write_atomically(path, (json.dumps(value, indent=indent) + "\n").encode())
+    """Atomically write a value as `json_text`; with indent None on one line."""
+    write_atomically(path, (json_text(value, indent) + "\n").encode())
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """A value as JSON, which has no infinity and no nan.
+
+    They become null, and `not_finite` of the dict says what each was, by its place as a JSON pointer (RFC 6901):
+    {"result": {"fisher": null}, "not_finite": {"/result/fisher": "inf"}}. `parse_json` restores them.
+
+    Raises:
+        ValueError: for a number that is not finite in anything but a dict.
+    """
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        if not isinstance(value, dict):
+            raise
+    found: dict[str, str] = {}
+    return json.dumps(_with_nulls(value, "", found) | {NOT_FINITE: found}, indent=indent, allow_nan=False)
+
+
+def _with_nulls(value: Any, place: str, found: dict[str, str]) -> Any:
+    """The value with None for numbers that are not finite, which are added to `found` by their place."""
+    if isinstance(value, float) and not math.isfinite(value):
+        found[place] = str(float(value))
+        return None
+    if isinstance(value, dict):
+        names = {key: str(key).replace("~", "~0").replace("/", "~1") for key in value}
+        return {key: _with_nulls(item, f"{place}/{names[key]}", found) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_nulls(item, f"{place}/{i}", found) for i, item in enumerate(value)]
+    return value
+
+
+def parse_json(text: str) -> Any:
+    """The value of a text of `json_text`, or of any JSON.
+
+    Raises:
+        ValueError: if it is not JSON, is nested too deeply, or names numbers as not finite that are not there.
+    """
+    try:
+        content = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(content, dict) or NOT_FINITE not in content:
+        return content
+    words = content.pop(NOT_FINITE)
+    try:
+        for place, word in words.items():
+            *keys, last = (key.replace("~1", "/").replace("~0", "~") for key in place.split("/")[1:])
+            target = content
+            for key in keys:
+                target = target[int(key) if isinstance(target, list) else key]
+            last = int(last) if isinstance(target, list) else last
+            if target[last] is not None or word not in ("inf", "-inf", "nan"):
+                raise ValueError
+            target[last] = float(word)
+    except (AttributeError, LookupError, TypeError, ValueError):
+        raise ValueError(f"its {NOT_FINITE} does not fit its numbers") from None
+    return content
 
 
 def write_array(path: str | Path, array: np.ndarray) -> None:
@@ -83,17 +156,14 @@ def load_json(path: str | Path) -> Any:
 
     Raises:
         OSError: if it cannot be read.
-        ValueError: if it is not JSON, is nested too deeply, is larger than any file of a run, or is not a file.
+        ValueError: as `parse_json`, or if it is larger than any file of a run, or is not a file.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
         raise ValueError("not a file")
     if path.stat().st_size > MAX_JSON:
         raise ValueError(f"larger than {MAX_JSON} bytes")
-    try:
-        return json.loads(path.read_text())
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+    return parse_json(path.read_text("utf-8"))
 
 
 def read_json(path: str | Path, remedy: str) -> dict[str, Any]:
@@ -155,6 +225,14 @@ def refusing(problem: str, remedy: str = "") -> Iterator[None]:
         raise InputError(f"{problem} ({reason})" + (f"; {remedy}" if remedy else "")) from error
 
 
+def broken_link(path: Path) -> str | None:
+    """What is wrong where the path, or a folder above it, is a link whose target is not there; else None."""
+    for place in (path, *path.parents):
+        if os.path.islink(place) and not os.path.exists(place):
+            return f"{place} is a link to {os.readlink(place)}, which does not exist"
+    return None
+
+
 def check_file(path: Path, limit: int | None = None, flag: str = "") -> None:
     """Refuse anything but an ordinary file (a pipe or a device has no end), or one of more than `limit` bytes.
 
@@ -181,13 +259,13 @@ def read_bytes(path: Path, limit: int | None = MAX_FILE) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """A text in UTF-8.
+    """A text in UTF-8, without the mark that some editors put before it.
 
     Raises:
         InputError: naming the file.
     """
     with refusing(f"{path}: not a text in UTF-8"):
-        return read_bytes(path, MAX_TEXT).decode()
+        return read_bytes(path, MAX_TEXT).decode("utf-8-sig")
 
 
 _NDARRAY = object()  # stands for numpy.ndarray: the class itself, called, could reserve any amount of memory
@@ -205,6 +283,7 @@ class ArrayUnpickler(pickle._Unpickler):
             ("multiarray", "_reconstruct"): _new_array,
             ("numpy", "ndarray"): _NDARRAY,
             ("numpy", "dtype"): _new_dtype,
+            ("multiarray", "scalar"): _number,
             ("numeric", "_frombuffer"): _array_from_bytes,
             ("_codecs", "encode"): _latin1_bytes,
         }
@@ -259,6 +338,10 @@ def _new_dtype(code: str, *flags: object) -> np.dtype:
     if not isinstance(code, str) or not re.fullmatch(r"[|<>]?[biuf][1248]", code):
         raise pickle.UnpicklingError(f"it holds an array of objects or strings ({str(code)[:20]}), not of numbers")
     return np.dtype(code, *flags)
+
+
+def _number(dtype: np.dtype, content: bytes) -> int | float | bool:
+    return np.frombuffer(content, dtype, count=1).item()
 
 
 def _array_from_bytes(buffer: bytes, dtype: np.dtype, shape: tuple, _order: str) -> np.ndarray:

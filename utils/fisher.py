@@ -18,7 +18,7 @@ from torch.func import functional_call, grad, vjp, vmap
 from models.resnet import Pointwise
 from models.resnet_tiny import Scale
 from models.vit import Tokens
-from utils.hessian import matching_parameters, refuse_train_mode
+from utils.hessian import full_float32, matching_parameters, refuse_train_mode, to_float64
 
 CHUNK_NUMBERS = 2**21  # in a layer's working set (8 MiB in float32): the samples of a batch are taken in groups
 NARROW = 8  # convolutions with fewer input channels have all their kernel offsets in one product
@@ -34,6 +34,7 @@ class _NeedsWholeModelError(Exception):
     """The model uses a layer twice or shares a parameter: norms of its layers do not add up."""
 
 
+@full_float32()
 def per_sample_fisher(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Squared norm of each sample's loss gradient: s_i = ||grad_theta CE(f(x_i), y_i)||_2^2.
 
@@ -73,6 +74,7 @@ def per_sample_fisher(model: nn.Module, images: Tensor, labels: Tensor) -> Tenso
         return _by_vmap(model, images, labels)
 
 
+@full_float32()
 def ntk_gram(model: nn.Module, images: Tensor, params: str | None = r"weight$") -> Tensor:
     """Inner products of the gradients of the summed logits: K_ij = <grad sum_c f_c(x_i), grad sum_c f_c(x_j)>.
 
@@ -110,7 +112,7 @@ def ntk_gram(model: nn.Module, images: Tensor, params: str | None = r"weight$") 
         mine = gradients(images[rows])
         for columns in blocks[: i + 1]:
             other = mine if columns == rows else gradients(images[columns])
-            product = (mine @ other.T).double().cpu()
+            product = to_float64(mine @ other.T)
             gram[rows, columns], gram[columns, rows] = product, product.T
     return gram
 
@@ -200,9 +202,14 @@ def _layer_norms(module: nn.Module, inputs: tuple[Tensor, ...], output_grad: Ten
     return vmap(squared_norm, chunk_size=VMAP_CHUNK)(inputs, output_grad)
 
 
+def _chunk_numbers(tensor: Tensor) -> int:
+    """A CPU's cache holds few numbers; elsewhere each operation costs a launch, so that there are fewer of them."""
+    return CHUNK_NUMBERS if tensor.device.type == "cpu" else 8 * CHUNK_NUMBERS
+
+
 def _direct(left: Tensor, right: Tensor) -> Tensor:
     """||sum_t left_t right_t'||_F^2 for left [B, T, P] and right [B, T, D], by the P x D matrices themselves."""
-    step = max(1, CHUNK_NUMBERS // (left.shape[2] * right.shape[2]))
+    step = max(1, _chunk_numbers(left) // (left.shape[2] * right.shape[2]))
     chunks = zip(left.split(step), right.split(step), strict=True)
     return torch.cat([torch.bmm(a.mT, b).square().sum((1, 2)) for a, b in chunks])
 
@@ -233,7 +240,7 @@ def _conv2d(module: nn.Conv2d, x: Tensor, g: Tensor, wants: set[str]) -> Terms:
     if "bias" in wants:
         yield g.sum((1, 2)).square().sum(1)
     if "weight" in wants:
-        step = max(1, CHUNK_NUMBERS // (x[0].numel() + g[0].numel()))
+        step = max(1, _chunk_numbers(x) // (x[0].numel() + g[0].numel()))
         for group in zip(x.chunk(module.groups, 3), g.chunk(module.groups, 3), strict=True):
             chunks = zip(*(tensor.split(step) for tensor in group), strict=True)
             yield torch.cat([_conv2d_weight(module, x_chunk, g_chunk) for x_chunk, g_chunk in chunks])

@@ -21,6 +21,26 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Within the block, matrix products and convolutions keep all 24 bits of float32.
+
+    By default recent GPUs convolve in TF32, of 11 bits, in which small differences of losses and gradients are lost.
+    """
+    backends = torch.backends
+    # Those of cudnn together: torch cannot read its older switch for both where they differ.
+    switches = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    switches += [backends.mkldnn.matmul, backends.mkldnn.conv]
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        yield
+    finally:
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
+
+
 class HessianOperator:
     """H v for the Hessian H of the mean cross-entropy over `batches`, in the parameters whose names match.
 
@@ -46,6 +66,7 @@ class HessianOperator:
         if not self.samples:
             raise ValueError("batches: no images given")
 
+    @full_float32()
     def __matmul__(self, vectors: Tensor) -> Tensor:
         """H v for one vector [P], or for the columns of [P, K], which share each batch's graph."""
         parts = [self.as_parameters(column) for column in torch.atleast_2d(vectors.t())]
@@ -67,7 +88,9 @@ class HessianOperator:
 
     def as_parameters(self, vector: Tensor) -> list[Tensor]:
         """A vector [P] cut into the shapes of the parameters."""
-        pieces = vector.to(self.parameters[0]).split([p.numel() for p in self.parameters])
+        first = self.parameters[0]
+        # The type first: a device may lack that of the vector.
+        pieces = vector.to(first.dtype).to(first.device).split([p.numel() for p in self.parameters])
         return [piece.view(p.shape) for piece, p in zip(pieces, self.parameters, strict=True)]
 
 
@@ -177,6 +200,11 @@ def _quick_layers(model: nn.Module) -> Iterator[None]:
             del layer.forward
 
 
+def to_float64(tensor: Tensor) -> Tensor:
+    """The tensor in float64 on the CPU, converted there: Apple's devices (MPS) have no float64."""
+    return torch.from_numpy(tensor.detach().cpu().numpy().astype(np.float64))
+
+
 def refuse_train_mode(model: nn.Module, what: str) -> None:
     """Raise ValueError if a module is in train mode, where batch statistics and dropout belong to the function."""
     if any(module.training for module in model.modules()):
@@ -237,17 +265,17 @@ def hessian_trace(
         return (2 * torch.randint(0, 2, (operator.size, count), generator=generator) - 1).to(torch.float32)
 
     def curvature(vector: Tensor) -> float:
-        return (operator @ vector).double().cpu().dot(vector).item()
+        return to_float64(operator @ vector).dot(vector).item()
 
     exact, remaining, basis = 0.0, probes, None
     if method == "hutch++":
         third = min(probes // 3, operator.size)
-        sketch = torch.stack([(operator @ column).cpu() for column in signs(third).T], dim=1).double()
+        sketch = torch.stack([to_float64(operator @ column) for column in signs(third).T], dim=1)
         basis = torch.linalg.qr(sketch).Q
         exact, remaining = sum(map(curvature, basis.T)), probes - 2 * third
     values = []
     for _ in range(remaining):
-        probe = signs(1)[:, 0].double()
+        probe = to_float64(signs(1)[:, 0])
         if basis is not None:
             probe -= basis @ (basis.T @ probe)
         values.append(curvature(probe))
@@ -275,18 +303,25 @@ def top_eigenpairs(
         tolerance: relative accuracy of the eigenvalues at which the iteration stops.
 
     Returns:
-        Values float64 [k], largest first; unit vectors float64 [P, k]; residuals ||H v - lambda v||_2, float64 [k].
+        Values float64 [k], largest first; unit vectors float64 [P, k]; residuals ||H v - lambda v||_2, float64 [k]. All
+        are nan where a product with H overflows.
     """
     operator = HessianOperator(model, batches, params)
     if not 0 < k < operator.size:
         raise ValueError(f"k: expected 1 to {operator.size - 1}, got {k}")
 
     def product(vector: np.ndarray) -> np.ndarray:
-        return (operator @ torch.from_numpy(np.ascontiguousarray(vector.reshape(-1)))).double().cpu().numpy()
+        found = to_float64(operator @ torch.from_numpy(np.ascontiguousarray(vector.reshape(-1)))).numpy()
+        if not np.isfinite(found).all():
+            raise FloatingPointError
+        return found
 
     linear = LinearOperator((operator.size, operator.size), matvec=product, dtype=np.float64)
     start = np.random.RandomState(0).standard_normal(operator.size)
-    values, vectors = eigsh(linear, k=k, which="LA", tol=tolerance, v0=start)
+    try:
+        values, vectors = eigsh(linear, k=k, which="LA", tol=tolerance, v0=start)
+    except FloatingPointError:
+        return tuple(torch.full(shape, math.nan, dtype=torch.float64) for shape in ((k,), (operator.size, k), (k,)))
     order = np.argsort(values)[::-1]
     values, vectors = values[order].copy(), vectors[:, order].copy()
     residuals = [np.linalg.norm(product(v) - value * v) for value, v in zip(values, vectors.T, strict=True)]

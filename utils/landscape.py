@@ -21,7 +21,7 @@ from utils.data import Data, ImageSet
 from utils.datasets import load_data
 from utils.distributed import start_device
 from utils.files import load_array, read_json, write_json
-from utils.hessian import top_eigenpairs
+from utils.hessian import full_float32, to_float64, top_eigenpairs
 from utils.partition import PARTITION_RULE
 from utils.predictions import load_members
 from utils.results import Ensemble, check_alike, method_of, read_run, setting_of
@@ -145,11 +145,16 @@ def along_top(model: nn.Module, batches: Batches) -> dict[str, Any]:
     return {"eigenvalue": eigenvalue, "length": length, "losses": losses}
 
 
+@full_float32()
 @torch.inference_mode()
 def mean_loss(model: nn.Module, batches: Batches) -> float:
     """Mean cross-entropy in eval mode, in nats."""
     with evaluating(model):
-        sums = [F.cross_entropy(model(images).double(), labels, reduction="sum") for images, labels in batches]
+        logits = [model(images) for images, _ in batches]
+    sums = [
+        F.cross_entropy(to_float64(found), labels.cpu(), reduction="sum")
+        for found, (_, labels) in zip(logits, batches, strict=True)
+    ]
     return (sum(sums) / sum(len(labels) for _, labels in batches)).item()
 
 
@@ -194,9 +199,10 @@ def top_direction(model: nn.Module, batches: Batches) -> tuple[list[Tensor], flo
     with evaluating(model):
         values, vectors, _ = top_eigenpairs(model, batches)
     weights = list(model.parameters())
-    length = sum(w.detach().double().square().sum() for w in weights if w.ndim > 1).sqrt().item()
+    length = sum(to_float64(w).square().sum() for w in weights if w.ndim > 1).sqrt().item()
     parts = (length * vectors[:, 0]).split([w.numel() for w in weights])
-    return [part.view(w.shape).to(w) for part, w in zip(parts, weights, strict=True)], values[0].item(), length
+    direction = [part.view(w.shape).to(w.dtype).to(w.device) for part, w in zip(parts, weights, strict=True)]
+    return direction, values[0].item(), length
 
 
 def losses_along(

@@ -29,7 +29,7 @@ from utils.files import digest, write_array, write_atomically
 from utils.fisher import per_sample_fisher
 from utils.metrics import per_sample
 from utils.run import CHECKPOINTS, MEMBER_FILES, PARTIAL, PREVIOUS, Run, Stopped
-from utils.training import learning_rate, predict, train_epoch
+from utils.training import in_parts, learning_rate, predict, train_epoch
 
 SCORE_BATCH = 128
 # What a line of log.jsonl holds besides its wall time.
@@ -63,7 +63,9 @@ class Member:
         sam = {"rho": settings.rho, "adaptive": settings.sam_adaptive}
         sgd = {"lr": settings.lr, "momentum": settings.momentum, "weight_decay": settings.weight_decay}
         self.optimizer = SAM(self.model.parameters(), torch.optim.SGD, **sam, **sgd)
-        self.average = None if settings.average_from is None else AveragedModel(self.model)
+        self.average = None
+        if settings.average_from is not None:
+            self.average = AveragedModel(self.model, multi_avg_fn=self._average)
         self.epoch, self.position = 0, None
         self.best_acc, self.best_epoch = -1.0, 0  # best_epoch: epochs that were finished then
         self.scores: np.ndarray | None = None
@@ -118,7 +120,8 @@ class Member:
         try:
             with run.signals.deferred():  # within a step the weights are elsewhere
                 train_loss, train_acc = train_epoch(self.model, self.optimizer, data.train, *batches, *more)
-            val = per_sample(F.log_softmax(predict(self.model, data.val)[0], dim=1), data.val.labels.cpu())
+            logits, _ = predict(self.model, data.val, at_once=settings.batch_size)
+            val = per_sample(F.log_softmax(logits, dim=1), data.val.labels.cpu())
             val_loss, val_acc = val["nll"].mean().item(), val["correct"].mean().item()
         except Stopped:
             if here is not None:
@@ -139,6 +142,12 @@ class Member:
             self._save()
         run.progress.print(self.seed, line)
 
+    def _average(self, means: list[Tensor], weights: list[Tensor], count: Tensor) -> None:
+        """Take the weights into their means. `count` is on the device: reading it there would wait for all steps."""
+        changes = torch._foreach_sub(weights, means)
+        torch._foreach_div_(changes, int(self.average.n_averaged) + 1)
+        torch._foreach_add_(means, changes)
+
     def score(self) -> np.ndarray:
         """The sharpness scores of all training samples, float32 [N]: those it has, or new ones, which are saved.
 
@@ -151,8 +160,9 @@ class Member:
             if self.epoch > self.run.settings.initial_epochs:
                 raise InputError(f"{self.folder}: its checkpoint has no scores, which it must have; use --overwrite")
             with evaluating(self.model):
-                batches = self.run.data.train.in_order(SCORE_BATCH)
-                scores = torch.cat([per_sample_fisher(self.model, *batch) for batch in batches]).cpu().numpy()
+                batch_sizes = SCORE_BATCH, self.run.settings.batch_size
+                parts = in_parts(lambda x, y: per_sample_fisher(self.model, x, y), self.run.data.train, *batch_sizes)
+                scores = torch.cat(list(parts)).cpu().numpy()
             if not np.isfinite(scores).all():
                 what = f"{np.sum(~np.isfinite(scores))} sharpness scores are not finite"
                 way_out = "start anew with a smaller --lr or --rho and another --save_path"
@@ -176,13 +186,12 @@ class Member:
         write_array(self.folder / "sam_mask.npy", mask)
         self.mask, self.mask_digest = torch.from_numpy(mask), digest(mask)
 
-    def check_best(self, finished: bool) -> None:
+    def check_best(self) -> None:
         """Check that model_best.pth.tar is that of the best epoch, before days are spent and before it is evaluated."""
         path = self.folder / CHECKPOINTS["best"]
         try:
             found = self._load_own(path)["epoch"]
-            # It is written before checkpoint.pth.tar; a run that was stopped between the two repeats that epoch.
-            if found == self.best_epoch or (found > self.epoch and not finished):
+            if found == self.best_epoch:
                 return
             fault = f"{path}: of epoch {found - 1}, the best one was {self.best_epoch - 1}"
         except InputError as error:
@@ -208,21 +217,27 @@ class Member:
         save_checkpoint(path, {**self._checkpoint(), "state_dict": state, "optimizer": None, "average": None})
 
     def _save(self) -> None:
-        """Write an epoch's files. Only checkpoint.pth.tar makes the epoch count."""
+        """Write an epoch's files. It counts once one of its checkpoints is there."""
         content = pack_checkpoint(self._checkpoint())
+        write_atomically(self.folder / "log.jsonl", log_text(self.log).encode())
         if self.best_epoch == self.epoch:
             write_atomically(self.folder / CHECKPOINTS["best"], content)
-        write_atomically(self.folder / "log.jsonl", log_text(self.log).encode())
         write_atomically(self.folder / CHECKPOINTS["last"], content, self.folder / PREVIOUS)
         (self.folder / PARTIAL).unlink(missing_ok=True)
 
     def _checkpoint(self) -> dict[str, Any]:
         """All that exact resuming needs; the same state gives the same bytes."""
         settings, data = self.run.settings, self.run.data
+        optimizer, average = self.optimizer.state_dict(), None if self.average is None else self.average.state_dict()
+        # On the CPU, so that the file can be read where there is no such device.
+        for index, state in optimizer["state"].items():
+            optimizer["state"][index] = {name: tensor.cpu() for name, tensor in state.items()}
+        for name in average or ():
+            average[name] = average[name].cpu()
         return {
             "state_dict": {name: tensor.cpu() for name, tensor in self.model.state_dict().items()},
-            "optimizer": self.optimizer.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
+            "optimizer": optimizer,
+            "average": average,
             "epoch": self.epoch,
             "best_acc": self.best_acc,
             "best_epoch": self.best_epoch,
@@ -255,26 +270,37 @@ class Member:
             raise InputError(f"{self.folder}: {reason}") from error
         restore_log(self.folder / "log.jsonl", self.log)
         if self.epoch:
-            self.check_best(finished=False)
+            self.check_best()
 
     def _newest_checkpoint(self) -> dict[str, Any] | None:
         """The last whole checkpoint, or the one within the next epoch if there is one."""
-        last, previous, partial = (self.folder / name for name in (CHECKPOINTS["last"], PREVIOUS, PARTIAL))
-        checkpoint, faults = None, []
+        names = CHECKPOINTS["last"], PREVIOUS, CHECKPOINTS["best"], PARTIAL
+        last, previous, best, partial = (self.folder / name for name in names)
+        checkpoint, source, faults = None, last, []
         for path in (last, previous):
             if not path.exists():
                 faults.append(f"{path}: missing")
                 continue
             try:
-                checkpoint = self._load_own(path)
+                checkpoint, source = self._load_own(path), path
                 break
             except DamagedError as error:
                 faults.append(str(error))
         if checkpoint is None and (last.exists() or previous.exists()):
             way_out = f"restore one of them, or remove {self.folder} to train this member from its start"
             raise InputError(f"{'; '.join(faults)}; {way_out}")
+        try:
+            newer = self._load_own(best)
+            # It is written first. To repeat its epoch would not do: on a GPU that may end elsewhere, with another best.
+            if newer["epoch"] > (checkpoint["epoch"] if checkpoint else 0):
+                checkpoint, source = newer, best
+        except InputError:
+            pass  # missing or damaged: `check_best` says so where there is to be one
         if checkpoint is not None and faults:
-            _warn(f"{faults[0]}; resuming from {previous.name}, after epoch {checkpoint['epoch'] - 1}")
+            _warn(f"{faults[0]}; resuming from {source.name}, after epoch {checkpoint['epoch'] - 1}")
+        if source == best:
+            write_atomically(last, best.read_bytes(), None if faults else previous)
+        elif source == previous:
             os.replace(previous, last)
         if partial.exists():
             try:

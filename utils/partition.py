@@ -10,6 +10,10 @@ UNSELECTED = ("normal", "one", "others")
 SCORE_FREE = ("random", "same")  # of SELECT, those that no score decides
 # The `select` of each --partition.
 PARTITION_RULE = {"released": "flattest", "paper": "sharpest", "random": "random", "same": "same"}
+# What draws the sets of random and same. Runs of earlier versions do not name it: theirs is numpy's default_rng, which
+# may change between versions of numpy.
+DRAWS = "RandomState"
+SETS = 2  # beside the tags in utils.data, so that no two uses of a seed share a stream
 
 
 def sharpness_aware_masks(
@@ -19,6 +23,7 @@ def sharpness_aware_masks(
     unselected: str = "one",
     seeds: Sequence[int] | None = None,
     sizes: Sequence[int] | None = None,
+    draws: str | None = DRAWS,
 ) -> np.ndarray:
     """Which samples each member trains with SAM; all others it trains with normal steps.
 
@@ -43,6 +48,7 @@ def sharpness_aware_masks(
         unselected: normal | one | others.
         seeds: M whole numbers of 0 or more; used by random and same.
         sizes: M whole numbers from 0 to N; for random and same only.
+        draws: their generator; None is that of earlier versions.
 
     Returns:
         bool [M, N], True = trained with SAM. With one member, O is empty.
@@ -72,7 +78,8 @@ def sharpness_aware_masks(
             raise ValueError(f"sizes: expected {members} numbers from 0 to {samples}, got {list(sizes)}")
         masks = np.zeros((members, samples), dtype=bool)
         for mask, seed, size in zip(masks, seeds if select == "random" else [seeds[0]] * members, sizes, strict=True):
-            mask[np.random.default_rng(seed).permutation(samples)[:size]] = True
+            random = np.random.RandomState([seed, 0, SETS]) if draws else np.random.default_rng(seed)
+            mask[random.permutation(samples)[:size]] = True
         return masks
     if sizes is not None:
         raise ValueError(f"sizes: given for select='{select}', whose sets have the sizes that the scores give")

@@ -6,6 +6,7 @@ methods (`utils.results.METHODS`); markers and lines differ as well.
 
 import io
 import json
+import math
 import statistics
 import textwrap
 from dataclasses import dataclass
@@ -24,7 +25,18 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from utils import InputError
 from utils.files import write_atomically
-from utils.results import METHODS, Ensemble, Estimate, Interval, estimate, estimate_of, groups_of, require, setting_of
+from utils.results import (
+    METHODS,
+    Ensemble,
+    Estimate,
+    Interval,
+    estimate,
+    estimate_of,
+    groups_of,
+    require,
+    setting_of,
+    sharpness_protocol,
+)
 
 MARKERS = "osD^vph<>"
 # All but the first have gaps: where curves coincide, those below stay visible.
@@ -48,7 +60,9 @@ STYLE = {
     "ytick.labelsize": 9,
     "pdf.fonttype": 42,  # text stays text
 }
-styled = matplotlib.rc_context(STYLE)
+# All other settings are matplotlib's own: a user's matplotlibrc could ask for LaTeX, or for black paper.
+DEFAULTS = {name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")}
+styled = matplotlib.rc_context(DEFAULTS | STYLE)
 
 # The test sets that figures show: the prefix of their values, their place in the result, and their title.
 TEST_SETS = {"": (("test",), "clean test images"), "corrupted_": (("corrupted", "mean"), "corrupted test images")}
@@ -119,7 +133,9 @@ def line_styles(ensembles: list[Ensemble]) -> list[Group]:
         same = [group for group in found if group[0].key == key]
         same.sort(key=lambda group: (group[0].content.get("trained") or {}).get("rho") or 0)
         for group, colour in zip(same, shades(key, len(same)), strict=True):
-            label = group[0].method if key == "unknown" else METHODS[key].name + _differences(group, same)
+            # That of an unknown method is a folder's name: no formula, and legends leave out what begins with _.
+            unknown = group[0].method.replace("$", r"\$").lstrip("_")
+            label = unknown if key == "unknown" else METHODS[key].name + _differences(group, same)
             i = len(groups)
             marker, line, offset = MARKERS[i % len(MARKERS)], LINES[i % len(LINES)], i - (len(found) - 1) / 2
             groups.append(Group(key, label, group, colour, marker, line, offset))
@@ -177,13 +193,21 @@ def tradeoff(ensembles: list[Ensemble]) -> Figure:
             raise InputError(f"{path}: holds no APGD_worst-l2 of all members; run measure_sharpness.py {flags}")
     groups = line_styles(ensembles)
     keys = list(dict.fromkeys(group.key for group in groups))
+
+    def finite(one: Ensemble) -> bool:
+        return math.isfinite(one.values["sharpness"])
+
+    sharpness = [one.values["sharpness"] for one in filter(finite, ensembles)]
+    if not sharpness:
+        path = ensembles[0].folder / "sharpness.json"
+        raise InputError(f"{path}: its APGD_worst-l2 is not finite, nor is any other; measure all by a smaller --rho0")
     figure, axis = panels(4.4)
     filling = _filling(figure, axis, [one.values.get("corrupted_ensemble") for one in ensembles])
     handles, bars = [], ""
     for group in groups:
         marker = MARKERS[keys.index(group.key) % len(MARKERS)]
         style = {"marker": marker, "linestyle": "", "markeredgewidth": 2, "markeredgecolor": group.colour}
-        for one in group.ensembles:
+        for one in filter(finite, group.ensembles):
             x, y, interval = one.values["sharpness"], 100 * one.values["disagreement"], one.intervals["disagreement"]
             if len(group.ensembles) == 1:
                 faint = {"ecolor": group.colour, "elinewidth": 1, "alpha": 0.55}
@@ -197,15 +221,17 @@ def tradeoff(ensembles: list[Ensemble]) -> Figure:
         face = "none" if filling else group.colour
         handles.append(Line2D([], [], markersize=8, markerfacecolor=face, label=group.label, **style))
     axis.set(xlabel="worst-case sharpness of a member, mean  [nats]", ylabel="disagreement of two members  [%]")
-    sharpness = [one.values["sharpness"] for one in ensembles]
     if max(sharpness) > 3 * min(sharpness) > 0:
         axis.set_xscale("log")
         decimal_ticks(axis.xaxis, (1, 1.5, 2, 3, 5, 7))
-    protocol = ensembles[0].content["sharpness"]["protocol"]
+    protocol = sharpness_protocol(ensembles[0], "APGD_worst-l2")
     note = (
         f"{setting_of(ensembles[0].content)}. A point is an ensemble; {_how_many(groups)}. Sharpness: "
         f"{'adaptive ' * bool(protocol.get('adaptive'))}worst-case, l2, radius {protocol.get('rho0')}.{bars}"
     )
+    for group in groups:
+        if missing := [str(one.values["sharpness"]) for one in group.ensembles if not finite(one)]:
+            note += f" Not drawn: {len(missing)} of {group.label}, of sharpness {', '.join(dict.fromkeys(missing))}."
     return _finished(figure, handles, note)
 
 
@@ -404,10 +430,12 @@ def landscape(runs: list[Ensemble]) -> Figure:
             "Top eigenvector: of the Hessian of a member's loss on these images, as long as a random direction (norm "
             "of all filters), the higher side at the right; the loss may leave the panel. "
         )
+    known = all(np.isfinite(curve).all() for found in losses.values() for curves in found for curve in curves)
     note = (
         f"{_about(groups)}; {about['images']} validation images. Faint: a member (its mean over {about['directions']} "
         f"random filter-normalised directions) or a pair; strong: their mean. {top}BatchNorm's statistics stay; "
         f"between members, they are taken anew from {about['training_images']} training images."
+        + ("" if known else " Where a curve is missing, the loss leaves the range of float32.")
     )
     return _finished(figure, handles, note)
 

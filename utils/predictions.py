@@ -26,13 +26,18 @@ from tqdm import tqdm
 from utils import InputError, RunError, first_line
 from utils.checkpoint import NETWORK, load_model
 from utils.data import Data, ImageSet
-from utils.datasets import CORRUPTED, DATASETS, check_corrupted, find_corrupted, load_data, read_corrupted
+from utils.datasets import DATASETS, check_corrupted, find_corrupted, load_data, read_corrupted
 from utils.distributed import start_device
-from utils.files import array_of, write_atomically, write_json
-from utils.run import FREE_SETTINGS, environment, find_checkpoints, read_settings, run_of
+from utils.files import array_of, json_text, load_json, parse_json, write_atomically, write_json
+from utils.run import CHECKPOINTS, FREE_SETTINGS, environment, find_checkpoints, read_settings, relative_paths, run_of
 from utils.training import predict
 
 Progress = Callable[[int], object]  # called with the number of images that are done
+# The result with what an earlier content of its file has beside it, from both contents; None to replace that.
+Keep = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any] | None]
+RESULT_FILES = ("diversity.json", "variance.json", "sharpness.json")
+LISTS = ("mode", "split", "norms")  # of what is measured: options that do not change a value
+VALUE_OPTIONS = ("average", "bins", "bootstrap", "corruptions", "severities")  # that do
 CACHE_VERSION = 1  # of the cache files; a new number makes old ones stale
 
 
@@ -69,6 +74,8 @@ def load_members(paths: list[Path], at_least: int = 1, why: str = "", **known: o
     members: list[SavedMember] = []
     for path in paths:
         model, checkpoint = load_model(path, **known)
+        if "note" in checkpoint:
+            print(f"note: {path}: {checkpoint['note']}", file=sys.stderr)
         digest = hashlib.sha256()
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -86,6 +93,62 @@ def load_members(paths: list[Path], at_least: int = 1, why: str = "", **known: o
         seed, epoch = checkpoint.get("seed"), checkpoint["epoch"]
         members.append(SavedMember(path, model, seed, epoch, network, digest.hexdigest()))
     return members
+
+
+def trained_settings(paths: list[Path]) -> dict[str, Any] | None:
+    """The settings that the members of an ensemble were trained by; None where they are not known for all of them.
+
+    Args:
+        paths: checkpoint files, of one run or of several that differ in the seeds only.
+
+    Raises:
+        InputError: naming two runs and in what they differ, or two files that are not the same checkpoint.
+    """
+    runs = {path: run for path in paths if (run := run_of(path))}
+    known = {}
+    for run in runs.values():
+        known[run] = {name: value for name, value in read_settings(run).items() if name not in FREE_SETTINGS}
+        digest = _read(run / "environment.json", "data", "sha256_of_arrays_and_split")
+        known[run] |= {} if digest is None else {"digest of images and split": digest}
+    if not runs:
+        return None
+    (first, settings), *others = known.items()
+    for run, other in others:
+        names = [name for name in settings if name != "seed" and other.get(name, settings[name]) != settings[name]]
+        if names:
+            differ = "; ".join(f"{name} {other[name]!s:.40} and {settings[name]!s:.40}" for name in names)
+            problem = f"--resume: {run} and {first} were not trained alike ({differ})"
+            raise InputError(f"{problem}: their members are not one ensemble; measure each run by itself")
+    kinds = {path.name: path for path in runs}
+    if len(kinds) > 1:
+        one, other = list(kinds.values())[:2]
+        raise InputError(f"--resume: {one} and {other} are not the same checkpoint of members; give one of each member")
+    settings.pop("digest of images and split", None)
+    seeds = [seed for one in known.values() for seed in one["seed"]]
+    return settings | {"seed": seeds} if len(runs) == len(paths) else None
+
+
+def _read(path: Path, *keys: str) -> Any:
+    """What a JSON file holds at these keys; None where it is missing, damaged or holds nothing there."""
+    try:
+        content = load_json(path)
+        for key in keys:
+            content = content[key]
+        return content
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def keep_modes(before: dict[str, Any], content: dict[str, Any]) -> dict[str, Any] | None:
+    """The result with the values of other modes and splits of an earlier call, if its other options were the same."""
+
+    def merged(old: Any, new: Any) -> Any:
+        if not (isinstance(old, dict) and isinstance(new, dict)):
+            return new
+        return old | {name: merged(old.get(name), value) for name, value in new.items()}
+
+    alike = all(before["protocol"].get(name) == content["protocol"].get(name) for name in VALUE_OPTIONS)
+    return merged(before["result"], content["result"]) if alike else None
 
 
 @dataclass
@@ -111,10 +174,7 @@ def parts_of(
     """
     if split != "corrupted":
         return [Part(split, lambda: getattr(data, split))]
-    folder = find_corrupted(data.name, data_path)
-    if folder is None:
-        problem = f"--split corrupted: no {CORRUPTED[data.name]}/ in {data_path} or beside the data set"
-        raise InputError(f"{problem}; leave it out, or name the folder that holds it by --data_path")
+    folder = find_corrupted(data.name, data_path, required=True)
     check_corrupted(folder, data, corruptions, severities)
     return [
         Part(f"{name}-{severity}", partial(read_corrupted, folder, data, name, severity), name, severity)
@@ -131,12 +191,19 @@ class Predictions:
         folder: the measurement folder.
         features: also the inputs of the last linear layer.
         progress: called with the number of images after each batch of one member.
+        at_once: the most images in one pass.
     """
 
     def __init__(
-        self, members: list[SavedMember], folder: Path, features: bool = False, progress: Progress = lambda images: None
+        self,
+        members: list[SavedMember],
+        folder: Path,
+        features: bool = False,
+        progress: Progress = lambda images: None,
+        at_once: int = 128,
     ):
-        self.members, self.folder, self.features, self.progress = members, folder, features, progress
+        self.members, self.folder, self.features = members, folder, features
+        self.progress, self.at_once = progress, at_once
         self.digests: dict[str, str] = {}  # of the images of each part that was asked for
 
     def __call__(self, part: Part) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -160,7 +227,7 @@ class Predictions:
             self.progress(len(images))
             return arrays
         member.model.to(images.device, memory_format=torch.channels_last)
-        logits, features = predict(member.model, images, self.features, self.progress)
+        logits, features = predict(member.model, images, self.features, self.progress, self.at_once)
         if not logits.isfinite().all():
             raise InputError(f"{member.path}: its logits on {part} are not finite")
         arrays = {"logits": logits.numpy()} | ({"features": features.numpy()} if self.features else {})
@@ -239,9 +306,11 @@ class Measurement:
         paths = find_checkpoints(settings.resume, settings.checkpoint)
         run = run_of(settings.resume[0])
         recorded = read_settings(run) if run else {}
-        self.trained = {name: value for name, value in recorded.items() if name not in FREE_SETTINGS} or None
+        self.trained = trained_settings(paths)
         data = settings.data or recorded.get("data")
-        self.members = load_members(paths, at_least, why, model=settings.model, width=settings.width, dataset=data)
+        size = DATASETS[data].image_size if str(data) in DATASETS else None
+        known = {"model": settings.model, "width": settings.width, "dataset": data, "image_size": size}
+        self.members = load_members(paths, at_least, why, **known)
         data = self.members[0].network["dataset"]
         if data is None:
             raise InputError(f"--data: {paths[0]} does not say which data set its network was trained on; name it")
@@ -255,7 +324,11 @@ class Measurement:
             places[name] = None if place is None else Path(place)
         places["data_path"] = places["data_path"] or Path("data")
         save = settings.save or Path("measurements") / (run or paths[0].parent).resolve().name
-        self.settings = replace(settings, data=data, save=save, **places)
+        names = {path.name for path in paths}  # that were given, whatever --checkpoint says
+        checkpoint = next((kind for kind, name in CHECKPOINTS.items() if names == {name}), settings.checkpoint)
+        self.settings = replace(settings, data=data, save=save, checkpoint=checkpoint, **places)
+        if settings.save is None:
+            self._refuse_of_another_run()
         try:
             save.mkdir(parents=True, exist_ok=True)
             write_atomically(save / ".writable", b"")
@@ -266,16 +339,18 @@ class Measurement:
         noise = recorded.get("label_noise") or 0.0  # the labels that the members were trained on
         if not isinstance(noise, int | float) or not 0 <= noise <= 1:
             raise InputError(f"{run / 'args.json'}: its label_noise is not a share")
-        self.data = load_data(data, device=device, download=settings.download, label_noise=noise, **places)
+        with relative_paths(run, **places):
+            self.data = load_data(data, device=device, download=settings.download, label_noise=noise, **places)
         for name, value in self.data.network.items():
             other = self.members[0].network[name]
             if other != value:
                 raise InputError(f"--data {data}: its {name} is {value}, the network of {paths[0]} has {other}")
-        found = find_corrupted(data, places["data_path"]) is not None
-        self.splits = settings.split or (["test", "corrupted"] if found else ["test"])
+        self.splits = settings.split or ["test", *(["corrupted"] if find_corrupted(data, places["data_path"]) else [])]
         self.bar = tqdm(disable=not sys.stderr.isatty(), unit="img", unit_scale=True, dynamic_ncols=True, delay=2)
         self._parts: dict[str, list[Part]] = {}
-        self.predictions = Predictions(self.members, save, features, self.bar.update)
+        at_once = recorded.get("batch_size")  # what the run's memory was enough for
+        at_once = at_once if type(at_once) is int and at_once > 0 else 128
+        self.predictions = Predictions(self.members, save, features, self.bar.update, at_once)
 
     def parts(self, split: str) -> list[Part]:
         """The parts of a split; the bar counts them in."""
@@ -286,13 +361,28 @@ class Measurement:
             self.bar.total = (self.bar.total or 0) + images * len(self._parts[split]) * len(self.members)
         return self._parts[split]
 
-    def write(self, name: str, result: dict, options: dict[str, Any]) -> Path:
+    def _refuse_of_another_run(self) -> None:
+        """Refuse a folder, named after the run, that holds the measurements of another run of that name."""
+        save, mine = self.settings.save, {_place(member.path) for member in self.members}
+        digests = {member.digest for member in self.members}
+        for name in RESULT_FILES:
+            members = _read(save / name, "members")
+            found = [row for row in members if isinstance(row, dict)] if isinstance(members, list) else []
+            theirs = {_place(Path(str(row.get("path")))) for row in found}
+            if found and not mine & theirs and not digests & {row.get("sha256_of_weights") for row in found}:
+                problem = f"--save: {save / name} is a measurement of {found[0].get('path')}, another run of that name"
+                raise InputError(f"{problem}; name another folder for this one by --save")
+
+    def write(self, name: str, result: dict, options: dict[str, Any], keep: Keep = keep_modes) -> Path:
         """Write a result file: what was measured, on which members and data, by which protocol, and where.
+
+        Values of other modes that an earlier call left there remain, if they are of the same weights and images.
 
         Args:
             name: of the file.
             result: what was measured.
             options: of the script; with the settings they are the protocol.
+            keep: joins the result with an earlier one.
         """
         path = self.settings.save / name
         protocol = options | asdict(self.settings) | {"split": options.get("split") or self.splits}
@@ -301,20 +391,53 @@ class Measurement:
         if corrupted:
             digests = json.dumps([(name, self.predictions.digests[name]) for name in corrupted])
             data = data | {"sha256_of_corrupted": hashlib.sha256(digests.encode()).hexdigest()}
-        write_json(
-            path,
-            {
-                "command": shlex.join(["python", *sys.argv]),
-                "members": [member.describe() for member in self.members],
-                "network": self.members[0].network,
-                "trained": self.trained,
-                "data": data,
-                "protocol": protocol,
-                "environment": environment(self.data.train.device),
-                "result": result,
-            },
-        )
+        content = {
+            "command": shlex.join(["python", *sys.argv]),
+            "members": [member.describe() for member in self.members],
+            "network": self.members[0].network,
+            "trained": self.trained,
+            "data": data,
+            "protocol": protocol,
+            "environment": environment(self.data.train.device),
+            "result": result,
+        }
+        write_json(path, _with_earlier(path, content, keep))
         return path
+
+
+def _with_earlier(path: Path, content: dict[str, Any], keep: Keep) -> dict[str, Any]:
+    """The content of a result file with the results of earlier calls, which the file holds now, and their commands."""
+    before, content = _read(path), parse_json(json_text(content))
+    try:
+        weights = [[row["sha256_of_weights"] for row in one["members"]] for one in (before, content)]
+        known = [{k: v for k, v in one["data"].items() if k.startswith("sha256")} for one in (before, content)]
+        corrupted, replaced = known[0].get("sha256_of_corrupted"), None
+        if weights[0] != weights[1]:
+            replaced = "of other weights"
+        elif any(known[0].get(name, value) != value for name, value in known[1].items()):
+            replaced = "on other images"
+        elif (result := keep(before, content)) is None:
+            replaced = "by other options"
+        if replaced:
+            print(f"note: {path}: replaces what was measured {replaced}", file=sys.stderr)
+        if replaced or result == content["result"]:
+            return content
+        calls = [*before.get("earlier", []), {key: before[key] for key in ("command", "environment")}]
+        for name in LISTS:
+            old, new = before["protocol"].get(name), content["protocol"].get(name)
+            if isinstance(old, list) and isinstance(new, list):
+                content["protocol"][name] = list(dict.fromkeys([*old, *new]))
+    except (AttributeError, LookupError, TypeError):
+        return content  # there is none, or it is damaged
+    if corrupted is not None:
+        content["data"]["sha256_of_corrupted"] = corrupted
+    earlier = [call for call in calls if call["command"] != content["command"]]
+    return content | {"result": result} | ({"earlier": earlier} if earlier else {})
+
+
+def _place(path: Path) -> Path:
+    """The run, or else the folder, that a checkpoint is in."""
+    return (run_of(path) or path.parent).resolve()
 
 
 def _jsonable(value: object) -> object:

@@ -1,14 +1,16 @@
 """Result files and run folders as ensembles: read them, name their methods, check that they compare, group them."""
 
 import json
+import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from utils import InputError
+from utils import InputError, printable
 from utils.files import load_json, read_json, write_json
 from utils.metrics import crossed_interval, paired_bootstrap, t_interval, unpack_counts
 from utils.run import CHECKPOINTS, FREE_SETTINGS, current_settings, read_settings
@@ -159,7 +161,7 @@ def read_ensemble(folder: Path) -> Ensemble:
         averaged = all(str(member.get("path")).endswith(CHECKPOINTS["averaged"]) for member in content["members"])
         if averaged:  # --checkpoint says something else where the files were named one by one
             content["protocol"]["checkpoint"] = "averaged"
-        method = folder.name + averaged * f", {METHODS['averaged'].name}"
+        method = printable(folder.name) + averaged * f", {METHODS['averaged'].name}"
         if content.get("trained"):
             content["trained"] = current_settings(content["trained"])
             method = method_of(content["trained"], averaged)
@@ -169,7 +171,7 @@ def read_ensemble(folder: Path) -> Ensemble:
             _add_part(ensemble, content["result"]["corrupted"]["mean"], "corrupted_")
         accuracies = [member["accuracy"] for member in content["result"]["test"].get("members", [])]
         if len(accuracies) > 1:
-            ensemble.spread["member"] = statistics.stdev(accuracies)
+            ensemble.spread["member"] = standard_deviation(accuracies)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a result of the test set ({error}); measure again with --split test") from error
     if (folder / "sharpness.json").is_file():
@@ -262,9 +264,18 @@ def require(ensemble: Ensemble, *keys: str) -> Any:
     return value
 
 
+def standard_deviation(values: Sequence[float]) -> float | None:
+    """The sample's; None for fewer than two values, or where one is not finite."""
+    return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
+
+
 def estimate(values: list[float], interval: Interval = None) -> Estimate:
-    """Mean over ensembles and its 95 % interval: Student's, or the given one where there is a single ensemble."""
-    return statistics.mean(values), t_interval(values) if len(values) > 1 else interval
+    """Mean over ensembles and its 95 % interval: Student's, or the given one where there is a single ensemble.
+
+    There is no interval where a value is not finite.
+    """
+    finite = all(map(math.isfinite, values))
+    return statistics.mean(values), (t_interval(values) if len(values) > 1 else interval) if finite else None
 
 
 def estimate_of(ensembles: list[Ensemble], name: str) -> Estimate:
@@ -292,7 +303,7 @@ def interval_of(gaps: list[Gap]) -> tuple[float, Interval, str]:
         interval = crossed_interval(table) if several else paired_bootstrap(table[0])
         return table.mean().item(), interval, BOTH if several else "images"
     values = [gap.mean().item() if isinstance(gap, torch.Tensor) else gap for gap in gaps]
-    return statistics.mean(values), t_interval(values), "ensembles" if several else "-"
+    return *estimate(values), "ensembles" if several else "-"
 
 
 def difference_of(pairs: list[tuple[Ensemble, Ensemble]], name: str) -> tuple[float, Interval, str] | None:
@@ -317,8 +328,9 @@ def check_alike(ensembles: list[Ensemble]) -> None:
                 raise InputError(f"{folder} and {first} cannot be compared: {what}; measure both alike")
     folders = {}
     for ensemble in ensembles:
-        key = (ensemble.method, ensemble.seeds, json.dumps(ensemble.content.get("trained"), sort_keys=True))
-        if key in folders and ensemble.content.get("trained"):
+        trained, place = ensemble.content.get("trained"), str(ensemble.folder.resolve())
+        key = (ensemble.method, ensemble.seeds, json.dumps(trained, sort_keys=True) if trained else place)
+        if key in folders:
             raise InputError(f"{ensemble.folder} and {folders[key]} are the same method and seeds; give each once")
         folders[key] = ensemble.folder
 
@@ -332,10 +344,18 @@ def _facts(ensemble: Ensemble) -> dict[str, Any]:
         "network": "{model} of width {width}".format(**content["network"]),
     }
     facts |= {f"--{key}": protocol_of(ensemble, key) for key in SAME}
-    for key in SAME_SHARPNESS:
-        if sharpness and (key not in PARTS_OF or PARTS_OF[key] & sharpness.get("result", {}).keys()):
-            facts[f"--{key} of the sharpness"] = sharpness["protocol"].get(key)
+    for part in [name for name in sharpness.get("result", {}) if name != "missing"]:
+        protocol = sharpness_protocol(ensemble, part)
+        for key in SAME_SHARPNESS:
+            if part in PARTS_OF.get(key, {part}):
+                facts[f"{part}: --{key} of the sharpness"] = protocol.get(key)
     return facts
+
+
+def sharpness_protocol(ensemble: Ensemble, part: str) -> dict[str, Any]:
+    """The options that a part of the sharpness was measured with: its own, which later calls for other parts keep."""
+    sharpness = ensemble.content["sharpness"]
+    return sharpness["protocol"] | sharpness["result"].get(part, {}).get("protocol", {})
 
 
 def setting_of(content: dict[str, Any]) -> str:
@@ -354,14 +374,19 @@ def protocol_of(ensemble: Ensemble, key: str) -> Any:
 
 
 def groups_of(ensembles: list[Ensemble]) -> dict[str, list[Ensemble]]:
-    """Ensembles of equal settings, apart from the seeds, by a name that is different for each group."""
+    """Ensembles of equal settings, apart from the seeds, by a name that is different for each group.
+
+    One whose settings are not known is a group of its own.
+    """
     by_settings: dict[str, list[Ensemble]] = {}
     for ensemble in ensembles:
         settings = ensemble.content.get("trained")
         settings = settings and {**settings, "seed": len(ensemble.seeds)}  # their number counts, not which they are
-        by_settings.setdefault(ensemble.method + json.dumps(settings, sort_keys=True), []).append(ensemble)
+        known = json.dumps(settings, sort_keys=True) if settings else str(ensemble.folder)
+        by_settings.setdefault(f"{ensemble.method} {known}", []).append(ensemble)
     groups: dict[str, list[Ensemble]] = {}
     for rows in by_settings.values():
-        name = rows[0].method  # not unique: other settings may differ
-        groups[f"{name} ({rows[0].folder.name})" if name in groups else name] = rows
+        name, folder = rows[0].method, rows[0].folder  # the method is not unique: other settings may differ
+        names = (name, f"{name} ({printable(folder.name)})", f"{name} ({printable(str(folder))})")
+        groups[next(name for name in names if name not in groups)] = rows
     return groups

@@ -4,7 +4,6 @@ A run is one folder (--save_path): args.json, environment.json, command.txt, sum
 member (`utils.member`).
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -29,8 +28,13 @@ from tqdm import tqdm
 
 from utils import InputError, RunError, distributed, first_line
 from utils.data import Data
-from utils.files import load_json, write_atomically, write_json
-from utils.partition import SCORE_FREE
+from utils.files import broken_link, load_json, write_atomically, write_json
+from utils.partition import DRAWS, SCORE_FREE
+
+try:
+    import fcntl
+except ImportError:  # Windows: what only measures runs there
+    fcntl = None
 
 RUN_FILES = ("args.json", "environment.json", "command.txt", "summary.json")
 # In a member's folder: the file of each choice of --checkpoint; that of the epoch before the last, and that of an epoch
@@ -40,11 +44,14 @@ PREVIOUS, PARTIAL = "checkpoint_previous.pth.tar", "checkpoint_partial.pth.tar"
 MEMBER_FILES = (*CHECKPOINTS.values(), PREVIOUS, PARTIAL, "log.jsonl", "fisher.npy", "sam_mask.npy")
 
 # Settings that do not change what is computed: they may differ when a run is resumed. Data are compared by their
-# content, not by their path. The last four are of earlier versions.
+# content, not by their path. `draws` is what the run began with; the last four are of earlier versions.
 FREE_SETTINGS = ("data_path", "train_idx_path", "val_idx_path", "download", "device", "threads", "jobs", "save_path")
-FREE_SETTINGS += ("save_every", "resume", "checkpoint", "overwrite", "evaluate")
+FREE_SETTINGS += ("save_every", "draws", "resume", "checkpoint", "overwrite", "evaluate")
 # Settings that earlier versions lack, and what these versions did. They count where they differ from it.
 OLD_DEFAULTS = {"match_size": None, "augmentation": "standard", "label_noise": 0.0, "average_from": None}
+# What of the environment a run may go on without, though the last bits of floats, or the code, differ then.
+MACHINE, CODE = ("torch", "device", "cpu"), "commit"
+LATE_SECONDS = 90  # NFS holds for 30 to 60 seconds that a file is not there
 
 
 @dataclass(frozen=True)
@@ -92,8 +99,15 @@ class Settings:
         return "sharpbalance" if self.flat_ratio else "deep_ensemble_sam"
 
     def recorded(self) -> dict[str, Any]:
-        """The settings as JSON holds them."""
-        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+        """The settings as JSON holds them; where sets are drawn, also by which generator."""
+        settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+        return settings | ({"draws": DRAWS} if self.partition in SCORE_FREE else {})
+
+
+def _without_effect(settings: dict[str, Any]) -> set[str]:
+    """The settings that change nothing beside the others."""
+    sets = () if settings.get("flat_ratio") else ("initial_epochs", "partition", "unselected", "match_size")
+    return {*sets, *(() if settings.get("sam") else ("rho", "sam_adaptive", "bn_perturbed"))}
 
 
 def current_settings(recorded: dict[str, Any]) -> dict[str, Any]:
@@ -134,6 +148,60 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder / 'args.json'}: not the settings of a run ({error} is missing)") from error
 
 
+def check_known(folder: Path, recorded: dict[str, Any]) -> None:
+    """Refuse a run that has settings of a newer version: what they mean is not known here.
+
+    Raises:
+        InputError: naming args.json, the settings and the commit that it was trained with.
+    """
+    known = {*Settings.__dataclass_fields__, *FREE_SETTINGS}
+    unknown = [f"{name} {_words(value)}" for name, value in recorded.items() if name not in known and value is not None]
+    if unknown:
+        problem = f"{folder / 'args.json'}: made by another version, whose settings are not known here"
+        raise InputError(f"{problem} ({', '.join(unknown)}); use the version that made it{commit_of(folder)}")
+
+
+def commit_of(folder: Path) -> str:
+    """The commit that a run was begun with, as the end of a sentence; empty where it is not known."""
+    try:
+        commit = load_json(folder / "environment.json")["commit"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return f", commit {commit}" if isinstance(commit, str) else ""
+
+
+def begun_by_this_job(folder: Path) -> bool:
+    """Whether --overwrite began this run in the job, or under the torchrun, that now starts the same command again."""
+    try:
+        job = load_json(folder / "environment.json")["overwritten_by"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return isinstance(job, list) and any(name in job for name in distributed.job())
+
+
+@contextmanager
+def relative_paths(run: Path | None, **paths: Path | None) -> Iterator[None]:
+    """Say in an error about a relative path what it is relative to, and whether a run's args.json named it.
+
+    Args:
+        run: the folder of the run whose settings are used, if there is one.
+        paths: by the names of their options.
+    """
+    try:
+        yield
+    except InputError as error:
+        recorded = read_settings(run) if run and (run / "args.json").is_file() else {}
+        for name, path in paths.items():
+            if path is None or path.is_absolute() or str(path) not in str(error):
+                continue
+            place = f"--{name} {path} is relative to {Path.cwd()}"
+            if str(path) == recorded.get(name):
+                raise InputError(f"{error}; {place}, and comes from {run / 'args.json'}") from error
+            if not os.path.exists(path):
+                raise InputError(f"{error}; {place}") from error
+        raise
+
+
 def run_of(path: Path) -> Path | None:
     """The run folder that a path of --resume is or lies in."""
     places = (path, path.parent, path.parent.parent)
@@ -170,27 +238,39 @@ def find_checkpoints(paths: list[Path], which: str) -> list[Path]:
 
 def environment(device: torch.device) -> dict:
     """Versions, hardware and the repository's commit."""
-    commit = None
-    try:
-        git = ["git", "-C", str(Path(__file__).parent)]
-        found = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True, check=True)
-        commit = found.stdout.strip()
-        # Results do not make a commit dirty: measuring itself changes them.
-        changed = [*git, "diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)results"]
-        if subprocess.run(changed, capture_output=True).returncode:
-            commit += "-dirty"
-    except (OSError, subprocess.CalledProcessError):
-        pass  # not a clone, or no git
     return {
-        "commit": commit,
+        "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "platform": platform.platform(),
+        "cpu": distributed.cpu_kind(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        # Of training and predictions; sharpness, Hessian, scores and NTK never use it.
+        "tf32": device.type == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32",
     }
+
+
+def _commit() -> str | None:
+    """The commit that holds this code; None without git, and where only a repository around it is found."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    # A git hook sets GIT_DIR and the like, to a repository of its own.
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def call(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run([*git, *words], capture_output=True, text=True, env=variables)
+
+    try:
+        if call("ls-files", "--error-unmatch", Path(__file__).name).returncode:
+            return None
+        commit = call("describe", "--always").stdout.strip()
+        # Results do not make a commit dirty: measuring itself changes them.
+        dirty = call("diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)results").returncode
+    except OSError:
+        return None
+    return commit + "-dirty" * bool(dirty) if commit else None
 
 
 class Run:
@@ -230,7 +310,7 @@ class Run:
         with self.signals:
             if distributed.rank():
                 distributed.barrier()
-                if not (folder / "args.json").is_file():
+                if not _appears(folder / "args.json"):
                     raise InputError(f"--save_path {folder}: rank {distributed.rank()} does not see rank 0's folder")
                 self.recorded = _read_recorded(folder)
                 yield
@@ -247,24 +327,58 @@ class Run:
     def _prepare(self) -> None:
         folder, args_file = self.folder, self.folder / "args.json"
         if args_file.is_file() and self.overwrite:
-            for member in folder.glob("seed_*"):
-                for file in member.iterdir():
-                    if file.name.removesuffix(".tmp") in MEMBER_FILES:
-                        file.unlink()
-                if not any(member.iterdir()):
-                    member.rmdir()
-            for name in reversed(RUN_FILES):  # the settings last: until then the folder is recognisable as a run
-                (folder / name).unlink(missing_ok=True)
+            self._delete()
         if args_file.is_file():
             self.check_same()
         else:
             write_json(args_file, self.recorded)
         for name in RUN_FILES:  # left by a write that was killed
             (folder / f"{name}.tmp").unlink(missing_ok=True)
+        about = environment(self.data.train.device)
         if not (folder / "environment.json").is_file():
-            about = environment(self.data.train.device) | {"data": self.data.record}
+            about |= {"data": self.data.record}
+            if self.overwrite:
+                about["overwritten_by"] = distributed.job()
             write_json(folder / "environment.json", about)
-            write_atomically(folder / "command.txt", (shlex.join(["python", *sys.argv]) + "\n").encode())
+            command = shlex.join(["python", *sys.argv]) + "\n"
+            write_atomically(folder / "command.txt", command.encode("utf-8", "surrogateescape"))
+        elif not (folder / "summary.json").is_file():
+            self._record_change(about)
+
+    def _delete(self) -> None:
+        """Delete a run's files; of a member's folder that is a link the files, not the link."""
+        folder, files = self.folder, []
+        members = sorted(folder.glob("seed_*"))
+        for member in members:
+            try:
+                files += [path for path in member.iterdir() if path.name.removesuffix(".tmp") in MEMBER_FILES]
+            except OSError as error:
+                reason = broken_link(member) or f"{member} cannot be read ({error.strerror})"
+                raise InputError(f"--overwrite: {reason}; nothing was deleted: remove it, and re-run") from error
+        for file in files:
+            file.unlink()
+        for member in members:
+            if not member.is_symlink() and not any(member.iterdir()):
+                member.rmdir()
+        for name in reversed(RUN_FILES):  # the settings last: until then the folder is recognisable as a run
+            (folder / name).unlink(missing_ok=True)
+
+    def _record_change(self, about: dict[str, Any]) -> None:
+        """Where a run goes on with another machine or code, add that to environment.json, and say so."""
+        path = self.folder / "environment.json"
+        content = load_json(path)
+        later = content.get("resumed_with", [])
+        before = later[-1] if isinstance(later, list) and later and isinstance(later[-1], dict) else content
+        # Earlier versions did not record everything.
+        changed = [name for name in (*MACHINE, CODE) if before.get(name, about[name]) != about[name]]
+        if not changed:
+            return
+        write_json(path, content | {"resumed_with": [*(later if before is not content else []), about]})
+        what = ", ".join(f"{name} {about[name]} instead of {before[name]}" for name in changed)
+        text = f"note: the run goes on with {what}; environment.json has both"
+        if set(changed) & set(MACHINE):
+            text += "; results are the same, bit for bit, on one kind of CPU and one version of torch only"
+        print(text, file=sys.stderr)
 
     def check_same(self) -> None:
         """Refuse a folder that holds a run of other settings or data.
@@ -274,10 +388,12 @@ class Run:
         """
         way_out = "give the same settings to resume it, another --save_path, or --overwrite to start anew"
         before, here = read_settings(self.folder), self.settings.recorded()
+        check_known(self.folder, before)
+        free = {*FREE_SETTINGS, *(_without_effect(before) & _without_effect(here))}
         differ = [
             f"--{name} {_words(value)} here, {_words(before.get(name))} there"
             for name, value in here.items()
-            if name not in FREE_SETTINGS and before.get(name) != value
+            if name not in free and before.get(name) != value
         ]
         if differ:
             raise InputError(f"--save_path {self.folder}: a run of other settings ({'; '.join(differ)}); {way_out}")
@@ -393,6 +509,15 @@ class Progress:
         sys.stdout.flush()  # so that a log file shows it at once
 
 
+def _appears(path: Path, seconds: float = LATE_SECONDS) -> bool:
+    """Whether a file is there, or is seen within some seconds: another machine may have written it."""
+    for _ in range(int(seconds)):
+        if path.is_file():
+            return True
+        time.sleep(1)
+    return path.is_file()
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a run's folder, created if need be, so that no second run trains in it.
@@ -406,14 +531,16 @@ def locked(folder: Path) -> Iterator[None]:
         InputError: if the folder cannot be created, if another process holds it, or if one of another host did not
             release it.
     """
+    if fcntl is None:
+        raise InputError("training on Windows requires WSL, since a run locks its folder as Unix does; see INSTALL.md")
     path = folder / "lock"
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file = open(path, "a+", errors="replace")  # noqa: SIM115, closed by the `with` below
         except OSError as error:
-            reason = f"cannot be created ({error.strerror}); name another folder"
-            raise InputError(f"--save_path {folder}: {reason}") from error
+            reason = broken_link(folder) or f"cannot be created ({error.strerror})"
+            raise InputError(f"--save_path {folder}: {reason}; name another folder") from error
         held = reaches = True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -434,11 +561,15 @@ def locked(folder: Path) -> Iterator[None]:
         file.seek(0)
         host, process, written = (file.read().split() + ["?"] * 3)[:3]
         me = socket.gethostname()
-        refusal = f"--save_path {folder}: process {process} on host {host} "
+        refusal, way_out = f"--save_path {folder}: process {process} on host {host} ", ""
+        if distributed.started_many_times():
+            way_out = "; where srun or mpirun started this command once for each task, start it through torchrun, "
+            way_out += "which shares the members out (docs/CLUSTER.md)"
         if held or (not reaches and host == me and _alive(process)):
-            raise InputError(refusal + "is training in it; wait for it to end, or name another folder")
+            raise InputError(refusal + "is training in it; wait for it to end, or name another folder" + way_out)
         if host not in ("?", me) and written == str(number):
-            raise InputError(refusal + f"began a run in it and did not end it; if it is dead, remove {path}")
+            problem = f"began a run in it and did not end it; if it is dead, remove {path}"
+            raise InputError(refusal + problem + way_out)
         try:
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), f"{me} {os.getpid()} {number}\n".encode())

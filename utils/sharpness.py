@@ -4,14 +4,14 @@
 
 taken for each batch alone and averaged over batches (m-sharpness with m the batch size), in eval mode. In the
 coordinates u = T^-1 delta the ball is the unit ball times rho, the gradient is T g, and a weight that is exactly 0
-stays there.
+stays there. Where the loss overflows within the ball it counts as inf, also where the logits do, which makes it nan.
 
 Source: Kwon et al., "ASAM", ICML 2021; Andriushchenko et al., "A modern look at the relationship between sharpness and
 generalization", ICML 2023, whose protocol the authors use.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -19,14 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.hessian import Batches, matching_parameters, refuse_train_mode
+from utils.hessian import Batches, full_float32, matching_parameters, refuse_train_mode
 
 NORMS = ("l2", "linf")
 MAXIMISERS = ("tight", "apgd")
 AVERAGED_STEPS = 6
 SMALLEST = 1e-37  # avoids 0 / 0
+MAX_RADIUS = 1e30  # so that steps of twice the radius are far from float32's largest number, 3.4e38
 
 
+@full_float32()
 def worst_case_sharpness(
     model: nn.Module,
     batches: Batches,
@@ -67,11 +69,11 @@ def worst_case_sharpness(
         progress: called after each batch.
 
     Returns:
-        loss: mean rise of the loss; error: mean rise of the error rate (0 to 1) at the point of the largest loss;
-        loss_by_batch, error_by_batch.
+        loss: mean rise of the loss, inf where it overflows, nan where the search itself does; error: mean rise of the
+        error rate (0 to 1) at the point of the largest loss, nan where logits overflow; loss_by_batch, error_by_batch.
 
     Raises:
-        ValueError: naming the argument, or for a model in train mode.
+        ValueError: naming the argument, for a model in train mode, or if the loss is not finite at w itself.
     """
     _check(model, rho, norm)
     if n_iters < 1:
@@ -84,7 +86,8 @@ def worst_case_sharpness(
         for images, labels in batches:
             weights.begin(images, labels)
             search(weights, rho, n_iters)
-            rises.append([best - first for best, first in zip(weights.best, weights.first, strict=True)])
+            best = (math.nan, math.nan) if weights.lost and weights.best[0] < math.inf else weights.best
+            rises.append([most - first for most, first in zip(best, weights.first, strict=True)])
             progress()
     return _means(rises)
 
@@ -107,7 +110,9 @@ class _Weights:
         """Back to the start with a new batch, on which the start is the best point so far."""
         self.reset()
         self.images, self.labels, self.best = images, labels, (math.inf, 0.0)
+        self.lost = False  # whether a step of the search overflowed, so that it led to no point of the ball
         self.gradients()
+        _refuse_infinite([self.loss])
         self.first = self.best = self.loss, self.error
 
     def gradients(self) -> bool:
@@ -116,8 +121,10 @@ class _Weights:
             logits = self.model(self.images)
             loss = F.cross_entropy(logits, self.labels)
             self.grads = list(torch.autograd.grad(loss, self.parameters, materialize_grads=True))
-        self.loss, self.error = loss.item(), _error(logits, self.labels)
+        self.loss, self.error = _read([_loss_and_wrong(logits, self.labels, loss)], [len(self.labels)])[0]
         improved = self.loss > self.best[0]
+        if improved and self.loss == math.inf and any(bool(parameter.isnan().any()) for parameter in self.parameters):
+            improved, self.lost = False, True
         if improved:
             self.best = self.loss, self.error
         return improved
@@ -154,8 +161,21 @@ def _movable(model: nn.Module, params: str | None, adaptive: bool) -> Iterator[_
             parameter.requires_grad_(flag)
 
 
-def _error(logits: Tensor, labels: Tensor) -> float:
-    return (logits.argmax(dim=1) != labels).double().mean().item()
+def _loss_and_wrong(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
+    """The loss of a batch and how many of its images are wrong, [2], on the device."""
+    return torch.stack([loss.detach(), (logits.argmax(dim=1) != labels).sum().to(loss.dtype)])
+
+
+def _read(found: list[Tensor], sizes: list[int]) -> list[tuple[float, float]]:
+    """Loss and error rate by batch, from `_loss_and_wrong` and the sizes of the batches: one read of the device."""
+    rows = zip(torch.stack(found).tolist(), sizes, strict=True)
+    return [(math.inf, math.nan) if math.isnan(loss) else (loss, wrong / size) for (loss, wrong), size in rows]
+
+
+def _refuse_infinite(losses: Iterable[float]) -> None:
+    """A rise from a loss that is infinite already says nothing."""
+    if not all(map(math.isfinite, losses)):
+        raise ValueError("model: its loss is not finite at the weights themselves")
 
 
 def _tight_l2(weights: _Weights, rho: float, n_iters: int) -> None:
@@ -181,9 +201,17 @@ def _steepest(weights: _Weights) -> list[Tensor]:
     length = 0.0
     for g, scale in zip(weights.grads, weights.scales, strict=True):
         length = length + g.mul_(scale).square().sum()
+    if length == math.inf:
+        _scale_down(weights.grads)
+        length = sum(g.square().sum() for g in weights.grads)
     if length > 0:
         torch._foreach_mul_(weights.grads, 1 / length.sqrt().item())
     return weights.grads
+
+
+def _scale_down(grads: list[Tensor]) -> None:
+    """Divide gradients, in place, by their largest entry: their squares overflow long before they do themselves."""
+    torch._foreach_mul_(grads, 1 / max(g.abs().max().item() for g in grads))
 
 
 def _tight_linf(weights: _Weights, rho: float, n_iters: int) -> None:
@@ -228,6 +256,9 @@ def _apgd(weights: _Weights, rho: float, n_iters: int, norm: str) -> None:
         z = [torch.empty_like(s) for s in weights.scales] if spare is None else spare
         if norm == "l2":
             length = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(weights.grads))).item()
+            if length == math.inf:
+                _scale_down(weights.grads)
+                length = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(weights.grads))).item()
             for out, u, scale, g in zip(z, point, weights.scales, weights.grads, strict=True):
                 torch.addcmul(u, scale, g, value=step / max(length, 1e-30), out=out)
             multiplier = _project(z, weights.scales, rho, multiplier)
@@ -297,6 +328,7 @@ def _project(z: list[Tensor], scales: list[Tensor], rho: float, multiplier: floa
     return multiplier
 
 
+@full_float32()
 def average_sharpness(
     model: nn.Module,
     batches: Batches,
@@ -324,7 +356,7 @@ def average_sharpness(
         loss, error: mean rises; loss_standard_error, error_standard_error: over pairs; loss_by_batch, error_by_batch.
 
     Raises:
-        ValueError: naming the argument, or for a model in train mode.
+        ValueError: as `worst_case_sharpness`.
     """
     _check(model, rho, norm)
     if n_draws < 4 or n_draws % 2:
@@ -340,13 +372,15 @@ def average_sharpness(
 
         def values() -> Tensor:
             """Loss and error rate by batch, [batches, 2], at the present point."""
-            found = []
+            found, sizes = [], []
             for images, labels in batches:
                 logits = model(images)
-                found.append((F.cross_entropy(logits, labels).item(), _error(logits, labels)))
-            return torch.tensor(found, dtype=torch.float64)
+                found.append(_loss_and_wrong(logits, labels, F.cross_entropy(logits, labels)))
+                sizes.append(len(labels))
+            return torch.tensor(_read(found, sizes) if found else [], dtype=torch.float64)
 
         first, pairs = values(), []
+        _refuse_infinite(first[:, 0].tolist() if len(first) else [])
         for _ in range(n_draws // 2):
             delta, both = [draw(scale.shape).to(scale) * scale for scale in weights.scales], []
             for sign in (1, -1):
@@ -362,8 +396,8 @@ def average_sharpness(
 
 def _check(model: nn.Module, rho: float, norm: str) -> None:
     refuse_train_mode(model, "sharpness")
-    if not 0 < rho < math.inf:
-        raise ValueError(f"rho: expected a finite number above 0, got {rho}")
+    if not 0 < rho <= MAX_RADIUS:
+        raise ValueError(f"rho: expected a number above 0 and up to {MAX_RADIUS:g}, got {rho:g}")
     if norm not in NORMS:
         raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got '{norm}'")
 

@@ -1,9 +1,11 @@
 """Training and evaluating one network: the SharpBalance step, an epoch of it, and the logits of an image set."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import islice
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +14,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from models import evaluating
 from sam import SAM
+from utils import RunError, out_of_memory
 from utils.data import ImageSet
 
 PREDICTION_BATCH = 512
+MAX_SKIPPED = 20  # steps in a row whose gradients are not finite, at the end of an epoch
+Result = TypeVar("Result")
 
 
 def sharpbalance_step(
@@ -34,11 +39,11 @@ def sharpbalance_step(
         eps = rho g / (||g||_2 + 1e-12)                    over all parameters (`optimizer` may be adaptive)
         w  <- base optimizer's step with (a/B) grad L_n(w) + (b/B) grad L_s(w + eps)
 
-    b = 0 is the base optimizer's step, a = 0 is SAM's. Both SAM passes see the same augmented images. Weight decay is
-    in the step only. Each forward pass is in train mode, normalises with the statistics of its own part, and updates
-    the running statistics of BatchNorm, as in the authors' release; with bn_perturbed="freeze" the pass at w + eps
-    normalises in the same way but updates nothing. Where a part is one sample and a BatchNorm would see one value a
-    channel, that sample joins the other part.
+    b = 0 is the base optimizer's step, a = 0 is SAM's. A step with b > 0 is skipped where g or the sum is not finite.
+    Both SAM passes see the same augmented images. Weight decay is in the step only. Each forward pass is in train mode,
+    normalises with the statistics of its own part, and updates the running statistics of BatchNorm, as in the authors'
+    release; with bn_perturbed="freeze" the pass at w + eps normalises in the same way but updates nothing. Where a part
+    is one sample and a BatchNorm would see one value a channel, that sample joins the other part.
 
     Args:
         model: the network, in train mode.
@@ -162,17 +167,22 @@ def train_epoch(
 
     Returns:
         Mean loss and accuracy (0 to 1) over the epoch, each sample at the weights of its own step; sums over samples,
-        divided once, so that batches of different size count right.
+        divided once, so that batches of different size count right. A line on stderr says how many steps were skipped.
+
+    Raises:
+        RunError: if the last `MAX_SKIPPED` steps were all skipped.
     """
     # So that layers that draw from the global generator (none of ours do) depend on member and epoch alone as well.
     torch.manual_seed((seed << 20) + epoch)
     model.train()
     loss_sum = torch.zeros((), dtype=torch.float64 if data.device.type != "mps" else torch.float32, device=data.device)
     correct_sum, steps = loss_sum.clone(), 0
+    optimizer.skipped[0] = 0
     if position is not None:
         steps = position["steps"]
         loss_sum += position["loss_sum"]
         correct_sum += position["correct_sum"]
+        optimizer.skipped = torch.tensor(position.get("skipped", (0, 0)))
         torch.set_rng_state(position["rng"])
         if position["rng_cuda"] is not None and data.device.type == "cuda":
             torch.cuda.set_rng_state(position["rng_cuda"], data.device)
@@ -182,6 +192,7 @@ def train_epoch(
             "steps": steps,
             "loss_sum": loss_sum.item(),
             "correct_sum": correct_sum.item(),
+            "skipped": optimizer.skipped.tolist(),
             "rng": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state(data.device) if data.device.type == "cuda" else None,
         }
@@ -193,12 +204,25 @@ def train_epoch(
         correct_sum += correct
         steps += 1
         after_step(len(index) + int(mask.sum()), here)
-    return loss_sum.item() / len(data), correct_sum.item() / len(data)
+    # The only read of the device in an epoch.
+    loss, correct, skipped, in_a_row = torch.stack([loss_sum, correct_sum, *optimizer.skipped.to(loss_sum)]).tolist()
+    if skipped:
+        where = f"member with seed {seed}, epoch {epoch}: {skipped:.0f} of {steps} steps were skipped"
+        where += ", since their gradients are not finite"
+        if in_a_row >= MAX_SKIPPED and math.isfinite(loss):  # a loss that is not finite ends the run in any case
+            way_out = "start anew with a smaller --lr or --rho and another --save_path"
+            raise RunError(f"{where}, the last {in_a_row:.0f} in a row; {way_out}")
+        print(f"warning: {where}", file=sys.stderr)
+    return loss / len(data), correct / len(data)
 
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module, images: ImageSet, features: bool = False, progress: Callable[[int], object] = lambda images: None
+    model: nn.Module,
+    images: ImageSet,
+    features: bool = False,
+    progress: Callable[[int], object] = lambda images: None,
+    at_once: int = 128,
 ) -> tuple[Tensor, Tensor | None]:
     """One pass over all images in order, without augmentation, in eval mode.
 
@@ -207,24 +231,63 @@ def predict(
         images: what to predict.
         features: whether to return the inputs of the last linear layer, too.
         progress: called with the number of images after each batch.
+        at_once: the most images in one pass; fewer where memory is short.
 
     Returns:
         Logits float32 [N, C], and features float32 [N, D] or None, on the CPU.
     """
-    logits, inputs = [], []
+    inputs: list[Tensor] = []
     hook = None
     if features:
         last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
         hook = last.register_forward_pre_hook(lambda module, args: inputs.append(args[0].float()))
+
+    def outputs(batch: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        inputs.clear()
+        logits = model(batch).float()
+        progress(len(batch))
+        return logits, inputs[0] if features else None
+
     try:
         with evaluating(model):
-            for batch, _ in images.in_order(PREDICTION_BATCH):
-                logits.append(model(batch).float())
-                progress(len(batch))
+            logits, found = zip(*in_parts(outputs, images, PREDICTION_BATCH, at_once), strict=True)
     finally:
         if hook is not None:
             hook.remove()
-    return torch.cat(logits).cpu(), torch.cat(inputs).cpu() if features else None
+    return torch.cat(logits).cpu(), torch.cat(found).cpu() if features else None
+
+
+def in_parts(
+    function: Callable[[Tensor, Tensor], Result], images: ImageSet, batch_size: int, at_once: int
+) -> Iterator[Result]:
+    """function(images, labels) of all images in order, of at most `at_once` in one call.
+
+    Batches of `batch_size` are cut into equal parts, since of a few images alone kernels may form sums in another order
+    than of many. Where memory runs out, parts are half as large from there on.
+
+    Raises:
+        RuntimeError, MemoryError: if the memory is too small for a single image.
+    """
+    for batch in images.in_order(batch_size):
+        parts = [batch]
+        while parts:
+            part, labels = parts.pop(0)
+            count = -(-len(labels) // at_once)
+            if count > 1:
+                parts[:0] = zip(part.tensor_split(count), labels.tensor_split(count), strict=True)
+                continue
+            try:
+                result = [function(part, labels)]
+            except (MemoryError, RuntimeError) as error:
+                if len(labels) == 1 or not out_of_memory(error):
+                    raise
+                result = []
+            # After the handler: while there is an error, its frames hold the memory.
+            if result:
+                yield result[0]
+            else:
+                at_once = len(labels) // 2
+                parts.insert(0, (part, labels))
 
 
 def learning_rate(lr: float, schedule: str, epoch: int, epochs: int) -> float:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sharpness of the members of a saved ensemble, on as many images and in balls of the radius of the authors' protocol.
 # RESUME and DATA_PATH may be set in the environment; further arguments go to measure_sharpness.py.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by sh
 set -euo pipefail
 RESUME=${RESUME:-runs/cifar100_sharpbalance}
 DATA_PATH=${DATA_PATH:-data}

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# An ensemble whose members are trained with SAM on all samples; rho is the paper's for CIFAR-100.
+# An ensemble whose members are trained with SAM on all samples; rho is that of the authors' script for CIFAR-100.
 # DATA, DATA_PATH and SAVE_PATH may be set in the environment; further arguments go to main.py.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by sh
 set -euo pipefail
 DATA=${DATA:-cifar100}
 DATA_PATH=${DATA_PATH:-data}

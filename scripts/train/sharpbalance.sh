@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# A SharpBalance ensemble; rho, flat_ratio and initial_epochs are the paper's for CIFAR-100.
+# A SharpBalance ensemble; rho, flat_ratio and initial_epochs are the flags of the authors' script for CIFAR-100. Their
+# program then assigns samples an epoch later: --initial_epochs 101 is its run.
 # DATA, DATA_PATH and SAVE_PATH may be set in the environment; further arguments go to main.py.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by sh
 set -euo pipefail
 DATA=${DATA:-cifar100}
 DATA_PATH=${DATA_PATH:-data}

@@ -11,6 +11,9 @@ is checked that
 - it changes no file if it refuses to go on, and what its line names as the way out is one,
 - in the end weights, scores, masks, logs and summary are those of a run without faults, byte for byte.
 
+Two scenarios in eight are killed between the best and the last checkpoint. One of them has sums that differ from
+session to session, as on a GPU: it has to end, with the best checkpoint of its own best epoch.
+
 Everything is drawn from --seed; --only N repeats one scenario.
 """
 
@@ -45,6 +48,7 @@ from utils.checkpoint import load_checkpoint, pack_checkpoint
 from utils.data import Data, ImageSet
 from utils.datasets import load_data
 from utils.files import write_atomically
+from utils.member import LOG
 from utils.run import CHECKPOINTS, PREVIOUS, Run
 
 FLAGS = ["--width", "2", "--epochs", "4", "--batch_size", "16", "--seed", "13 17", "--sam", "--rho", "0.1"]
@@ -85,6 +89,8 @@ KINDS = (
     "swapped files",
     "clock jump",
     "dead rank",
+    "killed after best, equal",
+    "killed after best, other",
 )
 DAMAGE = KINDS[9:13]
 
@@ -210,7 +216,8 @@ class Harness:
         """One run that meets some faults. Returns how many came."""
         folder, came = self.root / name, 0
         for _ in range(rng.randint(1, 4)):
-            kind = rng.choices(KINDS, [1 if kind == "dead rank" else 3 for kind in KINDS])[0]  # it takes seconds
+            kinds = KINDS[:15]
+            kind = rng.choices(kinds, [1 if kind == "dead rank" else 3 for kind in kinds])[0]  # it takes seconds
             if kind in DAMAGE:
                 if not (folder / "args.json").is_file():
                     continue
@@ -235,6 +242,32 @@ class Harness:
             status = {0: "not stopped by it", -9: "killed"}.get(end.status, f"ended with status {end.status}")
             self.counts[kind][status] += 1
         self.finish(folder)
+        shutil.rmtree(folder)
+        return came
+
+    def after_best(self, rng: random.Random, name: str, kind: str) -> int:
+        """One run that is killed several times between the best and the last checkpoint. Returns how often."""
+        folder, came = self.root / name, 0
+        drift = (lambda session: None) if kind.endswith("equal") else arm_drift
+        for session in rng.sample(range(10**6), rng.randint(1, 4)):
+            number = rng.randint(1, 4)
+            end = self.session(folder, lambda s=session, n=number: (drift(s), arm_after_best(n)))
+            self.check_end(end)
+            if end.status not in (0, -9):
+                raise WrongError(f"{kind}: refused to go on: {end.text}")
+            came += end.fault_came
+            self.counts[kind]["killed"] += end.fault_came
+        if kind.endswith("equal"):
+            self.finish(folder)
+        else:
+            end = self.session(folder, lambda: drift(10**6))
+            if end.status:
+                raise WrongError(f"{kind}: status {end.status} at its end: {end.text}")
+            for member in folder.glob("seed_*"):
+                last, best = (load_checkpoint(member / CHECKPOINTS[name], ours=True) for name in ("last", "best"))
+                accuracies = last["log"][:, LOG.index("val_acc")].tolist()
+                if best["epoch"] != max(i + 1 for i, value in enumerate(accuracies) if value == max(accuracies)):
+                    raise WrongError(f"{kind}: best checkpoint of epoch {best['epoch'] - 1}, accuracies {accuracies}")
         shutil.rmtree(folder)
         return came
 
@@ -407,6 +440,40 @@ def arm_error(point: str, number: int, code: int) -> None:
     before_call(point, number, fail)
 
 
+def arm_after_best(number: int) -> None:
+    """SIGKILL before a last checkpoint is written, for the n-th time that it is a best one as well."""
+    calls, best = 0, False
+
+    def write(path: Path, *rest: object) -> None:
+        nonlocal calls, best
+        calls += best and path.name == CHECKPOINTS["last"]
+        if calls == number:
+            note_fault()
+            os.kill(os.getpid(), signal.SIGKILL)
+        best = path.name == CHECKPOINTS["best"] or (best and path.name != CHECKPOINTS["last"])
+        original(path, *rest)
+
+    original = patch("utils.member.write_atomically", write)
+
+
+def arm_drift(session: int) -> None:
+    """Weights and validation accuracies after an epoch that differ from session to session."""
+
+    def drifting(model: torch.nn.Module, *rest: object) -> tuple[float, float]:
+        result = original(model, *rest)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
+        return result
+
+    def accuracy(*arguments: object) -> dict[str, torch.Tensor]:
+        return {"nll": torch.ones(1), "correct": torch.rand(1, generator=generator)}
+
+    generator = torch.Generator().manual_seed(session)
+    original = patch("utils.member.train_epoch", drifting)
+    patch("utils.member.per_sample", accuracy)
+
+
 def arm_clock(jump: float, number: int) -> None:
     """From the n-th look on, the wall clock is elsewhere."""
     original = time.time
@@ -478,7 +545,11 @@ def run_faults(count: int, seed: int, only: int | None = None) -> dict[str, coll
         harness = Harness(Path(root))
         while came < count:
             try:
-                came += harness.scenario(random.Random(f"{seed} {number}"), f"scenario_{number}")
+                arguments = random.Random(f"{seed} {number}"), f"scenario_{number}"
+                if number % 8 < 2:
+                    came += harness.after_best(*arguments, KINDS[-1 - number % 8])
+                else:
+                    came += harness.scenario(*arguments)
             except WrongError as error:
                 raise WrongError(f"--seed {seed} --only {number}: {error}") from None
             number += 1

@@ -1,0 +1,204 @@
+"""What only a GPU can show: its tests, every method with resuming on made-up images, speed and memory.
+
+    bash scripts/gpu.sh
+    python scripts/gpu.py --device cpu --images 100 --width 2
+
+The second form tries the script itself: on the CPU there are the runs alone, without tests and benchmark. Images are
+random, in CIFAR-10's own files, and as many as the GPU trains in about three minutes, at most 50,000. Every run has two
+members and two epochs, is stopped in the second one by SIGTERM, and is resumed. Writes --save.
+"""
+
+import argparse
+import json
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import main as main_script
+import measure_sharpness
+from tests.files import write_cifar
+from utils import InputError, RunError, cli
+from utils.checkpoint import load_model
+from utils.data import Data
+from utils.datasets import load_data
+from utils.distributed import start_device
+from utils.ensemble import train_ensemble
+from utils.files import load_json, write_json
+from utils.fisher import per_sample_fisher
+from utils.run import Run, Stopped, environment
+from utils.training import predict
+
+ROOT = Path(__file__).resolve().parent.parent
+BALANCE = ["--sam", "--rho", "0.1", "--flat_ratio", "0.5", "--initial_epochs", "1"]
+METHODS = {
+    "deep ensemble": [],
+    "SAM": ["--sam", "--rho", "0.1"],
+    "SharpBalance (released)": BALANCE,
+    "SharpBalance (paper)": [*BALANCE, "--partition", "paper"],
+    "random sets": [*BALANCE, "--partition", "random"],
+    "averaged weights": ["--average_from", "1"],
+    "SharpBalance (released), bf16": [*BALANCE, "--amp", "bf16"],
+}
+PASSES = 45  # forward-backward passes of one image that these runs take together
+SECONDS = 180  # for them
+MEASURE = ["--mode", "all", "--batch_num", "4", "--n_draws", "10", "--hessian_samples", "512", "--probes", "5"]
+MEASURE += ["--top_k", "1", "--ntk_samples", "20"]
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = cli.Parser(__doc__)
+    cli.add_choice(parser, "device", "where to compute", ("cuda", "cpu"), default="cuda")
+    images = cli.number(int, 20, 50_000)
+    cli.add_option(parser, "images", "training images, a tenth for validation (default: by speed)", images, "N")
+    cli.add_option(parser, "width", "of the ResNet-18", cli.COUNT, "N", default=64)
+    cli.add_option(parser, "save", "file of the results", cli.path, "FILE", default=ROOT / "results" / "gpu.json")
+    return parser.parse_args(argv)
+
+
+def made_up(folder: Path, images: int, device: torch.device) -> Data:
+    """Random images in CIFAR-10's files, read as any data set."""
+    write_cifar(folder / "cifar10", images=-(-images // 5))
+    return load_data("cifar10", folder, device)
+
+
+def images_for(width: int, device: torch.device) -> int:
+    """How many images the runs take in `SECONDS`, by the speed of a short one."""
+    with tempfile.TemporaryDirectory() as name:
+        found = train(["--width", width], made_up(Path(name), 5000, device), Path(name, "run"))
+    return int(min(max(SECONDS / PASSES * found["images_per_second"], 1000), 50_000))
+
+
+def train(words: list[Any], data: Data, folder: Path) -> dict[str, Any]:
+    """One run that is stopped in its second epoch and resumed: speed and peak memory.
+
+    Raises:
+        RunError: if it was not stopped, or did not go on where it was.
+    """
+    common = ["--data", "cifar10", "--epochs", 2, "--lr", 0.01, "--seed", "13 17", "--save_path", folder]
+    settings = main_script.settings_of(main_script.parse_args([str(word) for word in [*common, *words]]))
+    if data.train.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    run = Run(settings, data)
+    advance = run.progress.advance
+
+    def stop(passes: int) -> None:
+        advance(passes)
+        if run.progress.done > 0.6 * run.progress.total:
+            signal.raise_signal(signal.SIGTERM)
+
+    run.progress.advance = stop
+    try:
+        train_ensemble(run)
+        raise RunError(f"{folder}: was not stopped")
+    except Stopped:
+        pass
+    if not list(folder.glob("seed_*/checkpoint_partial.pth.tar")):
+        raise RunError(f"{folder}: saved nothing within an epoch")
+    summary = train_ensemble(Run(settings, data))
+    logs = [[json.loads(line) for line in path.read_text().splitlines()] for path in folder.glob("seed_*/log.jsonl")]
+    if [len(log) for log in logs] != [2, 2]:
+        raise RunError(f"{folder}: expected two members of two epochs, got {[len(log) for log in logs]}")
+    first = [log[0] for log in logs]
+    found = {
+        "images_per_second": len(data.train) / min(line["seconds"] for line in first),  # the first also warms up
+        "passes_per_image": 1 + first[0]["sam_share"],
+        "train_loss": [[line["train_loss"] for line in log] for log in logs],
+        "test_accuracy": summary["last"]["ensemble"]["test_acc"],
+    }
+    if data.train.device.type == "cuda":
+        found["peak_memory_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    return found
+
+
+def rate(function: Callable[[], object], images: int, device: torch.device) -> float:
+    """Images a second of a function that takes so many of them."""
+    for calls in (1, 3):  # the first warms up
+        started = time.perf_counter()
+        for _ in range(calls):
+            function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return 3 * images / (time.perf_counter() - started)
+
+
+def speeds(folder: Path, data: Data) -> dict[str, float]:
+    """Images a second of scores and predictions, and the seconds of measure_sharpness.py, of one member."""
+    device = data.train.device
+    model = load_model(folder / "seed_13" / "checkpoint.pth.tar")[0].to(device, memory_format=torch.channels_last)
+    images, labels = next(data.train.in_order(128))
+    found = {
+        "scores_per_second": rate(lambda: per_sample_fisher(model, images, labels), len(images), device),
+        "predictions_per_second": rate(lambda: predict(model, data.val), len(data.val), device),
+    }
+    started, save = time.perf_counter(), folder / "measured"
+    words = ["--resume", folder / "seed_13", "--data_path", folder.parent, "--device", device.type, "--save", save]
+    measure_sharpness.main(measure_sharpness.parse_args([*map(str, words), *MEASURE]))
+    return found | {"measure_sharpness_seconds": time.perf_counter() - started}
+
+
+def gpu_tests() -> dict[str, Any]:
+    """The tests marked gpu: pytest's exit status and last line."""
+    words = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/test_gpu.py"]
+    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    print(ended.stdout)
+    return {"status": ended.returncode, "summary": ended.stdout.strip().splitlines()[-1]}
+
+
+def timed(folder: Path) -> dict[str, Any]:
+    """The medians of the benchmark's quick cases, in milliseconds."""
+    script = ROOT / "scripts" / "benchmark.py"
+    subprocess.run([sys.executable, script, "--device", "cuda", "--quick", "--save", folder], check=True)
+    found = load_json(folder / "benchmark.json")
+    return {
+        name: {
+            "ms": {label: 1000 * statistics.median(times) for label, times in case["seconds"].items()},
+            "peak_memory_mib": case["peak_memory_mib"],
+        }
+        for name, case in found.items()
+    }
+
+
+def main(args: argparse.Namespace) -> None:
+    """Test, train, time, and write the results."""
+    on_gpu = args.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        raise InputError("no GPU was found: torch.cuda.is_available() is False; --device cpu tries the script itself")
+    device = start_device(args.device, None)
+    content = {"command": shlex.join(["python", *sys.argv]), "environment": environment(device)}
+    if on_gpu:
+        about = torch.cuda.get_device_properties(device)
+        content["gpu"] = {"name": about.name, "memory_mib": about.total_memory / 2**20, "cuda": torch.version.cuda}
+        content["tests"] = gpu_tests()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = made_up(folder, args.images or images_for(args.width, device), device)
+        content["images"] = {"train": len(data.train), "val": len(data.val), "test": len(data.test)}
+        content["runs"] = {}
+        for i, (method, words) in enumerate(METHODS.items()):
+            print(f"\n{method}", flush=True)
+            content["runs"][method] = train([*words, "--width", args.width], data, folder / str(i))
+        content["speeds"] = speeds(folder / "0", data)
+        content["benchmark"] = timed(folder / "benchmark") if on_gpu else {}
+    write_json(args.save, content)
+    print(f"\n{'method':30} {'img/s':>8} {'peak MiB':>9}")
+    for method, row in content["runs"].items():
+        print(f"{method:30} {row['images_per_second']:8.0f} {row.get('peak_memory_mib', 0):9.0f}")
+    print(f"wrote {args.save}")
+    if on_gpu and content["tests"]["status"]:
+        raise RunError(f"tests marked gpu: {content['tests']['summary']}")
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args())
