@@ -96,16 +96,16 @@ def expected_calibration_error(probs: Tensor, labels: Tensor, n_bins: int = 15) 
     return sums.abs().sum().item() / len(probs)
 
 
-def debiased_calibration_error(
+def calibration_mse(
     confidence: Tensor, correct: Tensor, n_bins: int = 15, level: float = 0.95
 ) -> tuple[float, list[float]]:
-    """Root mean square calibration error without the bias of few samples, and its interval.
+    """Mean square calibration error without the bias of few samples, and its interval.
 
-    sqrt(sum_b (N_b / N) m_b^2), m_b the mean of correct less confidence in bin b of `expected_calibration_error`, which
-    this is never below. The square of a sample mean is too large by its variance: here m_b^2 is estimated by the mean
-    product of two different samples of the bin, which is unbiased, and an estimate below 0 counts as 0. The interval
-    holds each square q that differs from the estimate by no more than the normal quantile times its standard error at
-    q, A + C q + D q^2 squared: A from pairs of samples where all m_b are 0, C and D from the linear part.
+    sum_b (N_b / N) m_b^2, m_b the mean of correct less confidence in bin b of `expected_calibration_error`, whose root
+    (RMSCE) that error is never above. The square of a sample mean is too large by its variance: here m_b^2 is estimated
+    by the mean product of two different samples of the bin, which is unbiased, and below 0 at times. The interval holds
+    each q of 0 or more from which the estimate is no further than the normal quantile times its standard error at q,
+    sqrt(A + C q + D q^2): A from pairs of samples where all m_b are 0, C and D from the linear part.
 
     Args:
         confidence: the largest probability, [N], 0 to 1.
@@ -114,7 +114,7 @@ def debiased_calibration_error(
         level: of the interval.
 
     Returns:
-        The error, 0 to 1, and its interval over new samples.
+        The estimate, at most 1, and its interval over new samples, from 0 to 1.
 
     Source: Kumar, Liang and Ma, "Verified uncertainty calibration", NeurIPS 2019; Broecker, "Estimating reliability
     and resolution of probability forecasts through decomposition of the empirical score", Climate Dynamics 2012.
@@ -139,7 +139,7 @@ def debiased_calibration_error(
     z = stats.norm.ppf((1 + level) / 2) ** 2
     a, b = 1 - z * min(max(spread, 0.0), 0.2), 2 * square + z * linear
     root = math.sqrt(max(b * b - 4 * a * (square**2 - z * at_zero), 0.0))
-    return math.sqrt(max(square, 0.0)), [math.sqrt(max((b + sign * root) / (2 * a), 0.0)) for sign in (-1, 1)]
+    return square, [max((b + sign * root) / (2 * a), 0.0) for sign in (-1, 1)]
 
 
 def calibration_gaps(columns: dict[str, Tensor], n_bins: int) -> Tensor:
@@ -154,12 +154,13 @@ def calibration_gaps(columns: dict[str, Tensor], n_bins: int) -> Tensor:
 
 
 def scores(columns: dict[str, Tensor], probs: Tensor, labels: Tensor, n_bins: int) -> dict[str, float]:
-    """Accuracy, NLL, Brier score and ECE of probabilities [N, C], whose columns are at hand."""
+    """Accuracy, NLL, Brier score, ECE and `calibration_mse` of probabilities [N, C], whose columns are at hand."""
     return {
         "accuracy": columns["correct"].mean().item(),
         "nll": columns["nll"].mean().item(),
         "brier": columns["brier"].mean().item(),
         "ece": expected_calibration_error(probs, labels, n_bins),
+        "calibration_mse": calibration_mse(columns["confidence"], columns["correct"], n_bins)[0],
     }
 
 
@@ -279,7 +280,7 @@ def crossed_interval(values: Tensor, level: float = 0.95) -> list[float]:
 
 def pack_counts(counts: np.ndarray) -> str:
     """Counts of samples, [N] and below 65,536, as text for a JSON file: base64 of the deflated uint16."""
-    return base64.b64encode(zlib.compress(np.asarray(counts, dtype="<u2").tobytes())).decode()
+    return _pack(counts, "<u2")
 
 
 def unpack_counts(text: str) -> np.ndarray:
@@ -288,14 +289,37 @@ def unpack_counts(text: str) -> np.ndarray:
     Raises:
         ValueError: if it is not such a text.
     """
+    return _unpack(text, "<u2").astype(np.int64)
+
+
+def pack_values(values: np.ndarray) -> str:
+    """Values of samples, [N], as text for a JSON file, rounded to float16: to 0.05 %, and at most 65,504."""
+    largest = np.finfo(np.float16).max
+    return _pack(np.clip(values, -largest, largest), "<f2")
+
+
+def unpack_values(text: str) -> np.ndarray:
+    """Values float64 [N] from `pack_values`.
+
+    Raises:
+        ValueError: if it is not such a text.
+    """
+    return _unpack(text, "<f2").astype(np.float64)
+
+
+def _pack(array: np.ndarray, kind: str) -> str:
+    return base64.b64encode(zlib.compress(np.asarray(array).astype(kind).tobytes())).decode()
+
+
+def _unpack(text: str, kind: str) -> np.ndarray:
     try:
         unpacker = zlib.decompressobj()
         content = unpacker.decompress(base64.b64decode(text, validate=True), MAX_COUNTS)
         if not unpacker.eof:
             raise ValueError("truncated, or too many")
-        return np.frombuffer(content, dtype="<u2").astype(np.int64)
+        return np.frombuffer(content, dtype=kind)
     except (ValueError, zlib.error) as error:
-        raise ValueError(f"not packed counts ({error})") from error
+        raise ValueError(f"not packed numbers of samples ({error})") from error
 
 
 def mean_of(values: list) -> Any:

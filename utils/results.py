@@ -12,7 +12,7 @@ import torch
 
 from utils import InputError, printable
 from utils.files import load_json, read_json, write_json
-from utils.metrics import crossed_interval, paired_bootstrap, t_interval, unpack_counts
+from utils.metrics import crossed_interval, paired_bootstrap, t_interval, unpack_counts, unpack_values
 from utils.run import CHECKPOINTS, FREE_SETTINGS, current_settings, read_settings
 
 
@@ -58,7 +58,10 @@ VALUES = {
     "disagreement": Value("disagreement", "disagreement %", 100, 2),
     "variance": Value("variance_of_probabilities", "variance", 1, 4),
     "nll": Value("ensemble_nll", "ensemble NLL", 1, 4),
+    "nll_calibrated": Value("ensemble_nll_calibrated", "ensemble NLL, calibrated", 1, 4),
     "ece": Value("ensemble_ece", "ensemble ECE %", 100, 2),
+    "ece_calibrated": Value("ensemble_ece_calibrated", "ensemble ECE %, calibrated", 100, 2),
+    "rmsce": Value("ensemble_rmsce", "ensemble RMSCE %", 100, 2),
 }
 # Values in sharpness.json, means over members.
 SHARPNESS = {
@@ -181,7 +184,10 @@ def read_ensemble(folder: Path) -> Ensemble:
 
 def _add_part(ensemble: Ensemble, row: dict[str, Any], prefix: str = "") -> None:
     """Add the values, intervals and per-image numbers of one test set."""
-    known = {f"ensemble_{name}": row.get("ensemble", {}).get(name) for name in ("nll", "ece")} | row["rates"]
+    scores = row.get("ensemble", {})
+    known = {f"ensemble_{name}": scores.get(name) for name in ("nll", "ece")} | row["rates"]
+    known |= {f"ensemble_{name}_calibrated": scores.get("calibrated", {}).get(name) for name in ("nll", "ece")}
+    known["ensemble_rmsce"] = row.get("rmsce")
     known |= {key: row.get(key) for key in ("variance_of_probabilities", "der", "eir")}
     known["gain"] = known["ensemble_accuracy"] - known["member_accuracy"]
     members = len(ensemble.seeds)
@@ -191,6 +197,9 @@ def _add_part(ensemble: Ensemble, row: dict[str, Any], prefix: str = "") -> None
     for key, text in row["right_of_samples"].items():
         name, whole = units[key]
         by_sample[name] = torch.from_numpy(unpack_counts(text)) / (whole * row["parts"])
+    for name, (key, *_) in VALUES.items():
+        if key in row.get("values_of_samples", {}):
+            by_sample[name] = torch.from_numpy(unpack_values(row["values_of_samples"][key]))
     if {"member", "ensemble"} <= by_sample.keys():
         by_sample["gain"] = by_sample["ensemble"] - by_sample["member"]
         wrong = 1 - by_sample["member"]
@@ -269,21 +278,32 @@ def standard_deviation(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
 
 
-def estimate(values: list[float], interval: Interval = None) -> Estimate:
-    """Mean over ensembles and its 95 % interval: Student's, or the given one where there is a single ensemble.
+def estimate(values: list[float], interval: Interval = None, level: float = 0.95) -> Estimate:
+    """Mean over ensembles and its interval: Student's, or the given one where there is a single ensemble.
 
     There is no interval where a value is not finite.
     """
     finite = all(map(math.isfinite, values))
-    return statistics.mean(values), (t_interval(values) if len(values) > 1 else interval) if finite else None
+    return statistics.mean(values), (t_interval(values, level) if len(values) > 1 else interval) if finite else None
+
+
+def population_of(ensembles: list[Ensemble], name: str) -> str:
+    """What the interval of `estimate_of` is over: "ensembles, images", "ensembles", or of one ensemble "images"."""
+    if len(ensembles) == 1:
+        return "images"
+    lengths = {len(one.by_sample[name]) if name in one.by_sample else 0 for one in ensembles}
+    return BOTH if len(lengths) == 1 and lengths != {0} else "ensembles"
 
 
 def estimate_of(ensembles: list[Ensemble], name: str) -> Estimate:
-    """`estimate` of a value, where the interval of a single ensemble is that over its test images."""
+    """Mean over ensembles of a value and its 95 % interval, over the population that `population_of` names."""
+    values = [ensemble.values[name] for ensemble in ensembles]
     interval, by_sample = ensembles[0].intervals.get(name), ensembles[0].by_sample.get(name)
     if len(ensembles) == 1 and interval is None and by_sample is not None:
         interval = paired_bootstrap(by_sample.double())
-    return estimate([ensemble.values[name] for ensemble in ensembles], interval)
+    if population_of(ensembles, name) == BOTH and all(map(math.isfinite, values)):
+        return statistics.mean(values), crossed_interval(torch.stack([one.by_sample[name] for one in ensembles]))
+    return estimate(values, interval)
 
 
 def gap_between(a: Ensemble, b: Ensemble, name: str) -> Gap | None:
@@ -295,15 +315,16 @@ def gap_between(a: Ensemble, b: Ensemble, name: str) -> Gap | None:
     return None if one is None or other is None else one - other
 
 
-def interval_of(gaps: list[Gap]) -> tuple[float, Interval, str]:
-    """The mean of differences of ensembles, its 95 % interval, and the population that the interval is over."""
-    several = len(gaps) > 1
-    if all(isinstance(gap, torch.Tensor) for gap in gaps) and len({len(gap) for gap in gaps}) == 1:
+def interval_of(gaps: list[Gap], level: float = 0.95) -> tuple[float, Interval, str]:
+    """The mean of differences of ensembles, its 95 % interval, and the population that the interval is over.
+
+    One pair has no interval: over test images alone it would tell these two trained ensembles apart, not their methods.
+    """
+    if len(gaps) > 1 and all(isinstance(gap, torch.Tensor) for gap in gaps) and len({len(gap) for gap in gaps}) == 1:
         table = torch.stack(gaps)
-        interval = crossed_interval(table) if several else paired_bootstrap(table[0])
-        return table.mean().item(), interval, BOTH if several else "images"
+        return table.mean().item(), crossed_interval(table, level), BOTH
     values = [gap.mean().item() if isinstance(gap, torch.Tensor) else gap for gap in gaps]
-    return *estimate(values), "ensembles" if several else "-"
+    return *estimate(values, level=level), "ensembles" if len(gaps) > 1 else "-"
 
 
 def difference_of(pairs: list[tuple[Ensemble, Ensemble]], name: str) -> tuple[float, Interval, str] | None:
