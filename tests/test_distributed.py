@@ -241,6 +241,7 @@ def test_the_gpu_of_a_rank(gpus, name, backend, monkeypatch, tmp_path):
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(distributed.dist, "is_torchelastic_launched", lambda: True)
     monkeypatch.setattr(distributed.dist, "rendezvous", lambda *w, **m: iter([(None, 1, 2)]))
     monkeypatch.setattr(distributed.dist, "PrefixStore", lambda *words: None)

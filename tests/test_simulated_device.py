@@ -104,12 +104,14 @@ def run(tmp_path_factory):
     return train(folder / "run", [*METHODS["released"], *split_of(folder), "--device", "cpu"])
 
 
-SHARPNESS = ["--mode", "all", "--eval_batch_size", 5, "--batch_num", 1, "--n_iters", 8, "--n_draws", 4]
+MODES = "APGD_worst,APGD_average,hessian_t,hessian_e,NTK"  # all but fisher, which takes no --params
+SHARPNESS = ["--mode", MODES, "--eval_batch_size", 5, "--batch_num", 1, "--n_iters", 8, "--n_draws", 4]
 SHARPNESS += ["--hessian_samples", 12, "--probes", 2, "--top_k", 1, "--ntk_samples", 4, "--params", "linear|bn1"]
 MEASUREMENTS = {
     "sharpness": (measure_sharpness, SHARPNESS),
     "apgd": (measure_sharpness, [*SHARPNESS, "--mode", "APGD_worst", "--maximiser", "apgd"]),
     "hutch++": (measure_sharpness, [*SHARPNESS, "--mode", "hessian_t", "--trace_method", "hutch++", "--probes", 6]),
+    "fisher": (measure_sharpness, ["--mode", "fisher"]),
     "diversity": (measure_diversity, ["--mode", "all"]),
 }
 

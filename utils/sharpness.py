@@ -168,7 +168,7 @@ def _loss_and_wrong(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
 
 def _read(found: list[Tensor], sizes: list[int]) -> list[tuple[float, float]]:
     """Loss and error rate by batch, from `_loss_and_wrong` and the sizes of the batches: one read of the device."""
-    rows = zip(torch.stack(found).tolist(), sizes, strict=True)
+    rows = zip(torch.stack(found).cpu().tolist(), sizes, strict=True)
     return [(math.inf, math.nan) if math.isnan(loss) else (loss, wrong / size) for (loss, wrong), size in rows]
 
 
