@@ -291,5 +291,5 @@ def test_report_decides_nothing_by_them(measured):
         warnings.simplefilter("error")
         test_report.call(measured)
     text = test_report.squeezed((measured / "README.md").read_text())
-    assert text.count("| not finite | - | 3 | **undecided** |") == 2  # the slope, and the largest rho
-    assert report.verdict([NAN, 1.0])[0] == "undecided"
+    assert text.count("| not finite | - | 1.0000 | 1.000 |") == 2  # the slope, and the largest rho
+    assert report.verdict([NAN, 1.0], 0.01, 1) == "undecided"
