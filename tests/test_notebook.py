@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib
+import matplotlib.image
 import pytest
 from scipy.optimize import brentq
 
@@ -214,7 +214,9 @@ def test_the_script_draws_the_same_figures(grids, tmp_path, monkeypatch, capsys)
 def test_the_numbers_in_the_repository_draw_its_figure(tmp_path):
     path = ROOT / "results/theory/theory.json"
     plot.main(plot.parse_args(["theory", "--from", str(path), "--to", str(tmp_path)]))
-    assert (tmp_path / "tradeoff.png").read_bytes() == (path.parent / "tradeoff.png").read_bytes()
+    drawn, committed = (matplotlib.image.imread(place / "tradeoff.png") for place in (tmp_path, path.parent))
+    assert drawn.shape == committed.shape
+    assert abs(drawn - committed).mean() < 0.01  # another matplotlib draws letters and edges a little differently
     assert not (tmp_path / path.name).exists()
 
 

@@ -163,7 +163,9 @@ class _BatchNormBackward(torch.autograd.Function):
         """The gradient of <u, dL/dx> + <u_weight, dL/dweight> + <u_bias, dL/dbias>."""
         g, x, weight, mean, r = ctx.saved_tensors
         factor = r * u_weight
-        to_g = F.batch_norm(u, torch.zeros_like(r), torch.ones_like(r), weight * r, u_bias - mean * factor, eps=0.0)
+        # torch.nn.functional's refuses eps = 0 in torch 2.10.
+        fixed = weight * r, u_bias - mean * factor, torch.zeros_like(r), torch.ones_like(r), False, 0.0, 0.0, True
+        to_g = torch.batch_norm(u, *fixed)
         to_g.addcmul_(x, factor.view(-1, *[1] * (x.dim() - 2)))
         to_x, to_weight, _ = _scale_and_sums(g, u, factor, torch.zeros_like(r), r)
         return to_g, to_x, to_weight, None, None
