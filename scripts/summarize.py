@@ -84,6 +84,8 @@ def tables(ensembles: list[Ensemble], form: str) -> str:
     note += "±: standard deviation over ensembles, or over the members of a single one; [ ]: 95 % interval."
     if any(row[3] == results.BOTH for row in differences):
         note += " Differences of NLL, ECE and sharpness: over ensembles only, with the images as they are."
+    if any(map(results.beyond_linf, ensembles)):
+        note += f" Sharpness in linf at a radius above {results.MAX_LINF} is left out."
     unknown = [COLUMNS[name].title for name in shown if any(_infinite(one.values.get(name)) for one in ensembles)]
     if unknown:
         note += f" inf, nan: the loss leaves the range of float32 ({', '.join(unknown)})."

@@ -64,12 +64,13 @@ VALUES = {
 SHARPNESS = {
     "sharpness": Value("APGD_worst-l2", "sharpness (worst, l2)", 1, 4),
     "sharpness_linf": Value("APGD_worst-linf", "sharpness (worst, linf)", 1, 4),
-    "sharpness_average": Value("APGD_average-l2", "sharpness (average, l2)", 1, 4),
+    "sharpness_average": Value("APGD_average-l2", "sharpness (average, normal noise)", 1, 4),
     "hessian_trace": Value("hessian_t", "trace of Hessian", 1, 1),
     "hessian_top": Value("hessian_e", "top eigenvalue", 1, 2),
     "fisher": Value("fisher", "Fisher trace", 1, 3),
     "ntk": Value("NTK", "log det NTK", 1, 1),
 }
+MAX_LINF = 0.05  # the largest radius in linf that tables show: at 0.5 each weight changes by half, a rise of 1e9 nats
 # Options of measurements that must agree before ensembles are compared.
 SAME = ("average", "bins", "checkpoint", "split", "corruptions", "severities")
 SAME_SHARPNESS = ("rho0", "adaptive", "n_iters", "maximiser", "eval_batch_size", "batch_num", "subset_seed", "split")
@@ -208,15 +209,21 @@ def _add_sharpness(ensemble: Ensemble) -> None:
     """Add the sharpness.json beside diversity.json."""
     path, members = ensemble.folder / "sharpness.json", len(ensemble.seeds)
     sharpness = read_json(path, f"make it by python measure_sharpness.py --save {ensemble.folder}")
+    ensemble.content["sharpness"] = sharpness
     for name, (part, *_) in SHARPNESS.items():
         found = sharpness.get("result", {}).get(part, {})
         # An interrupted measurement covers only some of the members.
-        if found.get("n", members) == members:
+        if found.get("n", members) == members and not beyond_linf(ensemble, part):
             ensemble.values[name], ensemble.spread[name] = found.get("mean"), found.get("std")
     ours, theirs = ([m["sha256_of_weights"] for m in one.get("members", [])] for one in (ensemble.content, sharpness))
     if "members" in sharpness and ours != theirs:
         raise InputError(f"{path}: of other weights than diversity.json beside it; measure one of them again")
-    ensemble.content["sharpness"] = sharpness
+
+
+def beyond_linf(ensemble: Ensemble, part: str = "APGD_worst-linf") -> bool:
+    """Whether a part of the sharpness was measured in linf at a radius that tables do not show."""
+    measured = part in ensemble.content.get("sharpness", {}).get("result", {})
+    return measured and part.endswith("-linf") and (sharpness_protocol(ensemble, part).get("rho0") or 0) > MAX_LINF
 
 
 def copy_results(folder: Path, target: Path) -> None:
