@@ -367,9 +367,13 @@ def test_cka(saved, tmp_path):
     result = call("diversity", "--resume", *paths, "--mode", "CKA", "--save", tmp_path, "--data_path", tmp_path)
     cka = result["result"]["test"]["cka"]
     images = load_data("digits", tmp_path).test
-    features = []
+    features, logits = [], []
     for path in paths[:2]:
         model, _ = load_model(path)
+        with torch.no_grad():
+            rows = model(images.batch(np.arange(len(images)))[0]).double()
+        rows -= rows.mean(dim=1, keepdim=True)  # softmax ignores it
+        logits.append((rows - rows.mean(dim=0)).numpy())
         model.linear = torch.nn.Identity()
         with torch.no_grad():
             rows = model(images.batch(np.arange(len(images)))[0]).double()
@@ -377,7 +381,8 @@ def test_cka(saved, tmp_path):
     for form in ("debiased", "biased"):
         expected = reference.cka_by_gram(*features, form == "debiased")
         assert cka["features"][form]["matrix"][0][1] == pytest.approx(expected, rel=1e-4)
-        assert cka["centred_logits"][form]["matrix"][0][0] == 1
+        expected = reference.cka_by_gram(*logits, form == "debiased")
+        assert cka["centred_logits"][form]["matrix"][0][1] == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_mean_of_logits(saved, tmp_path):
