@@ -180,8 +180,10 @@ class _Largest(TorchDispatchMode):
 def test_memory_of_a_bootstrap_does_not_grow_with_the_draws(samples, draws):
     """One matrix of float64 for 1,000 draws of 45,000 images takes 360 MB, and making it four times as much."""
     assert samples * draws > utils.metrics.MAX_KEPT  # or the counts are kept
+    kept = utils.metrics._kept_counts.cache_info()
     with _Largest() as seen:
         found = bootstrap_means(torch.ones(samples, 2), draws)
+    assert utils.metrics._kept_counts.cache_info() == kept
     assert found.shape == (draws, 2)
     assert seen.largest <= 40e6
     assert bootstrap_means(torch.ones(5, 2), 0).shape == (0, 2)
