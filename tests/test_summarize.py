@@ -230,6 +230,20 @@ def test_linf_is_shown_at_small_radii_only(radius, shown, tmp_path, capsys):
     assert re.search(r"^sharpness \(worst, l2\) +2\.0000 ± 0\.1000$", out, re.MULTILINE)
 
 
+def test_linf_that_is_left_out_need_not_agree(tmp_path, capsys):
+    """As where half of the ensembles were measured by an earlier version, at 0.5."""
+    for name, radius, value in (("sam", 0.5, 3e9), ("sharpbalance", 0.01, 1.5)):
+        folder = write(tmp_path / name, {"sam": SAM, "sharpbalance": SHARPBALANCE}[name], (1, 2), 0.9, sharpness=2.0)
+        content = json.loads((folder / "sharpness.json").read_text())
+        protocol = content["protocol"] | {"rho0": radius}
+        content["result"]["APGD_worst-linf"] = {"mean": value, "std": 0.5, "n": 2, "protocol": protocol}
+        write_json(folder / "sharpness.json", content)
+    call(tmp_path / "sam", tmp_path / "sharpbalance")
+    out = capsys.readouterr().out
+    assert re.search(r"^sharpness \(worst, linf\) +- +1\.5000 ± 0\.5000$", out, re.MULTILINE)
+    assert "above 0.05 is left out" in out
+
+
 def test_the_data_are_named(tmp_path, capsys):
     data = {"dataset": "digits", "test": IMAGES, "sha256_of_arrays_and_split": "d", "train": 7, "label_noise": 0.2}
     call(write(tmp_path / "sam", SAM, (1, 2), 0.9, data=data))

@@ -351,7 +351,7 @@ def _facts(ensemble: Ensemble) -> dict[str, Any]:
         "network": "{model} of width {width}".format(**content["network"]),
     }
     facts |= {f"--{key}": protocol_of(ensemble, key) for key in SAME}
-    for part in [name for name in sharpness.get("result", {}) if name != "missing"]:
+    for part in [name for name in sharpness.get("result", {}) if name != "missing" and not beyond_linf(ensemble, name)]:
         protocol = sharpness_protocol(ensemble, part)
         for key in SAME_SHARPNESS:
             if part in PARTS_OF.get(key, {part}):
