@@ -110,7 +110,7 @@ def main(args: argparse.Namespace) -> None:
         else:
             found[name][member.digest] = part
     if stale:
-        print(f"note: {stale[0]}; of {len(stale)} parts all such are measured anew", file=sys.stderr)
+        print(f"note: {stale[0]}; measured anew ({len(stale)} such parts)", file=sys.stderr)
     total = sum(passes_of(args, name, len(images)) for _, name, _, _ in todo)
     bar = tqdm(total=total, disable=not sys.stderr.isatty(), unit="pass", unit_scale=True, dynamic_ncols=True)
     done = 0

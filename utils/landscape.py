@@ -142,7 +142,7 @@ def _curves_of(path: Path, about: dict[str, Any], here: dict[str, Any]) -> dict[
                     else:
                         found[key] = curve, records[key]
     if stale:
-        print(f"note: {path}: {stale[0]}; of its curves {len(stale)} such are computed anew", file=sys.stderr)
+        print(f"note: {path}: {stale[0]}; computed anew ({len(stale)} such curves)", file=sys.stderr)
     return curves
 
 

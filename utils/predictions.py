@@ -270,10 +270,10 @@ class Predictions:
         if arrays is None and path.exists() and not self._said:
             self._said = True
             record = _entry_of(path, "about")
-            why = "of other weights"
+            why = "by other weights"
             if isinstance(record, dict) and record.get("weights") == member.digest:
-                why = why_stale("logits", record, self.environment) or "of other images, or the file is damaged"
-            print(f"note: {path}: logits {why}; these, and others like them, are made anew", file=sys.stderr)
+                why = why_stale("logits", record, self.environment) or "for other images, or damaged since"
+            print(f"note: {path}: logits made {why}; they and others like them are made anew", file=sys.stderr)
         member.model.to(images.device, memory_format=torch.channels_last)
         logits, features = predict(member.model, images, self.features, self.progress, self.at_once)
         if not logits.isfinite().all():
