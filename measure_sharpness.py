@@ -30,7 +30,7 @@ from utils.data import ImageSet
 from utils.files import load_json, write_json
 from utils.fisher import ntk_gram, per_sample_fisher
 from utils.hessian import hessian_trace, matching_parameters, to_float64, top_eigenpairs
-from utils.predictions import Measurement, SavedMember, measure_settings
+from utils.predictions import Measurement, SavedMember, made_by, measure_settings, why_stale
 from utils.results import standard_deviation
 from utils.sharpness import MAXIMISERS, NORMS, average_sharpness, relative_sizes, worst_case_sharpness
 
@@ -102,14 +102,18 @@ def main(args: argparse.Namespace) -> None:
             raise InputError(f"--{error}") from error
     names = [name for mode in args.mode for name in part_names(mode, args.norms)]
     found: dict[str, dict[str, dict]] = {name: {} for name in names}
-    todo, digest = [], images.digest()
+    todo, stale, digest = [], [], images.digest()
     for member, name in itertools.product(members, names):
         about = about_part(args, name, member, digest)
         path, part = find_part(measurement.settings.save / "sharpness" / member.digest[:16], about)
-        if part is None:
+        why = None if part is None else why_stale(mode_of(name), part, measurement.environment)
+        if part is None or why:
             todo.append((member, name, path, about))
+            stale += [f"{path}: measured {why}"] if why else []
         else:
             found[name][member.digest] = part
+    if stale:
+        print(f"note: {stale[0]}; measured anew ({len(stale)} such parts)", file=sys.stderr)
     total = sum(passes_of(args, name, len(images)) for _, name, _, _ in todo)
     bar = tqdm(total=total, disable=not sys.stderr.isatty(), unit="pass", unit_scale=True, dynamic_ncols=True)
     done = 0
@@ -122,7 +126,7 @@ def main(args: argparse.Namespace) -> None:
             raise InputError(f"{name} of {member.path}: {error}") from error
         if part["value"] is not None and not math.isfinite(part["value"]):
             part["note"] = why_not_finite(args, name)
-        found[name][member.digest] = part
+        found[name][member.digest] = part | made_by(mode_of(name), measurement.environment)
         done += passes_of(args, name, len(images))
         bar.update(done - bar.n)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,16 +138,19 @@ def main(args: argparse.Namespace) -> None:
     print(f"wrote {path}")
 
 
+def mode_of(name: str) -> str:
+    """The mode that a part belongs to."""
+    return name.partition("-")[0]
+
+
 def part_names(mode: str, norms: list[str]) -> list[str]:
     """The parts of a mode: one for each norm where there are norms."""
     return [f"{mode}-{norm}" for norm in norms] if mode.startswith("APGD") else [mode]
 
 
 def about_part(args: argparse.Namespace, name: str, member: SavedMember, images: str) -> dict[str, Any]:
-    """All that the value of a part depends on; `images` is their digest."""
-    # Earlier versions gave a smaller last batch the weight of a whole one.
-    weighting = {"weighting": "images"} if name.startswith("APGD_average") else {}
-    return {"part": name, "weights": member.digest, "images": images, **protocol_of(args, name), **weighting}
+    """All that the value of a part depends on but what made it, which is with it; `images` is their digest."""
+    return {"part": name, "weights": member.digest, "images": images, **protocol_of(args, name)}
 
 
 def protocol_of(args: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -186,7 +193,7 @@ def passes_of(args: argparse.Namespace, name: str, samples: int) -> int:
         "hessian_e": 3 * whole * 10 * args.top_k,
         "fisher": subset,
         "NTK": 2 * min(args.ntk_samples, samples),
-    }[name.partition("-")[0]]
+    }[mode_of(name)]
 
 
 def measure(
@@ -267,12 +274,24 @@ def collect(
 
 
 def keep_parts(before: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
-    """The result with the other parts of an earlier call, each with the protocol that it was measured by."""
+    """The result with the other parts of an earlier call, each with the protocol that it was measured by.
+
+    A part that other code or another device made is left out, and one line says so.
+    """
     rows, result = before["result"], content["result"]
-    missing = list(result["missing"])
-    kept = {name: row for name, row in rows.items() if name not in result}
+    missing, stale = list(result["missing"]), {}
+    kept = {name: row for name, row in rows.items() if name not in result and mode_of(name) in PROTOCOL}
     for name, row in kept.items():
-        asked = PROTOCOL[name.partition("-")[0]]
+        for part in filter(None, row["members"]):
+            if why := why_stale(mode_of(name), part, content["environment"]):
+                stale[name] = why
+    if stale:
+        name, why = next(iter(stale.items()))
+        text = f"{', '.join(stale)}: left out of sharpness.json, since {name} was measured {why}"
+        print(f"note: {text}; measure by --mode {','.join(dict.fromkeys(map(mode_of, stale)))}", file=sys.stderr)
+        kept = {name: row for name, row in kept.items() if name not in stale}
+    for name, row in kept.items():
+        asked = PROTOCOL[mode_of(name)]
         kept[name] = {"protocol": {key: before["protocol"][key] for key in asked}} | row
         missing += [one for one in rows["missing"] if one.startswith(f"{name} of ")]
     return result | kept | {"missing": missing}

@@ -125,9 +125,9 @@ def results(tmp_path):
                 folder / "measurements" / f"{method}_{seed}",
                 0.8 + gain + 0.01 * i * (method == "sam_0.1"),
             )
-            write(place, SAM | {"rho": rho, "epochs": 9, "at": method}, (int(seed), 99), accuracy, 1.0 + gain)
+            write(place, SAM | {"rho": rho, "epochs": 9, "average_from": method}, (int(seed), 99), accuracy, 1.0 + gain)
             content = json.loads((place / "diversity.json").read_text())
-            content["data"] |= {"train": 100, "val": 10}
+            content["data"] |= {"train": 100, "val": 10, "sha256_of_corrupted": "c"}
             content["result"]["corrupted"] = {"mean": content["result"]["test"] | {"samples": 10.0}}
             (place / "diversity.json").write_text(json.dumps(content))
     return tmp_path

@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,6 +76,11 @@ MAX_LINF = 0.05  # the largest radius in linf that tables show: at 0.5 each weig
 SAME = ("average", "bins", "checkpoint", "split", "corruptions", "severities")
 SAME_SHARPNESS = ("rho0", "adaptive", "n_iters", "maximiser", "eval_batch_size", "batch_num", "subset_seed", "split")
 SAME_SHARPNESS += ("params", "hessian_samples", "ntk_samples")
+# Settings of a training that make its method, which may differ between ensembles that are compared, and the seeds.
+COMPARED = {"sam", "rho", "sam_adaptive", "flat_ratio", "initial_epochs", "partition", "unselected", "match_size"}
+COMPARED |= {"average_from", "bn_perturbed", "seed"}
+UNKNOWN = object()  # what a file does not record, and which therefore is equal to nothing
+UNVERIFIED = ("the corrupted set", "how it was trained")  # worth a line also where no file records them
 # Options that matter only if one of these values was measured.
 PARTS_OF = {"hessian_samples": {"hessian_t", "hessian_e"}, "ntk_samples": {"NTK"}}
 BOTH = "ensembles, images"  # the population of a crossed interval
@@ -136,6 +142,8 @@ def method_of(settings: dict[str, Any], averaged: bool = False) -> str:
         return METHODS["averaged" if averaged else key].name
     parts, rho = [METHODS["averaged"].name] if averaged else [], f"rho {settings['rho']:g}"
     parts.append(METHODS[key].name)
+    if settings.get("bn_perturbed") == "freeze":
+        parts.append("bn_perturbed freeze")
     if not settings["flat_ratio"]:
         return ", ".join([*parts, rho])
     size, reading = settings["match_size"], settings["match_size"] or settings["partition"]
@@ -320,19 +328,26 @@ def difference_of(pairs: list[tuple[Ensemble, Ensemble]], name: str) -> tuple[fl
 
 
 def check_alike(ensembles: list[Ensemble]) -> None:
-    """Refuse to compare what was measured on different data or by different protocols.
+    """Refuse to compare what was trained by different recipes, or measured on different data or by different protocols.
+
+    What is recorded of some ensembles only (of `UNVERIFIED` also what is of none) is named in one line on stderr.
 
     Raises:
         InputError: naming two folders and what differs between them, or two of the same method and seeds.
     """
-    facts = [(ensemble.folder, _facts(ensemble)) for ensemble in ensembles]
-    for name in dict.fromkeys(name for _, known in facts for name in known):
-        known = [(folder, found[name]) for folder, found in facts if found.get(name) is not None]
+    settings = {name: UNKNOWN for one in ensembles for name in one.content.get("trained") or {}}
+    facts, unknown = [(ensemble.folder, _facts(ensemble, settings)) for ensemble in ensembles], {}
+    for name in dict.fromkeys(["data", *UNVERIFIED, *(name for _, found in facts for name in found)]):
+        asked = [(folder, found[name]) for folder, found in facts if name in found]
+        known = [(folder, value) for folder, value in asked if value is not UNKNOWN]
         for folder, value in known:
             first, expected = known[0]
             if value != expected:
                 what = f"{name} differs ({value!s:.40}, {expected!s:.40})"
-                raise InputError(f"{folder} and {first} cannot be compared: {what}; measure both alike")
+                way_out = "compare what was trained alike" if name.endswith("training") else "measure both alike"
+                raise InputError(f"{folder} and {first} cannot be compared: {what}; {way_out}")
+        if len(known) < len(asked) > 1 and (known or name in UNVERIFIED):
+            unknown[name] = [folder for folder, value in asked if value is UNKNOWN]
     folders = {}
     for ensemble in ensembles:
         trained, place = ensemble.content.get("trained"), str(ensemble.folder.resolve())
@@ -340,22 +355,50 @@ def check_alike(ensembles: list[Ensemble]) -> None:
         if key in folders:
             raise InputError(f"{ensemble.folder} and {folders[key]} are the same method and seeds; give each once")
         folders[key] = ensemble.folder
+    if unknown:
+        where = {}
+        for name, missing in unknown.items():
+            where.setdefault(f"{missing[0]}" + f" and {len(missing) - 1} more" * (len(missing) > 1), []).append(name)
+        text = "; ".join(f"{', '.join(names)} (of {place})" for place, names in where.items())
+        print(f"note: not recorded, so that it may differ: {printable(text)}", file=sys.stderr)
 
 
-def _facts(ensemble: Ensemble) -> dict[str, Any]:
-    """What must agree between all ensembles that are compared, as far as it is known."""
+def _facts(ensemble: Ensemble, settings: dict[str, Any]) -> dict[str, Any]:
+    """What must agree between all ensembles that are compared and have it; `UNKNOWN` where that is not recorded.
+
+    Args:
+        ensemble: with its result files.
+        settings: the names of all settings of training, with `UNKNOWN`.
+    """
     content, sharpness = ensemble.content, ensemble.content.get("sharpness", {})
     facts = {
         "data": content["data"]["sha256_of_arrays_and_split"],
-        "the corrupted set": content["data"].get("sha256_of_corrupted"),
         "network": "{model} of width {width}".format(**content["network"]),
     }
-    facts |= {f"--{key}": protocol_of(ensemble, key) for key in SAME}
+    corrupted, digest = content.get("result", {}).get("corrupted"), content["data"].get("sha256_of_corrupted")
+    if corrupted or digest:
+        facts["the corrupted set"] = digest or UNKNOWN
+    if corrupted:
+        facts["the number of corrupted images"] = corrupted["mean"].get("samples", UNKNOWN)
+    if content["protocol"]:  # a run that was only trained has none
+        facts |= {f"--{key}": protocol_of(ensemble, key) if key in content["protocol"] else UNKNOWN for key in SAME}
+        if facts["--checkpoint"] not in CHECKPOINTS:  # files of other names
+            facts["--checkpoint"] = UNKNOWN
+        made = content.get("made_by", {}).get("test", {})
+        for mode in content["protocol"].get("mode", []):
+            facts[f"the version of {mode}"] = made.get(mode, {}).get("versions", UNKNOWN)
     for part in [name for name in sharpness.get("result", {}) if name != "missing" and not beyond_linf(ensemble, name)]:
-        protocol = sharpness_protocol(ensemble, part)
+        protocol, row = sharpness_protocol(ensemble, part), sharpness["result"][part]
         for key in SAME_SHARPNESS:
-            if part in PARTS_OF.get(key, {part}):
-                facts[f"{part}: --{key} of the sharpness"] = protocol.get(key)
+            if part in PARTS_OF.get(key, {part}) and key in row.get("protocol", SAME_SHARPNESS):
+                facts[f"{part}: --{key} of the sharpness"] = protocol.get(key, UNKNOWN)
+        versions = [one.get("versions", UNKNOWN) for one in row.get("members", []) if one]
+        facts[f"{part}: the version of the sharpness"] = versions[0] if versions else UNKNOWN
+    trained = content.get("trained")
+    facts["how it was trained"] = "recorded" if trained else UNKNOWN
+    if trained:
+        recipe = {name: value for name, value in (settings | trained).items() if name not in COMPARED}
+        facts |= {f"--{name} of the training": value for name, value in recipe.items() if name not in FREE_SETTINGS}
     return facts
 
 
