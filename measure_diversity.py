@@ -33,8 +33,8 @@ LINES = (
     ("variance of probabilities", ("variance_of_probabilities",), None),
     ("KL", ("kl", "mean"), None),
     ("Jensen-Shannon", ("jensen_shannon", "mean"), None),
-    ("CKA of features, debiased", ("cka", "features", "debiased", "mean"), None),
-    ("CKA of logits, debiased", ("cka", "logits", "debiased", "mean"), None),
+    ("CKA of features", ("cka", "features", "debiased", "mean"), None),
+    ("CKA of centred logits", ("cka", "centred_logits", "debiased", "mean"), None),
 )
 
 
@@ -60,16 +60,13 @@ def main(args: argparse.Namespace) -> None:
     if "predict" in args.mode:
         logits, labels, _ = measurement.predictions(measurement.parts("val")[0])
         temperatures = fit_temperatures(torch.log_softmax(logits.double(), dim=2), labels, args.average)
-    weights: dict[int, Tensor] = {}
     results: dict[str, Any] = {}
     for split in measurement.splits:
         found, draws = {}, {}
         for part in measurement.parts(split):
             logits, labels, features = measurement.predictions(part)
-            if len(labels) not in weights:
-                weights[len(labels)] = metrics.bootstrap_weights(len(labels), args.bootstrap)
             result, columns, gaps = measure_part(args, logits, labels, features, temperatures)
-            found[part.name], draws[part.name] = result, resample(weights[len(labels)], columns, gaps)
+            found[part.name], draws[part.name] = result, resample(args.bootstrap, columns, gaps)
         results[split] = summarize(measurement.parts(split), found, draws)
     path = measurement.write("diversity.json", {"temperatures": temperatures, **results}, vars(args))
     for split, result in results.items():
@@ -150,7 +147,7 @@ def measure_part(
     if "CKA" in args.mode:
         result["cka"] = {
             name: {form: cka_matrix(tensors, form == "debiased") for form in ("debiased", "biased")}
-            for name, tensors in (("features", features), ("logits", list(logits)))
+            for name, tensors in (("features", features), ("centred_logits", list(diversity.centred(logits))))
         }
 
     counts["ensemble"] = ensemble["correct"].long()
@@ -170,11 +167,11 @@ def scores(
     return result
 
 
-def resample(weights: Tensor, columns: dict[str, Tensor], gaps: Tensor | None) -> dict[str, Tensor]:
-    """The bootstrap draws [B] of each column's mean and of the ECE."""
+def resample(count: int, columns: dict[str, Tensor], gaps: Tensor | None) -> dict[str, Tensor]:
+    """The bootstrap draws [count] of each column's mean and of the ECE."""
     values = torch.stack(list(columns.values()), dim=1)
-    # One product: the resamples are larger than all that is resampled, and are read once.
-    drawn = weights @ (values if gaps is None else torch.cat([values, gaps], dim=1))
+    # At once: the resamples are larger than all that is resampled, and are read once.
+    drawn = metrics.bootstrap_means(values if gaps is None else torch.cat([values, gaps], dim=1), count)
     draws = dict(zip(columns, drawn.T, strict=False))
     if gaps is not None:
         draws["ensemble_ece"] = drawn[:, len(columns) :].abs().sum(dim=1)

@@ -41,6 +41,7 @@ from utils.datasets import CORRUPTED, DATASETS, find_corrupted, load_data
 from utils.distributed import cores
 from utils.files import load_json, read_json, write_array, write_atomically, write_json
 from utils.places import PLACES, find
+from utils.predictions import VERSIONS
 from utils.results import copy_results
 from utils.run import environment, read_settings
 
@@ -334,7 +335,8 @@ class Experiment:
         commands.append(["measure_sharpness.py", *common, *shlex.split(args.sharpness_flags)])
         written = [folder / f"{name}.json" for name in ("diversity", "sharpness", "variance")[: 2 + args.variance]]
         name = f"measuring {folder}"
-        return self.job(name, 0.6, folder, lambda: [*_weights(source), *written], commands, commands)
+        options = [*commands, [json.dumps(VERSIONS)]]  # other code measures again
+        return self.job(name, 0.6, folder, lambda: [*_weights(source), *written], commands, options)
 
     def job(self, name: str, cost: float, folder: Path, files: Files, commands: Words, options: Words) -> Job:
         """A job that is done where its marker says that commands with these options left files of this content."""

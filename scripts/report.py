@@ -228,8 +228,7 @@ def section(folder: Path, plan: dict[str, Any]) -> list[str]:
         f"{images} validation images, {first['data']['test']} test images, corrupted copies of {corrupted:g}. "
         f"{plan['jobs']} single-thread processes on {plan['environment']['cpus']} cores, torch "
         f"{plan['environment']['torch']}. Measured by the code of {' and '.join(commits)}." + looks(plan),
-        f"Ensemble accuracy on validation: {choices(plan)}. One ensemble on {images} images has a standard error of "
-        f"{100 * math.sqrt(0.15 * 0.85 / images):.1f} points, so that k and T_d are hardly told apart.",
+        f"Ensemble accuracy on validation: {choices(plan)}.{chance(plan, images)}",
         f"Sharpness: the rise of the loss in the worst case within {'an adaptive' if ball['adaptive'] else 'a'} l2 "
         f"ball of radius {ball['rho0']:g}, mean over {ball['batch_num']} batches of {ball['eval_batch_size']} training "
         f"images, by '{ball['maximiser']}' in {ball['n_iters']} iterations."
@@ -274,6 +273,23 @@ def choices(plan: dict[str, Any]) -> str:
         edge = " (an end of what was tried)" if chosen in [f(map(float, values)) for f in (min, max) if values] else ""
         found.append(f"{of}, {scores}, chosen {chosen:g}{edge}" if scores else f"{name} {chosen:g}")
     return "; ".join(found)
+
+
+def chance(plan: dict[str, Any], images: int) -> str:
+    """The standard error of the accuracies that k and T_d were chosen by, beside how far apart these are."""
+    found, gaps = [], []
+    for name in ("k", "T_d"):
+        values = {float(value): score for value, score in plan["validation"].get(name, {}).items()}
+        if len(values) > 1 and plan["chosen"][name] in values:
+            found.append(values[plan["chosen"][name]])
+            gaps.append(f"{100 * (max(values.values()) - min(values.values())):.2f} points for {name}")
+    if not found:
+        return ""
+    error = 100 * math.sqrt(found[-1] * (1 - found[-1]) / images)
+    return (
+        f" The accuracy of one ensemble on {images} images, {100 * found[-1]:.2f} %, has a standard error of "
+        f"{error:.1f} points; the best and the worst value that were tried are apart by {' and '.join(gaps)}."
+    )
 
 
 def claims_table(measured: Measured, seeds: list[str]) -> str:

@@ -86,6 +86,8 @@ def tables(ensembles: list[Ensemble], form: str) -> str:
     note = f"{results.setting_of(first)}, checkpoints '{results.protocol_of(ensembles[0], 'checkpoint')}', "
     note += f"test set of {first['data']['test']} images. "
     note += " ".join(explain(groups, shown, rows))
+    if any(map(results.beyond_linf, ensembles)):
+        note += f" Sharpness in linf at a radius above {results.MAX_LINF} is left out."
     unknown = [COLUMNS[name].title for name in shown if any(_infinite(one.values.get(name)) for one in ensembles)]
     if unknown:
         note += f" inf, nan: the loss leaves the range of float32 ({', '.join(unknown)})."

@@ -95,6 +95,14 @@ def test_what_git_holds_of_the_notebook():
     assert all(set(output["data"]) == {"image/png"} for output in outputs)
 
 
+@pytest.mark.parametrize("method", ["random", "paper", "released"])
+def test_sizes_of_sets_are_those_of_the_simulation(method):
+    text = "".join(line for cell in json.loads(NOTEBOOK.read_text())["cells"] for line in cell["source"])
+    grids = json.loads((ROOT / "results/theory/theory.json").read_text())["grids"]
+    (share,) = {f"{row['sam_share']:.2f}" for row in grids["trained"] if row["method"] == method}
+    assert share + (" of all" if method == "random" else f" ({method})") in text
+
+
 def test_every_figure_has_names_and_units(figures):
     assert len(figures) == 7
     for name, figure in figures.items():

@@ -88,7 +88,7 @@ def measure(folder, settings, seeds=(1, 2), accuracy=0.8, sharpness=2.0, corrupt
     content = {
         "members": members,
         "network": {"model": "resnet18", "width": 2},
-        "data": {"dataset": "digits", "test": IMAGES, "sha256_of_arrays_and_split": "d"},
+        "data": {"dataset": "digits", "test": IMAGES, "sha256_of_arrays_and_split": "d", "sha256_of_corrupted": "c"},
         "protocol": {"checkpoint": "best", "bins": 15, "corruptions": ["fog"], "split": sorted(result)},
         "trained": settings | {"seed": list(seeds)},
         "result": result,

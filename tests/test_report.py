@@ -144,9 +144,9 @@ def results(tmp_path):
                 folder / "measurements" / f"{method}_{seed}",
                 0.8 + gain + 0.01 * i * (method == "sam_0.1"),
             )
-            write(place, SAM | {"rho": rho, "epochs": 9, "at": method}, (int(seed), 99), accuracy, 1.0 + gain)
+            write(place, SAM | {"rho": rho, "epochs": 9, "average_from": method}, (int(seed), 99), accuracy, 1.0 + gain)
             content = json.loads((place / "diversity.json").read_text())
-            content["data"] |= {"train": 100, "val": 10}
+            content["data"] |= {"train": 100, "val": 10, "sha256_of_corrupted": "c"}
             content["result"]["corrupted"] = {"mean": content["result"]["test"] | {"samples": 10.0}}
             (place / "diversity.json").write_text(json.dumps(content))
     return tmp_path
@@ -190,7 +190,11 @@ def test_report(results, capsys):
         "(released) on the first seeds, k 0.3: 52.00 %, k 0.5: 53.00 %, chosen 0.5 "
         + edge
         + "; likewise, T_d 2: 51.00 %, "
-        "T_d 5: 53.00 %, chosen 5 " + edge + ". One ensemble on 10 images has a standard error of 11.3 points"
+        "T_d 5: 53.00 %, chosen 5 "
+        + edge
+        + ". The accuracy of one ensemble on 10 images, 53.00 %, has a standard error of "
+        "15.8 points; "
+        "the best and the worst value that were tried are apart by 1.00 points for k and 2.00 points for T_d."
     ) in text
     assert (
         "within an adaptive l2 ball of radius 0.5, mean over 20 batches of 5 training images, by 'tight' in 7" in text
@@ -209,6 +213,29 @@ def test_one_value_that_was_chosen_without_others():
     plan = {"chosen": {"rho": 0.2, "k": 0.5, "T_d": 5}, "validation": {"k": {"0.3": 0.1, "0.5": 0.2, "0.7": 0.1}}}
     scores = "k 0.3: 10.00 %, k 0.5: 20.00 %, k 0.7: 10.00 %, chosen 0.5"
     assert report.choices(plan) == f"rho 0.2; SharpBalance (released) on the first seeds, {scores}; T_d 5"
+
+
+@pytest.mark.parametrize(
+    ("tried", "expected"),
+    [
+        (
+            {"k": {"0.3": 0.9, "0.5": 0.8}, "T_d": {"2": 0.88, "5": 0.91}},
+            (91, 400, "10.00 points for k and 3.00 points"),
+        ),
+        ({"k": {"0.3": 0.98, "0.50": 0.96, "0.7": 0.97}}, (96, 900, "2.00 points for k.")),
+        ({"T_d": {"5": 0.5}}, None),
+        ({}, None),
+    ],
+)
+def test_the_standard_error_is_that_of_the_accuracy_found(tried, expected):
+    text = report.chance({"chosen": {"rho": 0.2, "k": 0.5, "T_d": 5}, "validation": tried}, expected and expected[1])
+    if expected is None:
+        assert text == ""
+    else:
+        percent, images, apart = expected
+        error = math.sqrt(percent * (100 - percent) / images)
+        assert f"on {images} images, {percent}.00 %, has a standard error of {error:.1f} points; " in text
+        assert f"apart by {apart}" in text
 
 
 def test_bad_results(results, tmp_path, capsys):

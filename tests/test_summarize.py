@@ -16,7 +16,7 @@ from scripts import summarize
 from utils import cli
 from utils.files import write_json
 from utils.metrics import (
-    bootstrap_weights,
+    bootstrap_means,
     calibration_bins,
     corrected_interval,
     crossed_interval,
@@ -198,8 +198,8 @@ def test_ratios_by_sample(tmp_path):
     }
     folder = write(tmp_path / "a", SAM, (1, 2), 0.8, result={"test": row})
     found = read_ensemble(folder)
-    weights = bootstrap_weights(2000, 2000)
-    member, ensemble, pairs = (weights @ torch.from_numpy(x.astype(float)) for x in ((a + 0.0 + b) / 2, whole, a != b))
+    columns = np.stack([(a + 0.0 + b) / 2, whole, a != b], axis=1)
+    member, ensemble, pairs = bootstrap_means(torch.from_numpy(columns.astype(float)), 2000).T
     for name, draws in (("eir", (ensemble - member) / (1 - member)), ("der", pairs / (1 - member))):
         assert found.by_sample[name].mean().item() == pytest.approx(found.values[name])
         expected = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
@@ -218,13 +218,40 @@ def test_gain_and_all_parts_of_sharpness(tmp_path, capsys):
     out = capsys.readouterr().out
     rows = {line.split("  ")[0]: line for line in out.splitlines()}
     assert "5.00 [" in rows["gain, points"]
-    assert "1.2500 ± 0.5000" in rows["sharpness (average, l2)"]
+    assert "1.2500 ± 0.5000" in rows["sharpness (average, normal noise)"]
     assert "2.2 ± 0.5" in rows["trace of Hessian"]
     assert "3.25 ± 0.50" in rows["top eigenvalue"]
     assert "4.250 ± 0.500" in rows["Fisher trace"]
     assert not {"log det NTK", "sharpness (worst, linf)"} & set(rows)
     one = read_ensemble(folder)
     assert one.by_sample["gain"].mean() == pytest.approx((one.by_sample["ensemble"] - one.by_sample["member"]).mean())
+
+
+@pytest.mark.parametrize(("radius", "shown"), [(0.005, True), (0.05, True), (0.051, False), (0.5, False)])
+def test_linf_is_shown_at_small_radii_only(radius, shown, tmp_path, capsys):
+    folder = write(tmp_path / "sam", SAM, (1, 2), 0.9, sharpness=2.0)
+    content = json.loads((folder / "sharpness.json").read_text())
+    content["result"]["APGD_worst-linf"] = {"mean": 3e9, "std": 1e9, "n": 2, "protocol": {"rho0": radius}}
+    write_json(folder / "sharpness.json", content)
+    call(folder)
+    out = capsys.readouterr().out
+    assert ("sharpness (worst, linf)" in out) == shown
+    assert ("Sharpness in linf at a radius above 0.05 is left out." in out) != shown
+    assert re.search(r"^sharpness \(worst, l2\) +2\.0000 ± 0\.1000$", out, re.MULTILINE)
+
+
+def test_linf_that_is_left_out_need_not_agree(tmp_path, capsys):
+    """As where half of the ensembles were measured by an earlier version, at 0.5."""
+    for name, radius, value in (("sam", 0.5, 3e9), ("sharpbalance", 0.01, 1.5)):
+        folder = write(tmp_path / name, {"sam": SAM, "sharpbalance": SHARPBALANCE}[name], (1, 2), 0.9, sharpness=2.0)
+        content = json.loads((folder / "sharpness.json").read_text())
+        protocol = content["protocol"] | {"rho0": radius}
+        content["result"]["APGD_worst-linf"] = {"mean": value, "std": 0.5, "n": 2, "protocol": protocol}
+        write_json(folder / "sharpness.json", content)
+    call(tmp_path / "sam", tmp_path / "sharpbalance")
+    out = capsys.readouterr().out
+    assert re.search(r"^sharpness \(worst, linf\) +- +1\.5000 ± 0\.5000$", out, re.MULTILINE)
+    assert "above 0.05 is left out" in out
 
 
 def test_the_data_are_named(tmp_path, capsys):
@@ -426,10 +453,10 @@ def test_intervals_of_the_calibration_error_cover():
         return (right.double() - confidence)[:, None] * (calibration_bins(confidence, 15)[:, None] == borders)
 
     truth = sample(1_000_000).mean(dim=0).abs().sum().item()
-    weights, hits = bootstrap_weights(200, 300), {"corrected": 0, "percentile": 0}
+    hits = {"corrected": 0, "percentile": 0}
     for _ in range(200):
         gaps = sample(200)
-        draws = (weights @ gaps).abs().sum(dim=1)
+        draws = bootstrap_means(gaps, 300).abs().sum(dim=1)
         for name, interval in (
             ("corrected", corrected_interval(gaps.mean(dim=0).abs().sum().item(), draws)),
             ("percentile", percentile_interval(draws)),

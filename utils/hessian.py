@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.sparse.linalg import LinearOperator, eigsh
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -306,7 +306,8 @@ def top_eigenpairs(
 
     Returns:
         Values float64 [k], largest first; unit vectors float64 [P, k]; residuals ||H v - lambda v||_2, float64 [k]. All
-        are nan where a product with H overflows.
+        are nan where a product with H overflows. Where H is 0 (a loss that does not depend on the weights, or that is 0
+        to the last bit) so are values and residuals, and any unit vectors are eigenvectors.
     """
     operator = HessianOperator(model, batches, params)
     if not 0 < k < operator.size:
@@ -324,6 +325,12 @@ def top_eigenpairs(
         values, vectors = eigsh(linear, k=k, which="LA", tol=tolerance, v0=start)
     except FloatingPointError:
         return tuple(torch.full(shape, math.nan, dtype=torch.float64) for shape in ((k,), (operator.size, k), (k,)))
+    except ArpackError:
+        if product(start).any():
+            raise
+        # ARPACK refuses an H whose product with a random vector is 0.
+        values = torch.zeros(k, dtype=torch.float64)
+        return values, torch.eye(operator.size, k, dtype=torch.float64), values.clone()
     order = np.argsort(values)[::-1]
     values, vectors = values[order].copy(), vectors[:, order].copy()
     residuals = [np.linalg.norm(product(v) - value * v) for value, v in zip(values, vectors.T, strict=True)]

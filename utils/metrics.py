@@ -5,9 +5,10 @@ divided once.
 """
 
 import base64
+import functools
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 SMALLEST = 1e-100  # avoids 0 / 0
+MAX_KEPT = 2**24  # bytes of the counts of resamples that are kept
 MAX_COUNTS = 2**24  # bytes of unpacked counts: a text may hold a thousand times its own size
 
 
@@ -197,15 +199,33 @@ def with_temperature(log_probs: Tensor, temperature: float) -> Tensor:
     return torch.log_softmax(log_probs.double() / temperature, dim=1)
 
 
-def bootstrap_weights(samples: int, draws: int, seed: int = 0) -> Tensor:
-    """How often each sample is drawn in each resample with replacement, over the number of samples: float64 [B, N].
+def bootstrap_means(values: Tensor, draws: int, seed: int = 0) -> Tensor:
+    """Means over resamples of the samples with replacement: [N, ...] -> float64 [B, ...].
 
-    A row times a column of per-sample values is a resampled mean. The same seed gives the same resamples, so that
-    scores of the same samples can be compared draw by draw.
+    The same number of samples, draws and seed give the same resamples, so that scores of the same samples can be
+    compared draw by draw.
     """
+    samples, values = len(values), values.double()
+    counts = _kept_counts if samples * draws <= MAX_KEPT else bootstrap_counts
+    means = [block.double().div_(samples) @ values for block in counts(samples, draws, seed)]
+    return torch.cat([torch.zeros(0, *values.shape[1:], dtype=torch.float64), *means])
+
+
+def bootstrap_counts(samples: int, draws: int, seed: int = 0) -> Iterator[Tensor]:
+    """How often each sample is drawn in each resample: uint8 [B, N], in blocks of at most 4 MB (32 in float64)."""
     random = np.random.RandomState(seed)
-    rows = [np.bincount(random.randint(0, samples, samples), minlength=samples) for _ in range(draws)]
-    return torch.from_numpy(np.stack(rows) / samples) if rows else torch.zeros(0, samples, dtype=torch.float64)
+    size = max(2**22 // samples, 1)
+    for start in range(0, draws, size):
+        block = torch.empty(min(size, draws - start), samples, dtype=torch.uint8)
+        for row in block.numpy():  # a count above 255 has a probability below 1e-500
+            row[:] = np.bincount(random.randint(0, samples, samples), minlength=samples)
+        yield block
+
+
+@functools.lru_cache(maxsize=2)
+def _kept_counts(samples: int, draws: int, seed: int) -> list[Tensor]:
+    """`bootstrap_counts` for the next call: drawing costs more than the product."""
+    return list(bootstrap_counts(samples, draws, seed))
 
 
 def percentile_interval(draws: Tensor, level: float = 0.95) -> list[float] | None:
@@ -230,7 +250,7 @@ def corrected_interval(value: float, draws: Tensor, level: float = 0.95) -> list
 
 def paired_bootstrap(difference: Tensor, level: float = 0.95, draws: int = 2000, seed: int = 0) -> list[float]:
     """The percentile interval of the mean of a difference of two models, [N], over resampled test samples."""
-    return percentile_interval(bootstrap_weights(len(difference), draws, seed) @ difference.double(), level)
+    return percentile_interval(bootstrap_means(difference, draws, seed), level)
 
 
 def t_interval(values: Sequence[float], level: float = 0.95) -> list[float] | None:

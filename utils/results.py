@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,16 +68,22 @@ VALUES = {
 SHARPNESS = {
     "sharpness": Value("APGD_worst-l2", "sharpness (worst, l2)", 1, 4),
     "sharpness_linf": Value("APGD_worst-linf", "sharpness (worst, linf)", 1, 4),
-    "sharpness_average": Value("APGD_average-l2", "sharpness (average, l2)", 1, 4),
+    "sharpness_average": Value("APGD_average-l2", "sharpness (average, normal noise)", 1, 4),
     "hessian_trace": Value("hessian_t", "trace of Hessian", 1, 1),
     "hessian_top": Value("hessian_e", "top eigenvalue", 1, 2),
     "fisher": Value("fisher", "Fisher trace", 1, 3),
     "ntk": Value("NTK", "log det NTK", 1, 1),
 }
+MAX_LINF = 0.05  # the largest radius in linf that tables show: at 0.5 each weight changes by half, a rise of 1e9 nats
 # Options of measurements that must agree before ensembles are compared.
 SAME = ("average", "bins", "checkpoint", "split", "corruptions", "severities")
 SAME_SHARPNESS = ("rho0", "adaptive", "n_iters", "maximiser", "eval_batch_size", "batch_num", "subset_seed", "split")
 SAME_SHARPNESS += ("params", "hessian_samples", "ntk_samples")
+# Settings of a training that make its method, which may differ between ensembles that are compared, and the seeds.
+COMPARED = {"sam", "rho", "sam_adaptive", "flat_ratio", "initial_epochs", "partition", "unselected", "match_size"}
+COMPARED |= {"average_from", "bn_perturbed", "seed"}
+UNKNOWN = object()  # what a file does not record, and which therefore is equal to nothing
+UNVERIFIED = ("the corrupted set", "how it was trained")  # worth a line also where no file records them
 # Options that matter only if one of these values was measured.
 PARTS_OF = {"hessian_samples": {"hessian_t", "hessian_e"}, "ntk_samples": {"NTK"}}
 BOTH = "ensembles, images"  # the population of a crossed interval
@@ -138,6 +145,8 @@ def method_of(settings: dict[str, Any], averaged: bool = False) -> str:
         return METHODS["averaged" if averaged else key].name
     parts, rho = [METHODS["averaged"].name] if averaged else [], f"rho {settings['rho']:g}"
     parts.append(METHODS[key].name)
+    if settings.get("bn_perturbed") == "freeze":
+        parts.append("bn_perturbed freeze")
     if not settings["flat_ratio"]:
         return ", ".join([*parts, rho])
     size, reading = settings["match_size"], settings["match_size"] or settings["partition"]
@@ -217,15 +226,21 @@ def _add_sharpness(ensemble: Ensemble) -> None:
     """Add the sharpness.json beside diversity.json."""
     path, members = ensemble.folder / "sharpness.json", len(ensemble.seeds)
     sharpness = read_json(path, f"make it by python measure_sharpness.py --save {ensemble.folder}")
+    ensemble.content["sharpness"] = sharpness
     for name, (part, *_) in SHARPNESS.items():
         found = sharpness.get("result", {}).get(part, {})
         # An interrupted measurement covers only some of the members.
-        if found.get("n", members) == members:
+        if found.get("n", members) == members and not beyond_linf(ensemble, part):
             ensemble.values[name], ensemble.spread[name] = found.get("mean"), found.get("std")
     ours, theirs = ([m["sha256_of_weights"] for m in one.get("members", [])] for one in (ensemble.content, sharpness))
     if "members" in sharpness and ours != theirs:
         raise InputError(f"{path}: of other weights than diversity.json beside it; measure one of them again")
-    ensemble.content["sharpness"] = sharpness
+
+
+def beyond_linf(ensemble: Ensemble, part: str = "APGD_worst-linf") -> bool:
+    """Whether a part of the sharpness was measured in linf at a radius that tables do not show."""
+    measured = part in ensemble.content.get("sharpness", {}).get("result", {})
+    return measured and part.endswith("-linf") and (sharpness_protocol(ensemble, part).get("rho0") or 0) > MAX_LINF
 
 
 def copy_results(folder: Path, target: Path) -> None:
@@ -334,19 +349,26 @@ def difference_of(pairs: list[tuple[Ensemble, Ensemble]], name: str) -> tuple[fl
 
 
 def check_alike(ensembles: list[Ensemble]) -> None:
-    """Refuse to compare what was measured on different data or by different protocols.
+    """Refuse to compare what was trained by different recipes, or measured on different data or by different protocols.
+
+    What is recorded of some ensembles only (of `UNVERIFIED` also what is of none) is named in one line on stderr.
 
     Raises:
         InputError: naming two folders and what differs between them, or two of the same method and seeds.
     """
-    facts = [(ensemble.folder, _facts(ensemble)) for ensemble in ensembles]
-    for name in dict.fromkeys(name for _, known in facts for name in known):
-        known = [(folder, found[name]) for folder, found in facts if found.get(name) is not None]
+    settings = {name: UNKNOWN for one in ensembles for name in one.content.get("trained") or {}}
+    facts, unknown = [(ensemble.folder, _facts(ensemble, settings)) for ensemble in ensembles], {}
+    for name in dict.fromkeys(["data", *UNVERIFIED, *(name for _, found in facts for name in found)]):
+        asked = [(folder, found[name]) for folder, found in facts if name in found]
+        known = [(folder, value) for folder, value in asked if value is not UNKNOWN]
         for folder, value in known:
             first, expected = known[0]
             if value != expected:
                 what = f"{name} differs ({value!s:.40}, {expected!s:.40})"
-                raise InputError(f"{folder} and {first} cannot be compared: {what}; measure both alike")
+                way_out = "compare what was trained alike" if name.endswith("training") else "measure both alike"
+                raise InputError(f"{folder} and {first} cannot be compared: {what}; {way_out}")
+        if len(known) < len(asked) > 1 and (known or name in UNVERIFIED):
+            unknown[name] = [folder for folder, value in asked if value is UNKNOWN]
     folders = {}
     for ensemble in ensembles:
         trained, place = ensemble.content.get("trained"), str(ensemble.folder.resolve())
@@ -354,22 +376,50 @@ def check_alike(ensembles: list[Ensemble]) -> None:
         if key in folders:
             raise InputError(f"{ensemble.folder} and {folders[key]} are the same method and seeds; give each once")
         folders[key] = ensemble.folder
+    if unknown:
+        where = {}
+        for name, missing in unknown.items():
+            where.setdefault(f"{missing[0]}" + f" and {len(missing) - 1} more" * (len(missing) > 1), []).append(name)
+        text = "; ".join(f"{', '.join(names)} (of {place})" for place, names in where.items())
+        print(f"note: not recorded, so that it may differ: {printable(text)}", file=sys.stderr)
 
 
-def _facts(ensemble: Ensemble) -> dict[str, Any]:
-    """What must agree between all ensembles that are compared, as far as it is known."""
+def _facts(ensemble: Ensemble, settings: dict[str, Any]) -> dict[str, Any]:
+    """What must agree between all ensembles that are compared and have it; `UNKNOWN` where that is not recorded.
+
+    Args:
+        ensemble: with its result files.
+        settings: the names of all settings of training, with `UNKNOWN`.
+    """
     content, sharpness = ensemble.content, ensemble.content.get("sharpness", {})
     facts = {
         "data": content["data"]["sha256_of_arrays_and_split"],
-        "the corrupted set": content["data"].get("sha256_of_corrupted"),
         "network": "{model} of width {width}".format(**content["network"]),
     }
-    facts |= {f"--{key}": protocol_of(ensemble, key) for key in SAME}
-    for part in [name for name in sharpness.get("result", {}) if name != "missing"]:
-        protocol = sharpness_protocol(ensemble, part)
+    corrupted, digest = content.get("result", {}).get("corrupted"), content["data"].get("sha256_of_corrupted")
+    if corrupted or digest:
+        facts["the corrupted set"] = digest or UNKNOWN
+    if corrupted:
+        facts["the number of corrupted images"] = corrupted["mean"].get("samples", UNKNOWN)
+    if content["protocol"]:  # a run that was only trained has none
+        facts |= {f"--{key}": protocol_of(ensemble, key) if key in content["protocol"] else UNKNOWN for key in SAME}
+        if facts["--checkpoint"] not in CHECKPOINTS:  # files of other names
+            facts["--checkpoint"] = UNKNOWN
+        made = content.get("made_by", {}).get("test", {})
+        for mode in content["protocol"].get("mode", []):
+            facts[f"the version of {mode}"] = made.get(mode, {}).get("versions", UNKNOWN)
+    for part in [name for name in sharpness.get("result", {}) if name != "missing" and not beyond_linf(ensemble, name)]:
+        protocol, row = sharpness_protocol(ensemble, part), sharpness["result"][part]
         for key in SAME_SHARPNESS:
-            if part in PARTS_OF.get(key, {part}):
-                facts[f"{part}: --{key} of the sharpness"] = protocol.get(key)
+            if part in PARTS_OF.get(key, {part}) and key in row.get("protocol", SAME_SHARPNESS):
+                facts[f"{part}: --{key} of the sharpness"] = protocol.get(key, UNKNOWN)
+        versions = [one.get("versions", UNKNOWN) for one in row.get("members", []) if one]
+        facts[f"{part}: the version of the sharpness"] = versions[0] if versions else UNKNOWN
+    trained = content.get("trained")
+    facts["how it was trained"] = "recorded" if trained else UNKNOWN
+    if trained:
+        recipe = {name: value for name, value in (settings | trained).items() if name not in COMPARED}
+        facts |= {f"--{name} of the training": value for name, value in recipe.items() if name not in FREE_SETTINGS}
     return facts
 
 
