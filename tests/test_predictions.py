@@ -15,8 +15,10 @@ import utils.predictions
 import utils.training
 from models import create_model
 from scripts import experiment
+from tests.test_ensemble import ROOT
 from tests.test_measure import SMALL, call, save_member
 from tests.test_plots import SAM, make_run
+from utils import InputError
 from utils.data import ImageSet, Preprocessing
 from utils.files import load_json, write_json
 from utils.predictions import FROM_LOGITS, VERSIONS
@@ -288,6 +290,15 @@ def test_parts_of_earlier_versions_are_measured_anew(members, monkeypatch, capsy
 
 
 KEPT = ("fisher", "hessian_t")
+
+
+@pytest.mark.parametrize("damage", [3, "ab", {"along": 3}, {"top": "abc"}])
+def test_damaged_records_of_curves(damage, tmp_path):
+    content = load_json(ROOT / "results/digits/landscape.json")
+    content["runs"][1]["made_by"] = damage
+    write_json(tmp_path / "x.json", content)
+    with pytest.raises(InputError, match="not the numbers of a landscape"):
+        utils.landscape.read_landscape(tmp_path / "x.json")
 
 
 @pytest.mark.parametrize("change", [*CHANGES, None])

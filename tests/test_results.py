@@ -281,7 +281,9 @@ def test_unknown_is_not_equal(name, tmp_path, capsys):
     for folder in folders:
         change(folder, "diversity.json", "result", "corrupted", CORRUPTED)
         change(folder, "diversity.json", "data", "sha256_of_corrupted", "c")
-        change(folder, "diversity.json", "protocol", "mode", ["predict"])
+        change(folder, "diversity.json", "protocol", "mode", ["predict", "KL"])
+        made = {"test": {"predict": {"versions": 1}}, "train": {"KL": {"versions": 1}}}  # KL not on the test set
+        change(folder, "diversity.json", "made_by", made)
         change(folder, file, *path, value)
     assert checked(folders, capsys) == ""
     change(folders[1], file, *path, other)
@@ -306,6 +308,13 @@ def test_corrupted_sets_of_other_sizes(tmp_path, capsys):
     assert "the corrupted set (of" in checked(folders, capsys)
     change(folders[1], "diversity.json", "result", "corrupted", "mean", "samples", 500.0)
     assert "the number of corrupted images differs (500.0, 200.0)" in checked(folders, capsys)
+
+
+@pytest.mark.parametrize("damage", [{"test": 3}, {"test": {"predict": 3}}, 3])
+def test_damaged_records_of_versions(damage, tmp_path, capsys):
+    folders = three_alike(tmp_path)
+    change(folders[1], "diversity.json", "made_by", damage)
+    assert f"{folders[1]}: a result file is damaged (" in checked(folders, capsys)
 
 
 def test_of_unknown_training(tmp_path, capsys):

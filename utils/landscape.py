@@ -114,10 +114,11 @@ def read_landscape(path: Path) -> list[Ensemble]:
     content, ensembles = read_json(path, AGAIN), []
     try:
         for row in content["runs"]:
-            row |= {"about": content["about"], "trained": current_settings(row["trained"])}
+            made = {kind: dict(records) for kind, records in row.get("made_by", {}).items()}
+            row |= {"about": content["about"], "trained": current_settings(row["trained"]), "made_by": made}
             method, seeds = method_of(row["trained"]), tuple(row["trained"]["seed"])
             ensembles.append(Ensemble(Path(row["folder"]), method, seeds, content=row))
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not the numbers of a landscape; {AGAIN}") from error
     return ensembles
 
@@ -131,16 +132,14 @@ def _curves_of(path: Path, about: dict[str, Any], here: dict[str, Any]) -> dict[
     stale: list[str] = []
     if path.is_file():
         without_top = {key: value for key, value in about.items() if key != "top"}  # as an earlier version wrote it
-        for run in read_landscape(path):
-            if run.content["about"] not in (about, without_top):
-                continue
-            for kind, found in curves.items():
-                records = run.content.get("made_by", {}).get(kind, {})
-                for key, curve in run.content.get(kind, {}).items():
-                    if why := why_stale(kind, records.get(key), here):
-                        stale.append(f"{kind} was computed {why}")
-                    else:
-                        found[key] = curve, records[key]
+        alike = [run.content for run in read_landscape(path) if run.content["about"] in (about, without_top)]
+        for kind, (content, found) in itertools.product(curves, [(one, one["made_by"]) for one in alike]):
+            for key, curve in content.get(kind, {}).items():
+                record = found.get(kind, {}).get(key)
+                if why := why_stale(kind, record, here):
+                    stale.append(f"{kind} was computed {why}")
+                else:
+                    curves[kind][key] = curve, record
     if stale:
         print(f"note: {path}: {stale[0]}; computed anew ({len(stale)} such curves)", file=sys.stderr)
     return curves

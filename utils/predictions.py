@@ -43,7 +43,7 @@ VALUE_OPTIONS = ("average", "bins", "bootstrap", "corruptions", "severities")  #
 # what was kept before is made anew. tests/test_predictions.py holds values of each.
 VERSIONS = {
     "logits": 1,
-    **{"predict": 1, "disagreement": 1, "KL": 1, "CKA": 2, "variance": 2, "variance_mse": 1, "variance_mse_c": 1},
+    **{"predict": 2, "disagreement": 1, "KL": 1, "CKA": 2, "variance": 2, "variance_mse": 1, "variance_mse_c": 1},
     **{"APGD_worst": 1, "APGD_average": 2, "hessian_t": 1, "hessian_e": 1, "fisher": 1, "NTK": 1},
     **{"along": 1, "top": 1, "between": 1},  # curves of a landscape
 }

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from utils import InputError, printable
+from utils import InputError, first_line, printable
 from utils.files import load_json, read_json, write_json
 from utils.metrics import crossed_interval, paired_bootstrap, t_interval, unpack_counts, unpack_values
 from utils.run import CHECKPOINTS, FREE_SETTINGS, current_settings, read_settings
@@ -357,7 +357,13 @@ def check_alike(ensembles: list[Ensemble]) -> None:
         InputError: naming two folders and what differs between them, or two of the same method and seeds.
     """
     settings = {name: UNKNOWN for one in ensembles for name in one.content.get("trained") or {}}
-    facts, unknown = [(ensemble.folder, _facts(ensemble, settings)) for ensemble in ensembles], {}
+    facts, unknown = [], {}
+    for ensemble in ensembles:
+        try:
+            facts.append((ensemble.folder, _facts(ensemble, settings)))
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            problem = f"{ensemble.folder}: a result file is damaged ({first_line(error)}); measure it again"
+            raise InputError(problem) from error
     for name in dict.fromkeys(["data", *UNVERIFIED, *(name for _, found in facts for name in found)]):
         asked = [(folder, found[name]) for folder, found in facts if name in found]
         known = [(folder, value) for folder, value in asked if value is not UNKNOWN]
@@ -405,9 +411,10 @@ def _facts(ensemble: Ensemble, settings: dict[str, Any]) -> dict[str, Any]:
         facts |= {f"--{key}": protocol_of(ensemble, key) if key in content["protocol"] else UNKNOWN for key in SAME}
         if facts["--checkpoint"] not in CHECKPOINTS:  # files of other names
             facts["--checkpoint"] = UNKNOWN
-        made = content.get("made_by", {}).get("test", {})
-        for mode in content["protocol"].get("mode", []):
-            facts[f"the version of {mode}"] = made.get(mode, {}).get("versions", UNKNOWN)
+        # Earlier versions of the code recorded none.
+        made = content.get("made_by", {"test": {mode: {} for mode in content["protocol"].get("mode", [])}})
+        for mode, record in made.get("test", {}).items():
+            facts[f"the version of {mode}"] = record.get("versions", UNKNOWN)
     for part in [name for name in sharpness.get("result", {}) if name != "missing" and not beyond_linf(ensemble, name)]:
         protocol, row = sharpness_protocol(ensemble, part), sharpness["result"][part]
         for key in SAME_SHARPNESS:
