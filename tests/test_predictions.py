@@ -27,7 +27,7 @@ from utils.predictions import FROM_LOGITS, VERSIONS
 # version in utils.predictions.VERSIONS and here, and put the new values in: what users have kept is then made anew.
 GOLDEN = {
     "logits": (1, [-0.9752219, 8.624287, -3.611703, 16.18901]),
-    "predict": (1, [0.1, 1.310314, 0.8016208, 0.3800999, 1.10043, 0.2342431, 1.586411, 1.272719, 1.560766]),
+    "predict": (2, [0.1, 1.310314, 0.8016208, 0.3800999, 0.1095258, 1.10043, 0.2342431, 1.586411, 1.272719, 1.560766]),
     "disagreement": (1, [0.7333333, 1.0, -0.2272727, 0.08018228]),
     "KL": (1, [0.296763, 0.06821408]),
     "CKA": (2, [-0.1534791, 0.09294971, -0.1010724, 0.05847727]),
@@ -87,7 +87,7 @@ def diversity(mode):
     ensemble = found.get("ensemble", {})
     return {
         "predict": lambda: [
-            *(ensemble[name] for name in ("accuracy", "nll", "brier", "ece")),
+            *(ensemble[name] for name in ("accuracy", "nll", "brier", "ece", "calibration_mse")),
             *(ensemble["calibrated"][name] for name in ("nll", "ece")),
             *(member["nll"] for member in found["members"]),
         ],
@@ -180,7 +180,7 @@ def test_logits_of_other_code_or_another_device_are_made_anew(change, members, m
     first = call("diversity", *common, "--mode", "predict")
     assert len(passes) == 4
     assert first["made_by"]["val"]["predict"] == {
-        "versions": {"logits": 1, "predict": 1},
+        "versions": {"logits": 1, "predict": VERSIONS["predict"]},
         "device": "cpu",
         "commit": "first",
         "commits_of_logits": ["first"],
