@@ -163,8 +163,9 @@ def watch(monkeypatch, module, name, of=lambda *args, **kwargs: None):
 
 
 def by_another_version(kind, here, monkeypatch):
-    monkeypatch.setitem(VERSIONS, kind, 7)
-    return f"by version 1 of {kind}, which is now 7"
+    before = VERSIONS[kind]
+    monkeypatch.setitem(VERSIONS, kind, before + 1)
+    return f"by version {before} of {kind}, which is now {before + 1}"
 
 
 def on_another_device(kind, here, monkeypatch):
@@ -183,7 +184,7 @@ def test_logits_of_other_code_or_another_device_are_made_anew(change, members, m
     first = call("diversity", *common, "--mode", "predict")
     assert len(passes) == 4
     assert first["made_by"]["val"]["predict"] == {
-        "versions": {"logits": 1, "predict": 1},
+        "versions": {kind: VERSIONS[kind] for kind in ("logits", "predict")},
         "device": "cpu",
         "commit": "first",
         "commits_of_logits": ["first"],
@@ -247,7 +248,7 @@ def test_parts_of_other_code_or_another_device_are_measured_anew(change, members
     common = ["--resume", *paths, "--save", "m", *SMALL]
     measured = watch(monkeypatch, measure_sharpness, "measure", lambda args, name, *rest: name)
     first = call("sharpness", *common, "--mode", "fisher,hessian_t")["result"]
-    made = {"versions": {"fisher": 1}, "device": "cpu", "commit": "first"}
+    made = {"versions": {"fisher": VERSIONS["fisher"]}, "device": "cpu", "commit": "first"}
     assert all(row.items() >= made.items() for row in first["fisher"]["members"])
     here["commit"] = "second"
     content = call("sharpness", *common, "--mode", "fisher")
@@ -357,5 +358,5 @@ def test_weights_and_versions_say_what_is_measured_not_times(tmp_path, monkeypat
         assert not job().done()
         file.write_text("first")
         assert job().done()
-    monkeypatch.setitem(VERSIONS, "APGD_worst", 7)
+    monkeypatch.setitem(VERSIONS, "APGD_worst", VERSIONS["APGD_worst"] + 1)
     assert not job().done()
