@@ -160,8 +160,9 @@ def watch(monkeypatch, module, name, of=lambda *args, **kwargs: None):
 
 
 def by_another_version(kind, here, monkeypatch):
-    monkeypatch.setitem(VERSIONS, kind, 7)
-    return f"by version 1 of {kind}, which is now 7"
+    before = VERSIONS[kind]
+    monkeypatch.setitem(VERSIONS, kind, before + 1)
+    return f"by version {before} of {kind}, which is now {before + 1}"
 
 
 def on_another_device(kind, here, monkeypatch):
