@@ -161,7 +161,8 @@ def test_scores_and_a_step_of_other_networks(model):
             network = create_model(model, 5, 8, 16)
         images, labels = torch.randn(6, 3, 16, 16).to(device), torch.arange(6).remainder(5).to(device)
         network.to(device, memory_format=torch.channels_last).eval()
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             scores, optimizer = per_sample_fisher(network, images, labels).cpu(), SAM(network.parameters(), lr=0.1)
         step = sharpbalance_step(network.train(), optimizer, images, labels, torch.arange(6) < 2)
         found.append([scores, *(t.cpu() for t in step), *(t.cpu() for t in network.state_dict().values())])
