@@ -22,7 +22,7 @@ from utils.checkpoint import load_model
 from utils.datasets import load_data
 from utils.files import write_array, write_json
 from utils.hessian import top_eigenvalues
-from utils.metrics import pack_counts, paired_bootstrap, t_interval
+from utils.metrics import crossed_interval, pack_counts, paired_bootstrap
 from utils.partition import PARTITION_RULE, sharpness_aware_masks
 from utils.results import METHODS, read_ensemble
 
@@ -246,8 +246,10 @@ def test_benchmark(three, tmp_path):
     one = figure("benchmark", more)
     assert one.axes[0].patches[1].get_height() == pytest.approx(78)
     edges = one.axes[0].collections[1].get_segments()[0][:, 1]
-    assert edges.tolist() == pytest.approx(t_interval([70, 80, 84]))
-    assert "Student's" in one._supxlabel.get_text()
+    ensembles = [read_ensemble(folder) for folder in more]
+    crossed = crossed_interval(torch.stack([one.by_sample["ensemble"] for one in ensembles]))
+    assert edges.tolist() == pytest.approx([100 * edge for edge in crossed])
+    assert "over new ensembles and new test images" in one._supxlabel.get_text().replace("\n", " ")
     assert "3 ensembles of 2 members" in one._supxlabel.get_text()
     clean = measure(tmp_path / "clean", SAM, corrupted=False)
     assert len(figure("benchmark", [clean]).axes) == 2

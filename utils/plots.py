@@ -26,6 +26,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from utils import InputError
 from utils.files import write_atomically
 from utils.results import (
+    BOTH,
     METHODS,
     Ensemble,
     Estimate,
@@ -33,6 +34,7 @@ from utils.results import (
     estimate,
     estimate_of,
     groups_of,
+    population_of,
     require,
     setting_of,
     sharpness_protocol,
@@ -165,13 +167,14 @@ def _about(groups: list[Group]) -> str:
     return f"{setting_of(groups[0].ensembles[0].content)}; {_how_many(groups)}"
 
 
-def _intervals(groups: list[Group]) -> str:
-    """The sentence that says what the intervals of a figure are over."""
-    several = [len(group.ensembles) > 1 for group in groups]
-    if all(several):
-        return "95 % intervals: Student's, over ensembles."
-    more = ", Student's over ensembles where there are several" if any(several) else ""
-    return f"95 % intervals: bootstrap over test images{more}."
+def _intervals(groups: list[Group], *names: str) -> str:
+    """The sentence that says what the intervals of a figure are over; `names`: of its values, if by `estimate_of`."""
+    several = [group.ensembles for group in groups if len(group.ensembles) > 1]
+    crossed = names and all(population_of(one, name) == BOTH for one in several for name in names)
+    over = "over new ensembles and new test images" if crossed else "Student's, over ensembles"
+    if len(several) == len(groups):
+        return f"95 % intervals: {over}."
+    return f"95 % intervals: bootstrap over test images{f', {over} where there are several' if several else ''}."
 
 
 def _test_sets(ensembles: list[Ensemble]) -> dict[str, tuple[tuple[str, ...], str]]:
@@ -261,7 +264,9 @@ def benchmark(ensembles: list[Ensemble]) -> Figure:
         right.axhline(0, color="black", linewidth=0.9)
         left.set(title=title, ylabel="accuracy  [%]")
         right.set(title="gain of ensembling", ylabel="gain  [% points]")
-    note = f"{_about(groups)}. {_intervals(groups)} The accuracy axis does not begin at 0."
+    note = (
+        f"{_about(groups)}. {_intervals(groups, 'member', 'ensemble', 'gain')} The accuracy axis does not begin at 0."
+    )
     return _finished(figure, axes[0, 0].get_legend_handles_labels()[0], note)
 
 
