@@ -26,14 +26,15 @@ PAIR_MODES = {"disagreement", "KL", "CKA"}
 LINES = (
     ("member accuracy", ("rates", "member_accuracy"), "member_accuracy"),
     ("ensemble accuracy", ("rates", "ensemble_accuracy"), "ensemble_accuracy"),
+    ("RMSCE of the ensemble", ("rmsce",), "ensemble_rmsce"),
     ("disagreement", ("disagreement", "mean"), "disagreement"),
     ("DER", ("der",), "der"),
     ("EIR", ("eir",), "eir"),
     ("variance of probabilities", ("variance_of_probabilities",), None),
     ("KL", ("kl", "mean"), None),
     ("Jensen-Shannon", ("jensen_shannon", "mean"), None),
-    ("CKA of features, debiased", ("cka", "features", "debiased", "mean"), None),
-    ("CKA of logits, debiased", ("cka", "logits", "debiased", "mean"), None),
+    ("CKA of features", ("cka", "features", "debiased", "mean"), None),
+    ("CKA of centred logits", ("cka", "centred_logits", "debiased", "mean"), None),
 )
 
 
@@ -59,16 +60,13 @@ def main(args: argparse.Namespace) -> None:
     if "predict" in args.mode:
         logits, labels, _ = measurement.predictions(measurement.parts("val")[0])
         temperatures = fit_temperatures(torch.log_softmax(logits.double(), dim=2), labels, args.average)
-    weights: dict[int, Tensor] = {}
     results: dict[str, Any] = {}
     for split in measurement.splits:
         found, draws = {}, {}
         for part in measurement.parts(split):
             logits, labels, features = measurement.predictions(part)
-            if len(labels) not in weights:
-                weights[len(labels)] = metrics.bootstrap_weights(len(labels), args.bootstrap)
             result, columns, gaps = measure_part(args, logits, labels, features, temperatures)
-            found[part.name], draws[part.name] = result, resample(weights[len(labels)], columns, gaps)
+            found[part.name], draws[part.name] = result, resample(args.bootstrap, columns, gaps)
         results[split] = summarize(measurement.parts(split), found, draws)
     path = measurement.write("diversity.json", {"temperatures": temperatures, **results}, vars(args))
     for split, result in results.items():
@@ -118,7 +116,14 @@ def measure_part(
         result["ensemble"] = scores(args, output, labels, temperatures["ensemble"])
         result["ensemble_by_size"] = {size: mean_of([row for _, row in rows]) for size, rows in by_size.items()}
         columns |= {"member_nll": members["nll"].mean(dim=0), "ensemble_nll": ensemble["nll"]}
+        calibrated = metrics.per_sample(metrics.with_temperature(output, temperatures["ensemble"]), labels)
+        columns["ensemble_nll_calibrated"] = calibrated["nll"]
+        kept = {name: columns[name] for name in ("ensemble_nll", "ensemble_nll_calibrated")}
+        kept["ensemble_brier"] = ensemble["brier"]
+        result["values_of_samples"] = {name: metrics.pack_values(column.numpy()) for name, column in kept.items()}
         gaps = metrics.calibration_gaps(ensemble, args.bins)
+        _, edges = metrics.calibration_mse(ensemble["confidence"], ensemble["correct"], args.bins)
+        result["rmsce_interval"] = [math.sqrt(edge) for edge in edges]
 
     if "disagreement" in args.mode:
         matrix = diversity.disagreement(predictions)
@@ -142,7 +147,7 @@ def measure_part(
     if "CKA" in args.mode:
         result["cka"] = {
             name: {form: cka_matrix(tensors, form == "debiased") for form in ("debiased", "biased")}
-            for name, tensors in (("features", features), ("logits", list(logits)))
+            for name, tensors in (("features", features), ("centred_logits", list(diversity.centred(logits))))
         }
 
     counts["ensemble"] = ensemble["correct"].long()
@@ -162,11 +167,11 @@ def scores(
     return result
 
 
-def resample(weights: Tensor, columns: dict[str, Tensor], gaps: Tensor | None) -> dict[str, Tensor]:
-    """The bootstrap draws [B] of each column's mean and of the ECE."""
+def resample(count: int, columns: dict[str, Tensor], gaps: Tensor | None) -> dict[str, Tensor]:
+    """The bootstrap draws [count] of each column's mean and of the ECE."""
     values = torch.stack(list(columns.values()), dim=1)
-    # One product: the resamples are larger than all that is resampled, and are read once.
-    drawn = weights @ (values if gaps is None else torch.cat([values, gaps], dim=1))
+    # At once: the resamples are larger than all that is resampled, and are read once.
+    drawn = metrics.bootstrap_means(values if gaps is None else torch.cat([values, gaps], dim=1), count)
     draws = dict(zip(columns, drawn.T, strict=False))
     if gaps is not None:
         draws["ensemble_ece"] = drawn[:, len(columns) :].abs().sum(dim=1)
@@ -231,9 +236,12 @@ def summarize(parts: list[Part], found: dict[str, dict], draws: dict[str, dict[s
     alike = len({found[part.name]["samples"] for part in parts}) == 1  # the same images in the same order
     packed = [found[part.name].pop("right_of_samples") for part in parts]
     counts = {name: sum(metrics.unpack_counts(one[name]) for one in packed) for name in packed[0] if alike}
+    packed = [found[part.name].pop("values_of_samples", {}) for part in parts]
+    values = {name: sum(metrics.unpack_values(one[name]) for one in packed) for name in packed[0] if alike}
     mean = mean_of_parts(parts, found, draws)
     known = {name: count for name, count in counts.items() if count.max() < 2**16}
     mean["right_of_samples"] = {name: metrics.pack_counts(count) for name, count in known.items()}
+    mean["values_of_samples"] = {name: metrics.pack_values(value / len(parts)) for name, value in values.items()}
     return {
         "mean": mean,
         "by_severity": {s: mean_of_parts([p for p in parts if p.severity == s], found, draws) for s in severities},
@@ -245,6 +253,7 @@ def mean_of_parts(parts: list[Part], found: dict[str, dict], draws: dict[str, di
     """The mean over parts, with intervals and what derives from its rates."""
     rows = [found[part.name] for part in parts]
     result = (rows[0] if len(rows) == 1 else mean_of(rows)) | {"parts": len(parts)}
+    rmsce_interval = result.pop("rmsce_interval", None)
     names = draws[parts[0].name]
     resampled = {name: torch.stack([draws[part.name][name] for part in parts]).mean(dim=0) for name in names}
     if "disagreement" in resampled:
@@ -262,6 +271,9 @@ def mean_of_parts(parts: list[Part], found: dict[str, dict], draws: dict[str, di
     if "ensemble_ece" in resampled:
         interval = metrics.corrected_interval(result["ensemble"]["ece"], resampled["ensemble_ece"])
         result["intervals_95"]["ensemble_ece"] = interval
+        result["rmsce"] = math.sqrt(max(result["ensemble"]["calibration_mse"], 0.0))
+        if len(parts) == 1:  # of a mean over parts, which share their images, no interval is known
+            result["intervals_95"]["ensemble_rmsce"] = rmsce_interval
     return result
 
 

@@ -2,7 +2,8 @@
 
     python measure_diversity_variance.py --resume runs/digits_sharpbalance --mode variance,variance_mse
 
-variance: unbiased variance over members of the logits (the authors' quantity) and of the probabilities.
+variance: unbiased variance over members of the logits, centred over classes, and of the probabilities; in variance.json
+also of the logits as they are (the authors' quantity), which moves with shifts that softmax ignores.
 variance_mse, variance_mse_c: the mean squared error of a member's probabilities against the one-hot labels, split into
 squared bias and variance; on --split, and on the corrupted set.
 
@@ -41,7 +42,8 @@ def main(args: argparse.Namespace) -> None:
         splits.append("corrupted")
     results: dict[str, Any] = {
         "note": "the variance of logits grows with their scale, which SAM reduces: compare methods by the variance of "
-        "probabilities"
+        "probabilities; variance_of_logits, the authors' quantity, is of logits that are not centred, and grows with "
+        "shifts that softmax ignores as well"
     }
     for split in splits:
         parts = measurement.parts(split)
@@ -57,16 +59,16 @@ def main(args: argparse.Namespace) -> None:
             "parts": found,
         }
     path = measurement.write("variance.json", results, vars(args))
-    print(f"{'':24} variance of logits   of probabilities   squared bias   mean squared error")
+    print(f"{'':24} variance of centred logits   of probabilities   squared bias   mean squared error")
     for split in splits:
         rows = {split: results[split]}
         if split == "corrupted":
             rows = {f"corrupted, severity {s}": row for s, row in results[split]["by_severity"].items()}
             rows[f"corrupted, mean of {len(results[split]['parts'])}"] = results[split]["mean"]
         for title, row in rows.items():
-            numbers = (row.get(key) for key in ("variance_of_logits", "variance_of_probabilities", "bias2", "mse"))
+            numbers = map(row.get, ("variance_of_centred_logits", "variance_of_probabilities", "bias2", "mse"))
             cells = ["-" if value is None else f"{value:.4f}" for value in numbers]
-            print(f"{title:24} {cells[0]:>18}   {cells[1]:>16}   {cells[2]:>12}   {cells[3]:>18}")
+            print(f"{title:24} {cells[0]:>26}   {cells[1]:>16}   {cells[2]:>12}   {cells[3]:>18}")
     print(f"note: {results['note']}\nwrote {path}")
 
 
@@ -75,6 +77,7 @@ def decompose(logits: Tensor, labels: Tensor, modes: set[str]) -> dict[str, floa
     probs = torch.softmax(logits.double(), dim=2)
     row = {"variance_of_probabilities": diversity.ensemble_variance(probs)}
     if "variance" in modes:
+        row["variance_of_centred_logits"] = diversity.ensemble_variance(diversity.centred(logits))
         row["variance_of_logits"] = diversity.ensemble_variance(logits)
     if modes & {"variance_mse", "variance_mse_c"}:
         row |= diversity.bias_and_variance(probs, labels)

@@ -2,9 +2,9 @@
 
     python measure_sharpness.py --resume runs/digits_sharpbalance --mode APGD_worst,fisher
 
-APGD_worst: worst-case sharpness. APGD_average: average-case sharpness. hessian_t, hessian_e: trace and largest
-eigenvalues of the Hessian. fisher: per-sample squared gradient norms. NTK: log-determinant and condition of the neural
-tangent kernel. --protocol prints on what and how, and stops.
+APGD_worst: worst-case sharpness. APGD_average: average-case sharpness, by normal (l2) or uniform (linf) noise.
+hessian_t, hessian_e: trace and largest eigenvalues of the Hessian. fisher: per-sample squared gradient norms. NTK:
+log-determinant and condition of the neural tangent kernel. --protocol prints on what and how, and stops.
 
 Writes sharpness.json under --save (default measurements/<run>), and each finished part of it under sharpness/, so that
 a later call does not repeat it.
@@ -30,9 +30,9 @@ from utils.data import ImageSet
 from utils.files import load_json, write_json
 from utils.fisher import ntk_gram, per_sample_fisher
 from utils.hessian import hessian_trace, matching_parameters, to_float64, top_eigenpairs
-from utils.predictions import Measurement, SavedMember, measure_settings
+from utils.predictions import Measurement, SavedMember, made_by, measure_settings, why_stale
 from utils.results import standard_deviation
-from utils.sharpness import MAXIMISERS, NORMS, average_sharpness, worst_case_sharpness
+from utils.sharpness import MAXIMISERS, NORMS, average_sharpness, relative_sizes, worst_case_sharpness
 
 MODES = ("APGD_worst", "APGD_average", "hessian_t", "hessian_e", "fisher", "NTK")
 # What each mode depends on, beside the member and the data.
@@ -45,6 +45,8 @@ PROTOCOL = {
     "fisher": SUBSET,
     "NTK": ("split", "subset_seed", "ntk_samples", "params"),
 }
+# By norm, where --rho0 is not given. At 0.5, the authors' for both, linf lets each weight change by half: 1e9 nats.
+RADII = {"l2": 0.5, "linf": 0.01}
 BATCH = 256  # of the modes whose value does not depend on it
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
@@ -62,7 +64,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--eval_batch_size", "--eval_batch", type=cli.COUNT, default=5, metavar="M", help=text)
     cli.add_option(group, "batch_num", "batches, of the first images", cli.COUNT, "N", default=100)
     radius = cli.number(float, 0, open_low=True)
-    group.add_argument("--rho0", "--gamma", type=radius, default=0.5, metavar="R", help="radius of the ball")
+    text = "radius of the ball, for both norms (default: " + ", ".join(f"{r} for {n}" for n, r in RADII.items()) + ")"
+    group.add_argument("--rho0", "--gamma", type=radius, metavar="R", help=text)
     group.add_argument("--norms", action=cli.Choices, among=NORMS, default=list(NORMS), help="of the ball")
     cli.add_flag(group, "adaptive", "ball relative to the size of each weight", default=True)
     cli.add_option(group, "n_iters", "iterations of APGD_worst", cli.COUNT, "N", default=20)
@@ -99,14 +102,18 @@ def main(args: argparse.Namespace) -> None:
             raise InputError(f"--{error}") from error
     names = [name for mode in args.mode for name in part_names(mode, args.norms)]
     found: dict[str, dict[str, dict]] = {name: {} for name in names}
-    todo, digest = [], images.digest()
+    todo, stale, digest = [], [], images.digest()
     for member, name in itertools.product(members, names):
         about = about_part(args, name, member, digest)
         path, part = find_part(measurement.settings.save / "sharpness" / member.digest[:16], about)
-        if part is None:
+        why = None if part is None else why_stale(mode_of(name), part, measurement.environment)
+        if part is None or why:
             todo.append((member, name, path, about))
+            stale += [f"{path}: measured {why}"] if why else []
         else:
             found[name][member.digest] = part
+    if stale:
+        print(f"note: {stale[0]}; measured anew ({len(stale)} such parts)", file=sys.stderr)
     total = sum(passes_of(args, name, len(images)) for _, name, _, _ in todo)
     bar = tqdm(total=total, disable=not sys.stderr.isatty(), unit="pass", unit_scale=True, dynamic_ncols=True)
     done = 0
@@ -119,7 +126,7 @@ def main(args: argparse.Namespace) -> None:
             raise InputError(f"{name} of {member.path}: {error}") from error
         if part["value"] is not None and not math.isfinite(part["value"]):
             part["note"] = why_not_finite(args, name)
-        found[name][member.digest] = part
+        found[name][member.digest] = part | made_by(mode_of(name), measurement.environment)
         done += passes_of(args, name, len(images))
         bar.update(done - bar.n)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,15 +138,28 @@ def main(args: argparse.Namespace) -> None:
     print(f"wrote {path}")
 
 
+def mode_of(name: str) -> str:
+    """The mode that a part belongs to."""
+    return name.partition("-")[0]
+
+
 def part_names(mode: str, norms: list[str]) -> list[str]:
     """The parts of a mode: one for each norm where there are norms."""
     return [f"{mode}-{norm}" for norm in norms] if mode.startswith("APGD") else [mode]
 
 
 def about_part(args: argparse.Namespace, name: str, member: SavedMember, images: str) -> dict[str, Any]:
-    """All that the value of a part depends on; `images` is their digest."""
-    settings = {key: getattr(args, key) for key in PROTOCOL[name.split("-")[0]]}
-    return {"part": name, "weights": member.digest, "images": images, **settings}
+    """All that the value of a part depends on but what made it, which is with it; `images` is their digest."""
+    return {"part": name, "weights": member.digest, "images": images, **protocol_of(args, name)}
+
+
+def protocol_of(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """The options that a part depends on; its radius, where none is given, is that of its norm."""
+    mode, _, norm = name.partition("-")
+    settings = {key: getattr(args, key) for key in PROTOCOL[mode]}
+    if norm:
+        settings["rho0"] = args.rho0 or RADII[norm]
+    return settings
 
 
 def find_part(folder: Path, about: dict[str, Any]) -> tuple[Path, dict | None]:
@@ -173,7 +193,7 @@ def passes_of(args: argparse.Namespace, name: str, samples: int) -> int:
         "hessian_e": 3 * whole * 10 * args.top_k,
         "fisher": subset,
         "NTK": 2 * min(args.ntk_samples, samples),
-    }[name.partition("-")[0]]
+    }[mode_of(name)]
 
 
 def measure(
@@ -194,7 +214,8 @@ def measure(
     count = args.eval_batch_size * args.batch_num
     if mode in ("APGD_worst", "APGD_average"):
         subset = batches(count, args.eval_batch_size)
-        common: dict[str, Any] = {"rho": args.rho0, "norm": norm, "adaptive": args.adaptive, "params": args.params}
+        radius = protocol_of(args, name)["rho0"]
+        common: dict[str, Any] = {"rho": radius, "norm": norm, "adaptive": args.adaptive, "params": args.params}
         if mode == "APGD_worst":
             each = args.eval_batch_size * (args.n_iters + 1)
             common |= {"n_iters": args.n_iters, "maximiser": args.maximiser}
@@ -202,7 +223,11 @@ def measure(
         else:
             each = sum(len(labels) for _, labels in subset) // 2  # forward passes only
             found = average_sharpness(model, subset, n_draws=args.n_draws, progress=lambda: progress(each), **common)
-        spread = standard_deviation(found["loss_by_batch"])
+        losses = found["loss_by_batch"]
+        if mode == "APGD_average":  # to first order, as batches of other sizes move the mean more or less
+            shares = relative_sizes([len(labels) for _, labels in subset])
+            losses = [x + (share - 1) * (x - found["loss"]) for x, share in zip(losses, shares, strict=True)]
+        spread = standard_deviation(losses)
         found["loss_standard_error_over_batches"] = None if spread is None else spread / len(subset) ** 0.5
         return {"value": found["loss"], **found, "images": sum(len(labels) for _, labels in subset)}
     if mode == "hessian_t":
@@ -242,19 +267,31 @@ def collect(
             "mean": statistics.mean(values) if values else None,
             "std": standard_deviation(values),
             "n": len(values),
-            "protocol": {key: getattr(args, key) for key in PROTOCOL[name.partition("-")[0]]},
+            "protocol": protocol_of(args, name),
         }
         result["missing"] += [f"{name} of {m.path}" for m, row in zip(members, rows, strict=True) if row is None]
     return result
 
 
 def keep_parts(before: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
-    """The result with the other parts of an earlier call, each with the protocol that it was measured by."""
+    """The result with the other parts of an earlier call, each with the protocol that it was measured by.
+
+    A part that other code or another device made is left out, and one line says so.
+    """
     rows, result = before["result"], content["result"]
-    missing = list(result["missing"])
-    kept = {name: row for name, row in rows.items() if name not in result}
+    missing, stale = list(result["missing"]), {}
+    kept = {name: row for name, row in rows.items() if name not in result and mode_of(name) in PROTOCOL}
     for name, row in kept.items():
-        asked = PROTOCOL[name.partition("-")[0]]
+        for part in filter(None, row["members"]):
+            if why := why_stale(mode_of(name), part, content["environment"]):
+                stale[name] = why
+    if stale:
+        name, why = next(iter(stale.items()))
+        text = f"{', '.join(stale)}: left out of sharpness.json, since {name} was measured {why}"
+        print(f"note: {text}; measure by --mode {','.join(dict.fromkeys(map(mode_of, stale)))}", file=sys.stderr)
+        kept = {name: row for name, row in kept.items() if name not in stale}
+    for name, row in kept.items():
+        asked = PROTOCOL[mode_of(name)]
         kept[name] = {"protocol": {key: before["protocol"][key] for key in asked}} | row
         missing += [one for one in rows["missing"] if one.startswith(f"{name} of ")]
     return result | kept | {"missing": missing}
@@ -280,16 +317,18 @@ def print_table(
 def why_not_finite(args: argparse.Namespace, name: str) -> str:
     """The reason for a value of a part that is not finite."""
     if name.startswith("APGD"):
-        return f"within the radius --rho0 {args.rho0:g} the loss leaves the range of float32; a smaller one has a value"
+        radius = protocol_of(args, name)["rho0"]
+        return f"within the radius --rho0 {radius:g} the loss leaves the range of float32; a smaller one has a value"
     return "the loss or its derivatives leave the range of float32 at these weights"
 
 
 def print_protocol(args: argparse.Namespace) -> None:
     """What the chosen modes depend on."""
     print("All modes: eval mode, images without augmentation, all members; cross-entropy.")
-    for mode in args.mode:
-        norms = f" --norms {','.join(args.norms)}" if mode.startswith("APGD") else ""
-        print(f"{mode}: " + " ".join(f"--{key} {getattr(args, key)}" for key in PROTOCOL[mode]) + norms)
+    for name in (name for mode in args.mode for name in part_names(mode, args.norms)):
+        mode, _, norm = name.partition("-")
+        words = [f"--{key} {value}" for key, value in protocol_of(args, name).items()]
+        print(f"{mode}: " + " ".join([*words, *([f"--norms {norm}"] if norm else [])]))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,6 @@ from utils.files import load_json, write_atomically, write_json
 from utils.fisher import per_sample_fisher
 from utils.hessian import HessianOperator
 from utils.member import Member
-from utils.metrics import bootstrap_weights
 from utils.partition import sharpness_aware_masks
 from utils.run import Run, environment
 from utils.sharpness import worst_case_sharpness
@@ -277,12 +276,12 @@ def random_logits(members: int, samples: int, classes: int) -> tuple[torch.Tenso
     return logits, shared.argmax(dim=1)
 
 
-def part_metrics(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> dict:
+def part_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict:
     """All metrics that measure_diversity.py computes of one part by default, with their resamples."""
     args = measure_diversity.parse_args(["--resume", "unused"])
     temperatures = {"members": [1.0] * len(logits), "ensemble": 1.0}
     _, columns, gaps = measure_diversity.measure_part(args, logits, labels, [], temperatures)
-    return measure_diversity.resample(weights, columns, gaps)
+    return measure_diversity.resample(args.bootstrap, columns, gaps)
 
 
 def metrics(members: int = 3, samples: int = 10_000, classes: int = 100) -> Timed:
@@ -291,24 +290,23 @@ def metrics(members: int = 3, samples: int = 10_000, classes: int = 100) -> Time
     75 parts in turn are 3 x 750,000 x 100; no more than one is in memory.
     """
     logits, labels = random_logits(members, samples, classes)
-    weights, file = bootstrap_weights(samples, 1000), io.BytesIO()
+    file = io.BytesIO()
     np.savez(file, logits=logits.numpy())
 
     def read() -> None:
         file.seek(0)
         np.load(file)["logits"].sum()
 
-    return {"metrics": lambda: part_metrics(logits, labels, weights), "reading": read}
+    return {"metrics": lambda: part_metrics(logits, labels), "reading": read}
 
 
 def diversity() -> Timed:
     """All of measure_diversity.py for 3 members on one part of 10,000 images, against the forward passes alone."""
     data, members = synthetic(10_000), [network(16).eval() for _ in range(3)]
     images = data.normalise(torch.zeros(512, 32, 32, 3, dtype=torch.uint8))
-    weights = bootstrap_weights(len(data), 1000)
 
     def ours() -> None:
-        part_metrics(torch.stack([predict(model, data)[0] for model in members]), data.labels, weights)
+        part_metrics(torch.stack([predict(model, data)[0] for model in members]), data.labels)
 
     @torch.inference_mode()
     def passes() -> None:

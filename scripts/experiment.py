@@ -41,6 +41,7 @@ from utils.datasets import CORRUPTED, DATASETS, find_corrupted, load_data
 from utils.distributed import cores
 from utils.files import load_json, read_json, write_array, write_atomically, write_json
 from utils.places import PLACES, find
+from utils.predictions import VERSIONS
 from utils.results import copy_results
 from utils.run import environment, read_settings
 
@@ -334,7 +335,8 @@ class Experiment:
         commands.append(["measure_sharpness.py", *common, *shlex.split(args.sharpness_flags)])
         written = [folder / f"{name}.json" for name in ("diversity", "sharpness", "variance")[: 2 + args.variance]]
         name = f"measuring {folder}"
-        return self.job(name, 0.6, folder, lambda: [*_weights(source), *written], commands, commands)
+        options = [*commands, [json.dumps(VERSIONS)]]  # other code measures again
+        return self.job(name, 0.6, folder, lambda: [*_weights(source), *written], commands, options)
 
     def job(self, name: str, cost: float, folder: Path, files: Files, commands: Words, options: Words) -> Job:
         """A job that is done where its marker says that commands with these options left files of this content."""
@@ -409,12 +411,12 @@ class Experiment:
         form = ["--format", "markdown", "--to", args.results / "tables.md"] if args.results else []
         call(["scripts/summarize.py", *folders, *form])
         corrupted = "corrupted" in load_json(folders[0] / "diversity.json")["result"]
-        # Two lines for each method: of more than four, none could be told from the others.
+        # Of more than four curves, none could be told from the others.
         four = [name for name, method, values in self.measured() if method in FOUR and values == self.chosen]
         few = [self.place(folders[0].parent, name, seeds) for name in four for seeds in args.seeds]
         for kind in args.figures:
             if kind != "severity" or corrupted:
-                shown = few if kind == "severity" and few else folders
+                shown = few if kind in ("severity", "ensemble_size") and few else folders
                 call(["scripts/plot.py", kind, "--from", *shown, "--to", (args.results or args.runs) / kind])
 
 

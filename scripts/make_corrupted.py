@@ -26,7 +26,7 @@ from threading import Thread
 import numpy as np
 import PIL
 import scipy
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -98,18 +98,21 @@ def main(args: argparse.Namespace) -> None:
 
 def contact_sheet(image: np.ndarray) -> Image.Image:
     """Draw one image, uint8 [H, W, C], under the 15 corruptions (rows) at the 5 severities (columns)."""
-    scale = -(-96 // len(image))
-    cell, gap, left, top = scale * len(image), 4, 130, 20
+    scale = -(-72 // len(image))
+    cell, gap, left, top = scale * len(image), 4, 160, 26
+    font = ImageFont.load_default(18)  # in print at half a page about 6.5 points
 
     def place(row: int, column: int) -> tuple[int, int]:
         return left + column * (cell + gap), top + row * (cell + gap)
 
     sheet = Image.new("RGB", place(len(CORRUPTIONS), 1 + len(SEVERITIES)), "white")
     text = ImageDraw.Draw(sheet)
+    text.text((4, 12), "severity", fill="black", font=font, anchor="lm")
     for column, title in enumerate(("clean", *map(str, SEVERITIES))):
-        text.text((place(0, column)[0], 4), title, fill="black")
+        text.text((place(0, column)[0] + cell // 2, 12), title, fill="black", font=font, anchor="mm")
     for row, name in enumerate(CORRUPTIONS):
-        text.text((4, place(row, 0)[1] + cell // 2 - 5), name, fill="black")
+        middle = place(row, 0)[1] + cell // 2
+        text.text((4, middle), name.replace("_", " "), fill="black", font=font, anchor="lm")
         for column in (0, *SEVERITIES):
             drawn = corrupt(image[None], name, column)[0] if column else image
             drawn = Image.fromarray(np.broadcast_to(drawn, (*drawn.shape[:2], 3)))

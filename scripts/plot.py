@@ -4,9 +4,9 @@
     python scripts/plot.py theory --to figures
 
 From folders that the measuring scripts wrote:
-tradeoff: sharpness against diversity, a point an ensemble. benchmark: accuracy of members and ensemble, and the gain.
-severity: accuracy and calibration error against the severity of corruption. ensemble_size: the same against the number
-of members.
+tradeoff: sharpness against diversity, a point an ensemble. benchmark: accuracy of members and ensemble. severity:
+accuracy, NLL and RMSCE against the severity of corruption. ensemble_size: the same against the number of members. The
+second and the third also show the differences to SAM of the same seeds.
 
 From run folders of main.py:
 curves: training curves. sets: which samples are trained with SAM, of one SharpBalance run. landscape: the loss around
@@ -30,14 +30,14 @@ os.environ["MPLBACKEND"] = "agg"  # figures need no display, and matplotlib refu
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from utils import InputError, plots, theory_plots
+from utils import InputError, plots, run_plots, theory_plots
 from utils.cli import Parser, number, path, run
 from utils.files import read_json, write_json
 from utils.landscape import compute_landscape, compute_sets, read_landscape, read_sets
 from utils.results import Ensemble, check_alike, read_ensemble, read_run, require
 from utils.verification import published, simulate_all
 
-KINDS = ("tradeoff", "benchmark", "severity", "ensemble_size", "curves", "sets", "landscape")  # functions of plots
+MEASURED, OF_RUNS = ("tradeoff", "benchmark", "severity", "ensemble_size"), ("curves", "sets", "landscape")
 # Kinds whose numbers are computed from run folders and saved beside the figure: how to compute and how to read them.
 COMPUTED = {"sets": (compute_sets, read_sets), "landscape": (compute_landscape, read_landscape)}
 
@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("kind", choices=[*KINDS, "theory"], help="which figure")
+    add("kind", choices=[*MEASURED, *OF_RUNS, "theory"], help="which figure")
     add("--from", type=path, nargs="+", dest="folders", metavar="FOLDER", help="result folders, or a file of numbers")
     add("--to", type=path, required=True, metavar="FILE", help="the figure, without suffix; of theory a folder")
     add("--data_sets", type=number(int, 2), default=20, metavar="N", help="data sets of each setting of theory")
@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> None:
 
 def draw(args: argparse.Namespace) -> Figure:
     """The figure of a kind other than theory."""
-    return getattr(plots, args.kind)(read(args))
+    return getattr(plots if args.kind in MEASURED else run_plots, args.kind)(read(args))
 
 
 def read(args: argparse.Namespace) -> list[Ensemble]:
@@ -100,11 +100,11 @@ def theory(args: argparse.Namespace) -> dict[str, Figure]:
         grids = simulate_all(args.data_sets, partial(tqdm, desc="simulations", unit="setting", disable=None))
         write_json(args.to / "theory.json", {"data_sets": args.data_sets, "grids": grids}, indent=None)
         print(f"wrote {args.to / 'theory.json'}")
-        return theory_plots.theory(grids, published())
+        return theory_plots.theory(grids, published(), args.data_sets)
     remedy = "leave --from out to simulate again"
     content = read_json(args.folders[0], remedy)
     try:
-        return theory_plots.theory(content["grids"], published())
+        return theory_plots.theory(content["grids"], published(), content["data_sets"])
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{args.folders[0]}: not the numbers of these figures; {remedy}") from error
 

@@ -30,19 +30,21 @@ from utils.results import METHODS, Ensemble, Gap
 NAMES = {"deep_ensemble": METHODS["deep_ensemble"].name, "sam": METHODS["sam"].name}
 NAMES |= {"sharpbalance": METHODS["released"].name, "sharpbalance_paper": METHODS["paper"].name}
 NAMES |= {"random": METHODS["random"].name}
-# The values that claims compare: what the page calls each, and the unit of a hundredth, or none for a plain difference.
+# The values that claims compare: what the page calls each; the unit of a hundredth, or none for a plain difference; and
+# the margin within which a difference is of no interest, in that unit.
 COMPARED = {
-    "ensemble": ("clean images: ensemble accuracy", "points"),
-    "corrupted_ensemble": ("corrupted images: ensemble accuracy", "points"),
-    "disagreement": ("clean images: disagreement", "points"),
-    "sharpness": ("logarithm of sharpness", ""),
-    "eir": ("SAM lowers the gain of ensembling: EIR", ""),
+    "ensemble": ("clean images: ensemble accuracy", "points", 0.5),
+    "corrupted_ensemble": ("corrupted images: ensemble accuracy", "points", 1),
+    "disagreement": ("clean images: disagreement", "points", 0.5),
+    "sharpness": ("logarithm of sharpness", "", 0.1),
+    "eir": ("SAM lowers the gain of ensembling: EIR", "", 0.02),
 }
+LEVEL = 0.05  # of the claims of a setting together
 FIGURES = {
     "tradeoff": "sharpness against diversity",
-    "benchmark": "accuracy of members and ensembles, and the gain",
-    "severity": "accuracy and calibration error against severity",
-    "ensemble_size": "accuracy, likelihood and calibration error against the number of members",
+    "benchmark": "accuracy of members and ensembles, and differences to SAM",
+    "severity": "scores against the severity of corruption, and differences to SAM",
+    "ensemble_size": "scores against the number of members",
 }
 
 Measured = dict[str, dict[str, Ensemble]]  # by method, by seeds
@@ -51,12 +53,13 @@ Measured = dict[str, dict[str, Ensemble]]  # by method, by seeds
 class Claim(NamedTuple):
     """A claim holds if `gap`, the difference for the ensembles of given seeds, is above 0.
 
-    `unit` is the unit of a hundredth, or empty for a plain difference.
+    `unit` is the unit of a hundredth, or empty for a plain difference; `margin`, in that unit, what is of no interest.
     """
 
     name: str
     text: str
     unit: str
+    margin: float
     gap: Callable[[Measured, str], Gap]
 
 
@@ -73,15 +76,15 @@ def compare(name: str, first: str, second: str, value: str) -> Claim:
             return math.log(a / b) if 0 < a < math.inf and 0 < b < math.inf else math.nan
         return results.gap_between(one, other, value)
 
-    what, unit = COMPARED[value]
+    what, unit, margin = COMPARED[value]
     names = NAMES | {"sam_largest": "SAM with the largest rho"}
-    return Claim(name, f"{what}, {names[first]} - {names[second]}", unit, gap)
+    return Claim(name, f"{what}, {names[first]} - {names[second]}", unit, margin, gap)
 
 
 def slope(found: Measured, seeds: str) -> float:
     """Least-squares slope of disagreement over the logarithm of sharpness, along rho (0 is the deep ensemble).
 
-    nan where a sharpness is not finite.
+    It says nothing of ensembles that were trained by the same rho. nan where a sharpness is not finite.
     """
     methods = [found["deep_ensemble"], *(found[name] for name in found if name.startswith("sam_0"))]
     values = [by_seeds[seeds].values for by_seeds in methods]
@@ -90,9 +93,9 @@ def slope(found: Measured, seeds: str) -> float:
     return float(np.polyfit([np.log(v["sharpness"]) for v in values], [v["disagreement"] for v in values], 1)[0])
 
 
-SLOPE = "over rho, sharper members are more diverse: slope of disagreement over log sharpness"
+SLOPE = "from one rho to the next, sharper members are more diverse: slope of disagreement over log sharpness"
 CLAIMS = (
-    Claim("i", SLOPE, "points per factor e", slope),
+    Claim("i", SLOPE, "points per factor e", 1, slope),
     compare("i, diversity", "deep_ensemble", "sam_largest", "disagreement"),
     compare("i, sharpness", "deep_ensemble", "sam_largest", "sharpness"),
     compare("ii", "deep_ensemble", "sam", "eir"),
@@ -116,13 +119,15 @@ OPENING = (
     "Fashion-MNIST-C of the first test images (15 corruptions at 5 severities, by scripts/make_corrupted.py). "
     "Checkpoints: end of training. rho was chosen by the ensemble accuracy of SAM on validation, k (the share of the "
     "images that each member picks by its scores) and T_d (the epoch before which samples are assigned) by that of "
-    "SharpBalance (released) on the first seeds, and used for all methods; nothing was chosen on test images.",
-    "A claim is *supported* where the 95 % interval of the mean difference between ensembles of the same seeds is "
-    "above 0, *contradicted* where it is below, else *undecided*. The intervals are over ensembles and test images, "
-    "those of sharpness and of the slope over ensembles only; all hold for this one draw of training images and of "
-    "wrong labels. Differences of accuracy and disagreement are in percentage points. A setting has "
-    f"{len(CLAIMS)} intervals, without a correction for their number: without any difference, {len(CLAIMS) / 20:.2f} "
-    "of them would exclude 0 on average.",
+    "SharpBalance (released) on the first seeds, and used for all methods; none of them was chosen on test images.",
+    "The claims were written down before test images were looked at. A claim is *supported* or *contradicted* where "
+    "the mean difference between ensembles of the same seeds is above or below 0 with a p value of at most "
+    f"{100 * LEVEL:g} % after Holm's correction for the {len(CLAIMS)} claims of a setting; *equivalent* where it is "
+    "neither, and lies within the margin of interest by two one-sided tests at 5 % (the 90 % interval is within it); "
+    "else *undecided*. The margins and the correction were chosen after these results were known. The intervals of the "
+    "table are of 95 %, each for itself, over new ensembles and new test images, those of sharpness and of the slope "
+    "over ensembles only; all hold for this one draw of training images and of wrong labels. Differences of accuracy "
+    "and disagreement are in percentage points.",
 )
 
 
@@ -167,15 +172,45 @@ def read_measured(folder: Path, rho: float) -> Measured:
     return found
 
 
-def verdict(gaps: list[Gap]) -> tuple[str, float, list[float]]:
-    """Supported, contradicted or undecided, by the 95 % interval of the mean; the mean, and that interval.
+def p_value(gaps: list[Gap]) -> float:
+    """The smallest p for which the interval of level 1 - p of the mean difference excludes 0; 1 where it has none."""
+
+    def excludes(level: float) -> bool:
+        interval = results.interval_of(gaps, level)[1]
+        return interval is not None and not interval[0] <= 0 <= interval[1]
+
+    if not excludes(0.01):
+        return 1.0
+    low, high = 0.01, 1 - 1e-9
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if excludes(middle) else (low, middle)
+    return 1 - low
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """The p values, corrected for their number: the i-th smallest of m times m + 1 - i, and not below a smaller one's.
+
+    Source: Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 1979.
+    """
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, p_values[index] * (len(p_values) - rank)))
+        corrected[index] = largest
+    return corrected
+
+
+def verdict(gaps: list[Gap], p: float, margin: float) -> str:
+    """Supported, contradicted, equivalent or undecided, by a p value that is corrected for the number of claims.
 
     A mean that is not finite has no interval, and decides nothing.
     """
-    mean, interval, _ = results.interval_of(gaps)
-    interval = interval or [math.nan, math.nan]
-    word = "supported" if interval[0] > 0 else "contradicted" if interval[1] < 0 else "undecided"
-    return word, mean, interval
+    mean, interval, _ = results.interval_of(gaps, 1 - 2 * LEVEL)
+    if interval is None:
+        return "undecided"
+    if p <= LEVEL:
+        return "supported" if mean > 0 else "contradicted"
+    return "equivalent" if -margin < interval[0] and interval[1] < margin else "undecided"
 
 
 def section(folder: Path, plan: dict[str, Any]) -> list[str]:
@@ -192,9 +227,8 @@ def section(folder: Path, plan: dict[str, Any]) -> list[str]:
         f"{len(seeds)} ensembles by each method: {results.setting_of(first)}, {first['trained']['epochs']} epochs; "
         f"{images} validation images, {first['data']['test']} test images, corrupted copies of {corrupted:g}. "
         f"{plan['jobs']} single-thread processes on {plan['environment']['cpus']} cores, torch "
-        f"{plan['environment']['torch']}. Measured by the code of {' and '.join(commits)}.",
-        f"Ensemble accuracy on validation: {choices(plan)}. One ensemble on {images} images has a standard error of "
-        f"{100 * math.sqrt(0.15 * 0.85 / images):.1f} points, so that k and T_d are hardly told apart.",
+        f"{plan['environment']['torch']}. Measured by the code of {' and '.join(commits)}." + looks(plan),
+        f"Ensemble accuracy on validation: {choices(plan)}.{chance(plan, images)}",
         f"Sharpness: the rise of the loss in the worst case within {'an adaptive' if ball['adaptive'] else 'a'} l2 "
         f"ball of radius {ball['rho0']:g}, mean over {ball['batch_num']} batches of {ball['eval_batch_size']} training "
         f"images, by '{ball['maximiser']}' in {ball['n_iters']} iterations."
@@ -216,6 +250,18 @@ def section(folder: Path, plan: dict[str, Any]) -> list[str]:
     return [*blocks, f"All methods: {tables}.", *by_corruption(measured), *figures]
 
 
+def looks(plan: dict[str, Any]) -> str:
+    """What is to be said where test images were looked at before all ensembles were there."""
+    numbers = plan.get("looks", [])
+    if len(numbers) < 2:
+        return ""
+    times = " and again with ".join(map(str, numbers))
+    return (
+        f" Test images were looked at with {times} ensembles; where nothing differs, one of these looks excludes 0 "
+        "more often than the last alone."
+    )
+
+
 def choices(plan: dict[str, Any]) -> str:
     """The ensemble accuracies on validation that rho, k and T_d were chosen by."""
     found, tried = [], plan["validation"]
@@ -229,16 +275,37 @@ def choices(plan: dict[str, Any]) -> str:
     return "; ".join(found)
 
 
+def chance(plan: dict[str, Any], images: int) -> str:
+    """The standard error of the accuracies that k and T_d were chosen by, beside how far apart these are."""
+    found, gaps = [], []
+    for name in ("k", "T_d"):
+        values = {float(value): score for value, score in plan["validation"].get(name, {}).items()}
+        if len(values) > 1 and plan["chosen"][name] in values:
+            found.append(values[plan["chosen"][name]])
+            gaps.append(f"{100 * (max(values.values()) - min(values.values())):.2f} points for {name}")
+    if not found:
+        return ""
+    error = 100 * math.sqrt(found[-1] * (1 - found[-1]) / images)
+    return (
+        f" The accuracy of one ensemble on {images} images, {100 * found[-1]:.2f} %, has a standard error of "
+        f"{error:.1f} points; the best and the worst value that were tried are apart by {' and '.join(gaps)}."
+    )
+
+
 def claims_table(measured: Measured, seeds: list[str]) -> str:
     """A line for each claim."""
+    gaps = [[(100 if claim.unit else 1) * claim.gap(measured, one) for one in seeds] for claim in CLAIMS]
+    p_values = [p_value(one) for one in gaps]
     rows = []
-    for name, text, unit, gap in CLAIMS:
-        factor, digits = (100, 2) if unit else (1, 3)
-        word, mean, (low, high) = verdict([factor * gap(measured, one) for one in seeds])
-        interval = f"[{low:.{digits}f}, {high:.{digits}f}]" if math.isfinite(mean) else "-"
-        shown = f"{mean:+.{digits}f} {unit}".strip() if math.isfinite(mean) else "not finite"
-        rows.append([name, text, shown, interval, len(seeds), f"**{word}**"])
-    return _table(rows, ["claim", "", "mean", "95 % interval", "n", "verdict"])
+    for claim, gap, p, corrected in zip(CLAIMS, gaps, p_values, holm(p_values), strict=True):
+        mean, interval, _ = results.interval_of(gap)
+        digits = 2 if claim.unit else 3
+        edges = "[{:.{d}f}, {:.{d}f}]".format(*interval, d=digits) if interval else "-"
+        shown = f"{mean:+.{digits}f} {claim.unit}".strip() if math.isfinite(mean) else "not finite"
+        margin, word = f"{claim.margin:g} {claim.unit}".strip(), verdict(gap, corrected, claim.margin)
+        rows.append([claim.name, claim.text, shown, edges, f"{p:.4f}", f"{corrected:.3f}", margin, f"**{word}**"])
+    header = ["claim", "", "mean", "95 % interval", "p", "p, Holm", "margin", "verdict"]
+    return _table(rows, header)
 
 
 def by_corruption(measured: Measured) -> list[str]:

@@ -3,10 +3,11 @@
     python scripts/summarize.py measurements/*
 
 Each folder holds the measurements of one ensemble. Ensembles that were trained by the same settings apart from their
-seeds share a row: mean ± standard deviation over ensembles (over members where there is one ensemble), and the 95 %
-interval: Student's over ensembles where there are two or more, else over resampled test images. A second table has the
-paired differences between ensembles of the same seeds and SAM with the same rho, or else the first SAM ensemble, with
-intervals over ensembles and test images, or over one of them where the other is not known.
+seeds share a row: mean ± standard deviation over ensembles and the 95 % interval over new ensembles and test images, or
+over ensembles alone where values by image are not kept. One ensemble is in a table of its own, with the standard
+deviation over members and the interval over test images, of these networks only. A last table has the paired
+differences between ensembles of the same seeds and SAM with the same rho, or else the first SAM ensemble, with
+intervals over the same populations; one pair alone has no interval.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from utils.run import OLD_DEFAULTS
 COLUMNS = results.VALUES | {
     f"corrupted_{name}": value._replace(title=f"{value.title} (corrupted)")
     for name, value in results.VALUES.items()
-    if name not in ("der", "variance")
+    if name not in ("der", "variance", "ece", "ece_calibrated")  # ECE is biased upwards by few images: RMSCE is not
 }
 COLUMNS |= results.SHARPNESS
 LONG = ("and", "trained with")  # sources that are left out on the terminal
@@ -71,19 +72,22 @@ def tables(ensembles: list[Ensemble], form: str) -> str:
     groups, first = results.groups_of(ensembles), ensembles[0].content
     shown = [name for name in COLUMNS if any(one.values.get(name) is not None for one in ensembles)]
     titles = [COLUMNS[name].title for name in shown]
-    rows = [["method", "ensembles", "members", *titles]]
+    head, rows = ["method", "ensembles", "members", *titles], {"single": [], "several": []}
     for name, group in groups.items():
-        rows.append([name, str(len(group)), str(len(group[0].seeds)), *(_cell(column, group) for column in shown)])
-    differences = [["difference of", "to", "pairs", "over", *titles], *difference_rows(groups, shown)]
-    blocks = [_table(block, form) for block in (rows, differences) if len(block) > 1]
+        cells = [name, str(len(group)), str(len(group[0].seeds)), *(_cell(column, group) for column in shown)]
+        rows["several" if len(group) > 1 else "single"].append(cells)
+    differences = [["difference of", "to", "pairs", *titles], *difference_rows(groups, shown)]
+    # Rows of one ensemble and of several have intervals over different populations: not in one table.
+    blocks = [_table([head, *part], form) for part in rows.values() if part]
+    blocks += [_table(differences, form)] * (len(differences) > 1)
     if form == "csv":
         sources = [[str(one.folder), *source_of(one).values()] for one in ensembles]
         return "\n".join([*blocks, _table([["folder", *source_of(ensembles[0])], *sources], form)])
     note = f"{results.setting_of(first)}, checkpoints '{results.protocol_of(ensembles[0], 'checkpoint')}', "
     note += f"test set of {first['data']['test']} images. "
-    note += "±: standard deviation over ensembles, or over the members of a single one; [ ]: 95 % interval."
-    if any(row[3] == results.BOTH for row in differences):
-        note += " Differences of NLL, ECE and sharpness: over ensembles only, with the images as they are."
+    note += " ".join(explain(groups, shown, rows))
+    if any(map(results.beyond_linf, ensembles)):
+        note += f" Sharpness in linf at a radius above {results.MAX_LINF} is left out."
     unknown = [COLUMNS[name].title for name in shown if any(_infinite(one.values.get(name)) for one in ensembles)]
     if unknown:
         note += f" inf, nan: the loss leaves the range of float32 ({', '.join(unknown)})."
@@ -102,6 +106,25 @@ def _infinite(value: float | None) -> bool:
     return value is not None and not math.isfinite(value)
 
 
+def explain(groups: dict[str, list[Ensemble]], shown: list[str], rows: dict[str, list]) -> list[str]:
+    """What ± and [ ] stand for in the tables, and over what population."""
+    found = []
+    if rows["single"]:
+        text = "±: standard deviation over members; [ ]: 95 % interval over test images, of these networks only."
+        found.append(f"One ensemble: {text}" if rows["several"] else text)
+    if rows["several"]:
+        several = [group for group in groups.values() if len(group) > 1]
+        known = [column for column in shown if all(one.values.get(column) is not None for g in several for one in g)]
+        only = [c for c in known if any(results.population_of(group, c) != results.BOTH for group in several)]
+        text = "±: standard deviation over ensembles; [ ]: 95 % interval"
+        over = "over new ensembles and new test images"
+        if only:
+            names = ", ".join(COLUMNS[column].title for column in only)
+            over = f"over new ensembles, with the images as they are: {names}" + ("; else " + over) * (only != known)
+        found.append(("Several: " if rows["single"] else "") + f"{text} {over}.")
+    return found
+
+
 def difference_rows(groups: dict[str, list[Ensemble]], shown: list[str]) -> list[list[str]]:
     """The rows of the table of differences: of each group to the SAM ensembles of the same seeds."""
     rows = []
@@ -112,9 +135,8 @@ def difference_rows(groups: dict[str, list[Ensemble]], shown: list[str]) -> list
         by_seeds = {one.seeds: one for one in groups[baseline]}
         pairs = [(one, by_seeds[one.seeds]) for one in group if one.seeds in by_seeds]
         found = {column: results.difference_of(pairs, column) for column in shown}
-        over = next((part[2] for part in found.values() if part is not None and part[1] is not None), "-")
         cells = ["-" if part is None else _text(column, *part[:2], sign="+") for column, part in found.items()]
-        rows.append([name, baseline, str(len(pairs)), over if pairs else "no same seeds", *cells])
+        rows.append([name, baseline, str(len(pairs)) if pairs else "no same seeds", *cells])
     return rows
 
 

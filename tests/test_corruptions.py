@@ -376,7 +376,7 @@ def test_contact_sheet(tmp_path):
     files.write_cifar(tmp_path / "data/cifar10")
     make("--data", "cifar10", "--data_path", tmp_path / "data", "--contact_sheet", tmp_path / "new/sheet.png")
     with Image.open(tmp_path / "new/sheet.png") as sheet:
-        assert sheet.size == (130 + 6 * 100, 20 + 15 * 100)
+        assert sheet.size == (160 + 6 * 100, 26 + 15 * 100)
     assert not (tmp_path / "data/CIFAR-10-C").exists()
 
 

@@ -241,6 +241,7 @@ def test_the_gpu_of_a_rank(gpus, name, backend, monkeypatch, tmp_path):
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(distributed.dist, "is_torchelastic_launched", lambda: True)
     monkeypatch.setattr(distributed.dist, "rendezvous", lambda *w, **m: iter([(None, 1, 2)]))
     monkeypatch.setattr(distributed.dist, "PrefixStore", lambda *words: None)
@@ -268,3 +269,20 @@ def test_jobs_end_as_their_process_that_failed(exitcode, status, message, monkey
         cli.run(main.launch, main.parse_args(["--seed", "1", "2", "--jobs", "2", "--threads", "1"]))
     assert stop.value.code == status
     assert message in capsys.readouterr().err
+
+
+def test_a_rank_that_is_not_training_yet_ends_with_a_status(monkeypatch, capsys):
+    """A signal that nobody handles would kill it."""
+
+    def leave(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(distributed.os, "_exit", leave)
+    monkeypatch.setattr(distributed.os, "kill", lambda *words: pytest.fail("killed"))
+    watch = object.__new__(distributed.Watch)
+    watch.names = ["rank 0 (seed 13)", "rank 1 (seed 17)"]
+    with pytest.raises(SystemExit, match="1"):
+        watch._stop("Connection closed by peer")
+    assert watch.lost
+    assert capsys.readouterr().err.startswith("rank 1: rank 0 (seed 13) has ended or does not answer")

@@ -10,6 +10,7 @@ from tests import reference
 from tests.test_metrics import case
 from utils.diversity import (
     bias_and_variance,
+    centred,
     disagreement,
     disagreement_error_ratio,
     disagreement_per_sample,
@@ -144,6 +145,29 @@ def test_variance_equals_numpy_and_the_authors_form():
     with pytest.raises(ValueError, match="2 or more members, got 1"):
         ensemble_variance(outputs[:1])
     assert mean_over_pairs(squared_distances(outputs)) / 2 == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("shape", [(3, 1, 1), (3, 200, 1), (1, 200, 1)])
+def test_centred_logits_do_not_see_what_softmax_ignores(shape, seed):
+    """Shifts of members, of members and images, and of images."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(1, 200, 10, generator=generator, dtype=torch.float64)
+    logits = logits + torch.randn(3, 200, 10, generator=generator, dtype=torch.float64)
+    moved = logits + 5 * torch.randn(*shape, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(torch.softmax(moved, dim=2), torch.softmax(logits, dim=2))
+    torch.testing.assert_close(centred(moved), centred(logits), rtol=0, atol=1e-12)
+    assert ensemble_variance(centred(moved)) == pytest.approx(ensemble_variance(centred(logits)), rel=1e-12)
+    if len(moved) == shape[0]:  # by C times the variance of the shift
+        assert ensemble_variance(moved) > 2 * ensemble_variance(logits)
+    for debiased in (True, False):
+        values = [linear_cka(*centred(x[:2]), debiased) for x in (logits, moved)]
+        assert values[0] == pytest.approx(values[1], abs=1e-12)
+    if shape[1] > 1:
+        assert abs(linear_cka(*moved[:2]) - linear_cka(*logits[:2])) > 0.05
+    classes = logits.mean(dim=2, keepdim=True)
+    whole = ensemble_variance(centred(logits)) + 10 * ensemble_variance(classes)
+    assert ensemble_variance(logits) == pytest.approx(whole, rel=1e-12)
 
 
 def test_variance_of_gaussians_of_known_covariance():

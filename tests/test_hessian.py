@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.sparse.linalg import ArpackError
 from torch import nn
 from torch.func import functional_call, hessian
 
+import utils.hessian
 from models import create_model
 from utils.hessian import HessianOperator, hessian_trace, top_eigenpairs, top_eigenvalues
 
@@ -98,6 +100,44 @@ def test_hutch_plus_plus_is_more_exact_for_a_few_large_eigenvalues():
     data = [(x, y % 2) for x, y in batches(1, 12)]
     found = hessian_trace(few, data, 42, "hutch++")
     assert found["trace"] == pytest.approx(full_hessian(few, data).trace().item(), rel=1e-8)
+
+
+def silent():
+    """A network whose loss does not depend on its first layer."""
+    model = net()
+    with torch.no_grad():
+        model[3].weight.zero_()
+    return model, batches(), "^0"
+
+
+def saturated():
+    """A loss that is 0 to the last bit, of float32: p (1 - p) = 0."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 4).eval()
+    with torch.no_grad():
+        model.weight.mul_(1e5)
+        images = torch.randn(9, 6)
+        return model, [(images, model(images).argmax(dim=1))], None
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("case", [silent, saturated])
+def test_a_hessian_of_zeros_has_eigenvalues_of_zero(case, k):
+    model, data, params = case()
+    values, vectors, residuals = top_eigenpairs(model, data, k, params)
+    assert values.tolist() == residuals.tolist() == [0.0] * k
+    assert torch.equal(vectors.T @ vectors, torch.eye(k, dtype=torch.float64))
+    assert top_eigenvalues(model, data, k, params).tolist() == [0.0] * k
+    assert hessian_trace(model, data, params=params)["trace"] == 0
+
+
+def test_another_failure_of_the_iteration_is_raised(monkeypatch):
+    def fail(*args, **kwargs):
+        raise ArpackError(-9999)
+
+    monkeypatch.setattr(utils.hessian, "eigsh", fail)
+    with pytest.raises(ArpackError):
+        top_eigenpairs(net(), batches())
 
 
 def test_logistic_regression_in_closed_form():
@@ -202,7 +242,7 @@ def test_a_transformer():
     assert (operator @ vector).abs().max() > 0
     torch.testing.assert_close((operator @ vector) @ other, (operator @ other) @ vector)
     # Against the difference of gradients.
-    step, gradients = 1e-5, []
+    step, gradients = 1e-7, []
     start = torch.nn.utils.parameters_to_vector(operator.parameters).detach()
     for sign in (1, -1):
         torch.nn.utils.vector_to_parameters(start + sign * step * vector, operator.parameters)
@@ -210,7 +250,7 @@ def test_a_transformer():
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, operator.parameters)]))
     torch.nn.utils.vector_to_parameters(start, operator.parameters)
     expected = (gradients[0] - gradients[1]) / (2 * step)
-    torch.testing.assert_close(operator @ vector, expected, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(operator @ vector, expected, rtol=1e-5, atol=1e-8 * expected.abs().max().item())
 
 
 def test_memory_is_flat():

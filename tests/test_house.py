@@ -9,7 +9,14 @@ from tests.test_ensemble import ROOT
 
 FLOORS = 6
 TRAINER = {"utils.ensemble", "utils.member"}
-READERS = ["utils.results", "utils.plots", "utils.theory_plots", "utils.landscape", "utils.predictions"]
+READERS = [
+    "utils.results",
+    "utils.plots",
+    "utils.run_plots",
+    "utils.theory_plots",
+    "utils.landscape",
+    "utils.predictions",
+]
 READERS += ["scripts.summarize", "scripts.plot", "scripts.report"]
 READERS += ["measure_diversity", "measure_diversity_variance", "measure_sharpness"]
 FILES = {

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import math
+import re
 import shutil
 from pathlib import Path
 
@@ -23,8 +25,8 @@ from tests import files, reference
 from utils import cli
 from utils.checkpoint import load_model, save_checkpoint
 from utils.datasets import CORRUPTIONS, load_data
-from utils.metrics import bootstrap_weights, unpack_counts
-from utils.sharpness import NORMS
+from utils.metrics import bootstrap_counts, unpack_counts
+from utils.sharpness import NORMS, worst_case_sharpness
 
 SCRIPTS = {
     "diversity": measure_diversity,
@@ -173,7 +175,7 @@ BROKEN = [
     ("diversity", "ensemble_variance", None, "variance of probabilities"),
     ("diversity", "pairwise_kl", None, "KL"),
     ("diversity", "pairwise_js", None, "Jensen-Shannon"),
-    ("diversity", "linear_cka", None, "CKA of logits"),
+    ("diversity", "linear_cka", None, "CKA of centred logits"),
 ]
 
 
@@ -365,9 +367,13 @@ def test_cka(saved, tmp_path):
     result = call("diversity", "--resume", *paths, "--mode", "CKA", "--save", tmp_path, "--data_path", tmp_path)
     cka = result["result"]["test"]["cka"]
     images = load_data("digits", tmp_path).test
-    features = []
+    features, logits = [], []
     for path in paths[:2]:
         model, _ = load_model(path)
+        with torch.no_grad():
+            rows = model(images.batch(np.arange(len(images)))[0]).double()
+        rows -= rows.mean(dim=1, keepdim=True)  # softmax ignores it
+        logits.append((rows - rows.mean(dim=0)).numpy())
         model.linear = torch.nn.Identity()
         with torch.no_grad():
             rows = model(images.batch(np.arange(len(images)))[0]).double()
@@ -375,7 +381,8 @@ def test_cka(saved, tmp_path):
     for form in ("debiased", "biased"):
         expected = reference.cka_by_gram(*features, form == "debiased")
         assert cka["features"][form]["matrix"][0][1] == pytest.approx(expected, rel=1e-4)
-        assert cka["logits"][form]["matrix"][0][0] == 1
+        expected = reference.cka_by_gram(*logits, form == "debiased")
+        assert cka["centred_logits"][form]["matrix"][0][1] == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_mean_of_logits(saved, tmp_path):
@@ -504,9 +511,62 @@ def test_sharpness_equals_the_functions(saved, tmp_path):
 def test_protocol_prints_and_stops(saved, tmp_path, capsys):
     assert call("sharpness", "--resume", saved[1][0], "--save", tmp_path, "--protocol", "--mode", "APGD_worst") is None
     out = capsys.readouterr().out
-    for part in ("--rho0 0.5", "--n_iters 20", "--eval_batch_size 5", "--batch_num 100", "--split train", "l2,linf"):
-        assert part in out
+    for part in ("--n_iters 20", "--eval_batch_size 5", "--batch_num 100", "--split train"):
+        assert out.count(part) == 2
+    for norm, radius in measure_sharpness.RADII.items():
+        assert re.search(rf"^APGD_worst: .*--rho0 {radius} .*--norms {norm}$", out, re.MULTILINE)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "radii"), [([], (0.5, 0.01)), (["--rho0", 0.1], (0.1, 0.1)), (["--gamma", 2], (2, 2))]
+)
+def test_the_radius_of_each_norm(flags, radii, saved, tmp_path):
+    """Given, it is that of both norms, as in the authors' commands; else each has its own."""
+    common = ["--resume", saved[1][0], "--save", tmp_path, "--data_path", tmp_path, "--mode", "APGD_worst,APGD_average"]
+    result = call("sharpness", *common, *SMALL, *flags)["result"]
+    member, images = load_model(saved[1][0])[0], load_data("digits", tmp_path).train
+    index = np.random.RandomState(13).permutation(len(images))[:10]
+    batches = [images.batch(rows) for rows in (index[:5], index[5:])]
+    for norm, radius in zip(NORMS, radii, strict=True):
+        worst = worst_case_sharpness(member, batches, radius, norm, n_iters=2)["loss"]
+        assert result[f"APGD_worst-{norm}"]["mean"] == pytest.approx(worst, rel=1e-3)
+        for mode in ("APGD_worst", "APGD_average"):
+            assert result[f"{mode}-{norm}"]["protocol"]["rho0"] == radius
+
+
+@pytest.mark.parametrize(("size", "equal"), [(90, False), (400, False), (899, True)])
+def test_average_sharpness_with_a_smaller_last_batch(size, equal, saved, tmp_path):
+    """Value and standard error over batches weigh by images."""
+    common = ["--resume", saved[1][0], "--save", tmp_path, "--data_path", tmp_path, "--mode", "APGD_average"]
+    common += [*SMALL, "--norms", "linf", "--batch_num", 1000, "--eval_batch_size", size]
+    images = len(load_data("digits", tmp_path).train)
+    (found,) = call("sharpness", *common)["result"]["APGD_average-linf"]["members"]
+    sizes = np.array([min(size, images - start) for start in range(0, images, size)])
+    assert (len(set(sizes)) == 1) == equal
+    losses, share = np.array(found["loss_by_batch"]), sizes / images
+    assert found["value"] == pytest.approx((share * losses).sum(), rel=1e-12)
+    error = found["loss_standard_error_over_batches"]
+    if equal:
+        assert error is None  # one batch
+    else:
+        gaps, count = share * (losses - found["value"]), len(sizes)
+        assert error == pytest.approx(math.sqrt((gaps**2).sum() * count / (count - 1)), rel=1e-9)
+
+
+def test_variances_of_logits(saved, tmp_path):
+    """The authors' is of the logits as they are; a shift that softmax ignores changes no other."""
+    args = measure_diversity_variance.parse_args(["--resume", "x"])
+    random = np.random.default_rng(0)
+    logits, labels = torch.from_numpy(random.normal(0, 2, (3, 40, 4))), torch.from_numpy(random.integers(0, 4, 40))
+    rows = [
+        measure_diversity_variance.decompose(one, labels, set(args.mode))
+        for one in (logits, logits + torch.tensor([0.0, 3.0, -3.0])[:, None, None])
+    ]
+    authors = [row.pop("variance_of_logits") for row in rows]
+    assert rows[0] == pytest.approx(rows[1], rel=1e-12)
+    assert authors[1] > authors[0] + 4 * 8
+    assert authors[0] == pytest.approx(logits.numpy().var(axis=0, ddof=1).sum(axis=1).mean(), rel=1e-12)
 
 
 def test_no_measure_leaves_a_trace(saved, tmp_path):
@@ -666,10 +726,10 @@ def test_draws_of_the_calibration_error():
     random = np.random.default_rng(0)
     logits, labels = torch.from_numpy(random.normal(0, 2, (2, 40, 3))), torch.from_numpy(random.integers(0, 3, 40))
     args = measure_diversity.parse_args(["--resume", "x", "--mode", "predict,disagreement", "--bins", "5"])
-    weights = bootstrap_weights(40, 6)
+    weights = torch.cat(list(bootstrap_counts(40, 6))).double() / 40
     temperatures = {"members": [1.0, 1.0], "ensemble": 1.0}
     _, columns, gaps = measure_diversity.measure_part(args, logits, labels, [], temperatures)
-    draws = measure_diversity.resample(weights, columns, gaps)
+    draws = measure_diversity.resample(6, columns, gaps)
     confidence, prediction = torch.softmax(logits, 2).mean(0).max(1)
     for weight, drawn in zip(weights, draws["ensemble_ece"], strict=True):
         error = 0.0

@@ -4,17 +4,22 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import utils.metrics
 from tests import reference
 from utils.metrics import (
     accuracy,
-    bootstrap_weights,
+    bootstrap_counts,
+    bootstrap_means,
     calibration_bins,
     calibration_gaps,
+    calibration_mse,
     ensemble_log_probs,
     expected_calibration_error,
     fit_temperature,
     negative_log_likelihood,
+    paired_bootstrap,
     per_sample,
     percentile_interval,
     with_temperature,
@@ -133,13 +138,91 @@ def test_temperature_is_the_minimum_and_recovers_a_known_scale():
 def test_bootstrap_intervals_cover():
     """Of 400 samples of 200 coins, the 95 % interval holds the true mean in 92 to 98 %."""
     random = np.random.default_rng(0)
-    weights = bootstrap_weights(200, 1000)
-    assert torch.allclose(weights.sum(dim=1), torch.ones(1000, dtype=torch.float64))
     hits = 0
     for _ in range(400):
-        low, high = percentile_interval(weights @ torch.from_numpy((random.random(200) < 0.3).astype(float)))
+        low, high = percentile_interval(bootstrap_means(torch.from_numpy(random.random(200) < 0.3), 1000))
         hits += low <= 0.3 <= high
     assert stats.binomtest(hits, 400, 0.95).pvalue > 1e-3, hits
     assert percentile_interval(torch.zeros(0)) is None
     assert percentile_interval(torch.tensor([1.0, math.nan])) is None
-    assert torch.equal(weights, bootstrap_weights(200, 1000))
+
+
+@pytest.mark.parametrize("samples", [200, 500, 899, 10_000])
+@pytest.mark.parametrize("true", [0.0, 0.01, 0.03, 0.05, 0.1])
+def test_calibration_error_of_few_samples(samples, true):
+    """Unbiased in its square, and an interval that covers, where the plug-in error is far too large."""
+    random, draws = np.random.default_rng(0), 600 if samples < 1000 else 200
+    found, hits, plug_in = [], 0, []
+    for _ in range(draws):
+        confidence = 0.1 + 0.9 * random.beta(2, 1.5, samples)
+        correct = random.random(samples) < np.clip(confidence - true, 0, 1)
+        confidence, correct = torch.from_numpy(confidence), torch.from_numpy(correct)
+        value, (low, high) = calibration_mse(confidence, correct)
+        assert low <= max(value, 0) <= high
+        found.append(value)
+        hits += low <= (1.001 * true) ** 2 and true**2 <= high
+        plug_in.append(
+            calibration_gaps({"confidence": confidence, "correct": correct.double()}, 15).mean(0).abs().sum()
+        )
+    assert stats.binomtest(hits, draws, 0.95).pvalue > 1e-4 or hits > 0.95 * draws, hits
+    assert np.mean(found) == pytest.approx(true**2, abs=4 * np.std(found) / math.sqrt(draws) + 5e-4)
+    if samples == 200:
+        assert np.mean(plug_in) > true + 0.01
+
+
+def test_calibration_error_by_its_definition():
+    """All pairs of a bin, one by one."""
+    random = np.random.default_rng(0)
+    confidence, correct = random.random(60), random.random(60) < 0.4
+    bins, square = np.minimum((confidence * 5).astype(int), 4), 0.0
+    for b in range(5):
+        gap = (correct - confidence)[bins == b]
+        products = [x * y for i, x in enumerate(gap) for j, y in enumerate(gap) if i != j]
+        square += len(gap) / 60 * np.mean(products)
+    value, _ = calibration_mse(torch.from_numpy(confidence), torch.from_numpy(correct), 5)
+    assert value == pytest.approx(square, rel=1e-12)
+    # Without a second sample in any bin nothing is known.
+    assert calibration_mse(torch.tensor([0.5]), torch.tensor([1.0]))[0] == 0
+
+
+@pytest.mark.parametrize(("samples", "draws", "seed"), [(1, 5, 0), (200, 1000, 0), (3000, 1500, 3), (40_000, 450, 0)])
+def test_bootstrap_means_are_those_of_all_resamples_at_once(samples, draws, seed):
+    """Blocks, kept or not, of the same resamples as one matrix [B, N] of weights, which may take gigabytes."""
+    random = np.random.RandomState(seed)
+    chosen = [random.randint(0, samples, samples) for _ in range(draws)]
+    values = np.random.default_rng(1).normal(size=(samples, 3))
+    expected = torch.from_numpy(np.stack([values[rows].mean(axis=0) for rows in chosen]))
+    for _ in range(2):
+        found = bootstrap_means(torch.from_numpy(values), draws, seed)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(bootstrap_means(torch.from_numpy(values[:, 0]), draws, seed), expected[:, 0])
+    interval = paired_bootstrap(torch.from_numpy(values[:, 1]), draws=draws, seed=seed)
+    assert interval == pytest.approx(np.quantile(expected[:, 1].numpy(), [0.025, 0.975]).tolist(), abs=1e-12)
+    counts = list(bootstrap_counts(samples, draws, seed))
+    assert torch.cat([block.sum(dim=1) for block in counts]).tolist() == [samples] * draws
+    assert all(block.dtype == torch.uint8 and block.numel() <= 2**22 for block in counts)
+
+
+class _Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that an operation returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.largest = max(self.largest, result.nbytes)
+        return result
+
+
+@pytest.mark.parametrize(("samples", "draws"), [(45_000, 400), (2_000_000, 9)])
+def test_memory_of_a_bootstrap_does_not_grow_with_the_draws(samples, draws):
+    """One matrix of float64 for 1,000 draws of 45,000 images takes 360 MB, and making it four times as much."""
+    assert samples * draws > utils.metrics.MAX_KEPT  # or the counts are kept
+    kept = utils.metrics._kept_counts.cache_info()
+    with _Largest() as seen:
+        found = bootstrap_means(torch.ones(samples, 2), draws)
+    assert utils.metrics._kept_counts.cache_info() == kept
+    assert found.shape == (draws, 2)
+    assert seen.largest <= 40e6
+    assert bootstrap_means(torch.ones(5, 2), 0).shape == (0, 2)

@@ -79,6 +79,15 @@ def test_checkpoints_of_several_kinds(runs, capsys):
     # What was measured is recorded, not the default of --checkpoint.
     assert call("diversity", "--resume", *last, "--save", "m")["protocol"]["checkpoint"] == "last"
     assert call("diversity", "--resume", folder, "--save", "m2")["protocol"]["checkpoint"] == "best"
+    # Files of other names are of no kind: not the best ones, and equal to none.
+    other = [save_member(Path(f"theirs/{seed}.pth.tar"), 40 + seed) for seed in (1, 2)]
+    for words in ([], ["--checkpoint", "last"]):
+        content = call("diversity", "--resume", *other, "--save", "m3", *words)
+        assert content["protocol"]["checkpoint"] == "named one by one"
+    capsys.readouterr()
+    test_summarize.call("m3", "m2")
+    error = capsys.readouterr().err
+    assert error == "note: not recorded, so that it may differ: how it was trained, --checkpoint (of m3)\n"
 
 
 @pytest.mark.parametrize("script", ["diversity", "sharpness"])
@@ -182,8 +191,11 @@ def test_parts_of_the_sharpness_are_kept_with_their_protocol(runs, capsys):
         common = ["--resume", "runs/b", "--save", f"n{rho0}"]
         call("diversity", *common, "--bootstrap", 0)
         call("sharpness", *common, *SMALL, "--mode", "APGD_worst", "--norms", "l2", "--rho0", rho0)
+    capsys.readouterr()
     test_summarize.call("m", "n0.1")
-    assert "Fisher trace" in capsys.readouterr().out
+    output = capsys.readouterr()
+    assert "Fisher trace" in output.out
+    assert output.err == ""  # all that has to agree is recorded
     line = test_summarize.refused(capsys, "m", "n0.2")
     assert "APGD_worst-l2: --rho0 of the sharpness differs (0.2, 0.1)" in line
     # A file of an earlier version, which has one protocol for all: it goes with the parts that are kept.

@@ -19,25 +19,44 @@ from utils.metrics import crossed_interval
 from utils.results import METHODS, Ensemble
 
 
-def test_verdict():
-    """By scipy's interval, of values without spread too; over images as well where they are given."""
-    assert report.verdict([1.0, 1.1, 1.2])[0] == "supported"
-    assert report.verdict([-1.0, -1.1, -1.2])[0] == "contradicted"
-    assert report.verdict([1.0, -1.1, 0.2])[0] == "undecided"
+def test_p_value():
+    """Student's, by scipy; over images as well where they are given."""
     gaps = [0.3, 0.1, 0.7, 0.2]
-    low, high = stats.t.interval(0.95, 3, np.mean(gaps), stats.sem(gaps))
-    _, mean, interval = report.verdict(gaps)
-    assert mean == pytest.approx(0.325)
-    assert interval == pytest.approx([low, high])
+    assert report.p_value(gaps) == pytest.approx(stats.ttest_1samp(gaps, 0).pvalue, rel=1e-6)
+    assert report.p_value([0.2, -0.2, 0.1, -0.1]) == 1
+    assert report.p_value([1.0, math.nan]) == 1
     # Ensembles that agree on a difference which three images of a thousand make.
     images = torch.zeros(1000)
     images[:3] = 1
-    assert report.verdict([0.003, 0.003, 0.003])[0] == "supported"
-    assert report.verdict([images] * 3)[:2] == ("undecided", pytest.approx(0.003))
+    assert report.p_value([0.003, 0.003, 0.003]) < 1e-6
+    assert report.p_value([images] * 3) == pytest.approx(stats.ttest_1samp(images, 0).pvalue, rel=1e-3)
     # Where one of them is not known by image, over ensembles.
-    some = report.verdict([images, 0.002, images])
-    assert some == report.verdict([images.mean().item(), 0.002, images.mean().item()])
-    assert report.verdict([-images - 1] * 3)[0] == "contradicted"
+    values = [images.mean().item(), 0.002, images.mean().item()]
+    assert report.p_value([images, 0.002, images]) == report.p_value(values)
+
+
+def test_holm():
+    """By Holm's own steps; alpha is shared out between the claims that are left."""
+    assert report.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert report.holm([0.9, 0.5]) == [1.0, 1.0]
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        p_values, rejected = list(random.random(6) ** 3), set()
+        for rank, index in enumerate(np.argsort(p_values)):
+            if p_values[index] > 0.05 / (6 - rank):
+                break
+            rejected.add(int(index))
+        assert {i for i, p in enumerate(report.holm(p_values)) if p <= 0.05} == rejected
+
+
+def test_verdict():
+    assert report.verdict([1.0, 1.1, 1.2], 0.04, 0.5) == "supported"
+    assert report.verdict([-1.0, -1.1, -1.2], 0.04, 0.5) == "contradicted"
+    assert report.verdict([1.0, 1.1, 1.2], 0.06, 0.5) == "undecided"
+    # The 90 % interval of these is 0.09 +- 0.13.
+    assert report.verdict([0.1, 0.0, 0.2, 0.06], 0.6, 0.25) == "equivalent"
+    assert report.verdict([0.1, 0.0, 0.2, 0.06], 0.6, 0.15) == "undecided"
+    assert report.verdict([1.0, math.nan], 0.01, 1) == "undecided"
 
 
 def test_claims_have_the_sign_of_their_words():
@@ -125,9 +144,9 @@ def results(tmp_path):
                 folder / "measurements" / f"{method}_{seed}",
                 0.8 + gain + 0.01 * i * (method == "sam_0.1"),
             )
-            write(place, SAM | {"rho": rho, "epochs": 9, "at": method}, (int(seed), 99), accuracy, 1.0 + gain)
+            write(place, SAM | {"rho": rho, "epochs": 9, "average_from": method}, (int(seed), 99), accuracy, 1.0 + gain)
             content = json.loads((place / "diversity.json").read_text())
-            content["data"] |= {"train": 100, "val": 10}
+            content["data"] |= {"train": 100, "val": 10, "sha256_of_corrupted": "c"}
             content["result"]["corrupted"] = {"mean": content["result"]["test"] | {"samples": 10.0}}
             (place / "diversity.json").write_text(json.dumps(content))
     return tmp_path
@@ -150,15 +169,15 @@ def test_report(results, capsys):
     call(results)
     assert capsys.readouterr().out == f"wrote {results / 'README.md'}\n"
     text = squeezed((results / "README.md").read_text())
-    assert text.count("| 3 | **") == len(report.CLAIMS)
+    assert len(re.findall(r"\| \*\*\w+\*\* \|", text)) == len(report.CLAIMS)
     # The first images are right: 166 of 200 by SharpBalance, 164, 166 and 168 by SAM, 164 on random samples.
     gaps = torch.zeros(3, 200)
     gaps[0, 164:166], gaps[2, 166:168] = 1, -1
     low, high = (100 * edge for edge in crossed_interval(gaps))
     claim = "| iv, released | clean images: ensemble accuracy, SharpBalance (released) - SAM |"
-    assert f"{claim} +0.00 points | [{low:.2f}, {high:.2f}] | 3 | **undecided** |" in text
+    assert f"{claim} +0.00 points | [{low:.2f}, {high:.2f}] | 1.0000 | 1.000 | 0.5 points | **undecided** |" in text
     low, high = (100 * edge for edge in crossed_interval(gaps[:1].expand(3, 200)))
-    line = f"SAM on random samples | +1.00 points | [{low:.2f}, {high:.2f}] | 3 | **undecided** |"
+    line = f"SAM on random samples | +1.00 points | [{low:.2f}, {high:.2f}] | "
     assert f"| vi, clean | clean images: ensemble accuracy, SharpBalance (released) - {line}" in text
     assert "| i, sharpness | logarithm of sharpness, deep ensemble - SAM with the largest rho | -0.010 |" in squeezed(
         text
@@ -171,7 +190,11 @@ def test_report(results, capsys):
         "(released) on the first seeds, k 0.3: 52.00 %, k 0.5: 53.00 %, chosen 0.5 "
         + edge
         + "; likewise, T_d 2: 51.00 %, "
-        "T_d 5: 53.00 %, chosen 5 " + edge + ". One ensemble on 10 images has a standard error of 11.3 points"
+        "T_d 5: 53.00 %, chosen 5 "
+        + edge
+        + ". The accuracy of one ensemble on 10 images, 53.00 %, has a standard error of "
+        "15.8 points; "
+        "the best and the worst value that were tried are apart by 1.00 points for k and 2.00 points for T_d."
     ) in text
     assert (
         "within an adaptive l2 ball of radius 0.5, mean over 20 batches of 5 training images, by 'tight' in 7" in text
@@ -190,6 +213,29 @@ def test_one_value_that_was_chosen_without_others():
     plan = {"chosen": {"rho": 0.2, "k": 0.5, "T_d": 5}, "validation": {"k": {"0.3": 0.1, "0.5": 0.2, "0.7": 0.1}}}
     scores = "k 0.3: 10.00 %, k 0.5: 20.00 %, k 0.7: 10.00 %, chosen 0.5"
     assert report.choices(plan) == f"rho 0.2; SharpBalance (released) on the first seeds, {scores}; T_d 5"
+
+
+@pytest.mark.parametrize(
+    ("tried", "expected"),
+    [
+        (
+            {"k": {"0.3": 0.9, "0.5": 0.8}, "T_d": {"2": 0.88, "5": 0.91}},
+            (91, 400, "10.00 points for k and 3.00 points"),
+        ),
+        ({"k": {"0.3": 0.98, "0.50": 0.96, "0.7": 0.97}}, (96, 900, "2.00 points for k.")),
+        ({"T_d": {"5": 0.5}}, None),
+        ({}, None),
+    ],
+)
+def test_the_standard_error_is_that_of_the_accuracy_found(tried, expected):
+    text = report.chance({"chosen": {"rho": 0.2, "k": 0.5, "T_d": 5}, "validation": tried}, expected and expected[1])
+    if expected is None:
+        assert text == ""
+    else:
+        percent, images, apart = expected
+        error = math.sqrt(percent * (100 - percent) / images)
+        assert f"on {images} images, {percent}.00 %, has a standard error of {error:.1f} points; " in text
+        assert f"apart by {apart}" in text
 
 
 def test_bad_results(results, tmp_path, capsys):

@@ -11,9 +11,9 @@ from scripts import summarize
 from tests.test_ensemble import ROOT
 from tests.test_summarize import SAM, SHARPBALANCE, write
 from utils import InputError
-from utils.files import write_json
+from utils.files import load_json, write_json
 from utils.landscape import read_landscape
-from utils.results import METHODS, groups_of, key_of, method_of, read_ensemble, read_run
+from utils.results import METHODS, check_alike, groups_of, key_of, method_of, read_ensemble, read_run
 
 PAPER = SHARPBALANCE | {"partition": "paper", "unselected": "normal"}
 RANDOM = SHARPBALANCE | {"partition": "random", "unselected": None, "match_size": None}
@@ -56,7 +56,9 @@ RHO, ALL = "rho 0.1", "rho 0.1, k 0.5, T_d 15"
 def test_names_of_methods(settings, key, name):
     settings = {"match_size": None, "data": "digits", "initial_epochs": 15} | settings
     assert key_of(settings) == key
-    assert method_of(settings) == name
+    assert method_of(settings | {"bn_perturbed": "update"}) == method_of(settings) == name
+    frozen = method_of(settings | {"bn_perturbed": "freeze"})
+    assert frozen == name.replace(f"{METHODS[key].name}, ", f"{METHODS[key].name}, bn_perturbed freeze, ")
     averaged = "ensemble of averages (EoA)"
     assert method_of(settings, averaged=True) == (averaged if key == "deep_ensemble" else f"{averaged}, {name}")
 
@@ -182,3 +184,155 @@ def test_names_of_folders_in_tables(name, shown, tmp_path, capsys):
     assert table[2].startswith(f"| {shown} ")
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
     assert f"/{shown}: measured by" in lines[-1]
+
+
+RECIPE = {"epochs": 8, "lr": 0.1, "batch_size": 128, "augmentation": "standard", "label_noise": 0.0, "schedule": "step"}
+RECIPE |= {"momentum": 0.9, "weight_decay": 5e-4, "amp": "none"}
+OTHER = {"epochs": 2, "lr": 0.2, "batch_size": 64, "augmentation": "flip", "label_noise": 0.2, "schedule": "cosine"}
+OTHER |= {"momentum": 0.0, "weight_decay": 0.0, "amp": "bf16"}
+
+
+def three_alike(folder):
+    """Of three methods, which is what is compared."""
+    methods = [SAM, SHARPBALANCE | {"partition": "paper"}, SAM | {"sam": False, "bn_perturbed": "freeze"}]
+    return [write(folder / str(i), RECIPE | one, (1, 2), 0.8, 2.0) for i, one in enumerate(methods)]
+
+
+def change(folder, name, *path_and_value):
+    """Set an entry of a result file, or delete it where the value is ...."""
+    content = load_json(folder / name)
+    *path, last, value = path_and_value
+    place = content
+    for key in path:
+        place = place.setdefault(key, {})
+    if value is ...:
+        place.pop(last, None)
+    else:
+        place[last] = value
+    write_json(folder / name, content)
+
+
+def checked(folders, capsys):
+    """What `check_alike` says of them: a note, or what it refuses."""
+    capsys.readouterr()
+    try:
+        check_alike([read_ensemble(folder) for folder in folders])
+    except InputError as error:
+        return str(error)
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [*RECIPE, "a_setting_of_tomorrow"])
+def test_what_is_compared_was_trained_alike(name, tmp_path, capsys):
+    folders = three_alike(tmp_path)
+    change(folders[2], "diversity.json", "trained", "seed", [3, 4])
+    assert checked(folders, capsys) == ""
+    for folder in folders:
+        change(folder, "diversity.json", "trained", name, RECIPE.get(name, 1))
+    change(folders[1], "diversity.json", "trained", name, OTHER.get(name, 2))
+    line = checked(folders, capsys)
+    assert f"{folders[1]} and {folders[0]} cannot be compared: --{name} of the training differs" in line
+    assert f"({OTHER.get(name, 2)}, {RECIPE.get(name, 1)}); compare what was trained alike" in line
+    change(folders[1], "diversity.json", "trained", name, ...)
+    if name in ("augmentation", "label_noise"):  # which an earlier version did not have: what it did is known
+        assert checked(folders, capsys) == ""
+    else:
+        note = f"note: not recorded, so that it may differ: --{name} of the training (of {folders[1]})\n"
+        assert checked(folders, capsys) == note
+
+
+def test_runs_that_are_compared_were_trained_alike(tmp_path, capsys):
+    """Also before they are measured."""
+    for i, epochs in enumerate((8, 2)):
+        run = RECIPE | SAM | {"seed": [i, 5], "model": "resnet18", "width": 2, "epochs": epochs}
+        (tmp_path / str(i)).mkdir()
+        write_json(tmp_path / f"{i}/args.json", run)
+        write_json(tmp_path / f"{i}/environment.json", {"data": {"sha256_of_arrays_and_split": "d"}})
+    with pytest.raises(InputError, match=r"--epochs of the training differs \(2, 8\)"):
+        check_alike([read_run(tmp_path / str(i)) for i in range(2)])
+    change(tmp_path / "1", "args.json", "epochs", 8)
+    check_alike([read_run(tmp_path / str(i)) for i in range(2)])
+    assert capsys.readouterr().err == ""
+
+
+CORRUPTED = {"mean": {"rates": {"member_accuracy": 0.5, "ensemble_accuracy": 0.6}, "right_of_samples": {}, "parts": 75}}
+CORRUPTED["mean"] |= {"intervals_95": {}, "samples": 200.0}
+UNRECORDED = {
+    "all weights and a part": ("sharpness.json", ("protocol", "params"), None, "conv", "--params of the sharpness"),
+    "two parts": ("sharpness.json", ("protocol", "params"), "linear", "conv", "--params of the sharpness"),
+    "corrupted sets": ("diversity.json", ("data", "sha256_of_corrupted"), "c", "e", "the corrupted set"),
+    "average": ("diversity.json", ("protocol", "average"), "probs", "logits", "--average"),
+    "version": (
+        *("diversity.json", ("made_by", "test", "predict", "versions")),
+        *({"logits": 1, "predict": 1}, {"logits": 1, "predict": 2}, "the version of predict"),
+    ),
+    "version of sharpness": (
+        *("sharpness.json", ("result", "APGD_worst-l2", "members"), [{"versions": {"APGD_worst": 1}}] * 2),
+        *([{"versions": {"APGD_worst": 2}}] * 2, "APGD_worst-l2: the version of the sharpness"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNRECORDED)
+def test_unknown_is_not_equal(name, tmp_path, capsys):
+    """Known and different is refused; known for some only is said in one line; known and equal passes."""
+    file, path, value, other, fact = UNRECORDED[name]
+    folders = three_alike(tmp_path)
+    for folder in folders:
+        change(folder, "diversity.json", "result", "corrupted", CORRUPTED)
+        change(folder, "diversity.json", "data", "sha256_of_corrupted", "c")
+        change(folder, "diversity.json", "protocol", "mode", ["predict", "KL"])
+        made = {"test": {"predict": {"versions": 1}}, "train": {"KL": {"versions": 1}}}  # KL not on the test set
+        change(folder, "diversity.json", "made_by", made)
+        change(folder, file, *path, value)
+    assert checked(folders, capsys) == ""
+    change(folders[1], file, *path, other)
+    assert f"{fact} differs (" in checked(folders, capsys)
+    change(folders[1], file, *path, ...)
+    note = "note: not recorded, so that it may differ: "
+    assert re.fullmatch(rf"{note}.*{re.escape(fact)} \(of {folders[1]}\)\n", checked(folders, capsys))
+    change(folders[2], file, *path, ...)
+    assert f"{fact} (of {folders[1]} and 1 more)" in checked(folders, capsys)
+    change(folders[0], file, *path, ...)
+    # What no file records says nothing of a difference; but that images are the same is never taken on trust.
+    expected = f"{note}the corrupted set (of {folders[0]} and 2 more)\n" if fact == "the corrupted set" else ""
+    assert checked(folders, capsys) == expected
+    assert checked(folders[:1], capsys) == ""
+
+
+def test_corrupted_sets_of_other_sizes(tmp_path, capsys):
+    """Their digests are not known, their sizes are."""
+    folders = three_alike(tmp_path)
+    for folder in folders[:2]:
+        change(folder, "diversity.json", "result", "corrupted", CORRUPTED)
+    assert "the corrupted set (of" in checked(folders, capsys)
+    change(folders[1], "diversity.json", "result", "corrupted", "mean", "samples", 500.0)
+    assert "the number of corrupted images differs (500.0, 200.0)" in checked(folders, capsys)
+
+
+@pytest.mark.parametrize("damage", [{"test": 3}, {"test": {"predict": 3}}, 3])
+def test_damaged_records_of_versions(damage, tmp_path, capsys):
+    folders = three_alike(tmp_path)
+    change(folders[1], "diversity.json", "made_by", damage)
+    assert f"{folders[1]}: a result file is damaged (" in checked(folders, capsys)
+
+
+def test_of_unknown_training(tmp_path, capsys):
+    """As checkpoints of others are."""
+    folders = three_alike(tmp_path)
+    change(folders[0], "diversity.json", "trained", None)
+    assert checked(folders, capsys).endswith(f": how it was trained (of {folders[0]})\n")
+    for folder in folders[1:]:
+        change(folder, "diversity.json", "trained", None)
+    assert checked(folders, capsys).endswith(f": how it was trained (of {folders[0]} and 2 more)\n")
+
+
+@pytest.mark.parametrize("place", ["digits", "fashion_mnist/noisy_labels", "fashion_mnist/clean_labels"])
+def test_committed_results_can_be_compared(place, capsys):
+    """A digest that an earlier version did not record is in the line."""
+    folders = sorted(path.parent for path in (ROOT / "results" / place).glob("measurements/*/diversity.json"))
+    without = [one for one in folders if "sha256_of_corrupted" not in load_json(one / "diversity.json")["data"]]
+    said = checked(folders, capsys)
+    assert "cannot be compared" not in said
+    assert (f"the corrupted set (of {without[0]} and {len(without) - 1} more)" if without else "") in said
+    assert ("the corrupted set" in said) == bool(without)

@@ -317,6 +317,55 @@ def test_average_is_seeded_and_by_batch(trained):
     assert other["loss"] != a["loss"]
 
 
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("size", [7, 25, 59])
+def test_average_counts_every_image_once_however_they_are_batched(norm, size):
+    """The last images, which a smaller batch holds, are unlike the others."""
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3).double().eval()
+    images, labels = torch.randn(60, 5, dtype=torch.float64), torch.randint(0, 3, (60,))
+    images[-4:] *= 20
+    cut = [(images[i : i + size], labels[i : i + size]) for i in range(0, 60, size)]
+    assert len(cut[-1][1]) < size
+    whole = average_sharpness(model, [(images, labels)], 0.5, norm, n_draws=10)
+    found = average_sharpness(model, cut, 0.5, norm, n_draws=10)
+    for key in ("loss", "error", "loss_standard_error", "error_standard_error"):
+        assert found[key] == pytest.approx(whole[key], rel=1e-9)
+    assert found["loss"] != pytest.approx(np.mean(found["loss_by_batch"]), rel=0.05)
+    # The worst case is a mean over batches.
+    worst = worst_case_sharpness(model, cut, 0.05, norm, n_iters=2)
+    assert worst["loss"] == pytest.approx(np.mean(worst["loss_by_batch"]), rel=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 3, 12])
+def test_the_average_of_equal_batches_is_that_of_the_batches_to_the_bit(count, trained):
+    model, batches = trained
+    found = average_sharpness(model, batches[:count], 0.05, n_draws=4)
+    for key in ("loss", "error"):
+        assert found[key] == sum(found[f"{key}_by_batch"]) / count
+    for size in (1, 5, 49, 256):
+        assert utils.sharpness.relative_sizes([size] * count) == [1.0] * count
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_the_noise_of_l2_is_no_ball(adaptive, trained, monkeypatch):
+    """Of P weights its length is about rho sqrt(P); that of linf stays within the ball."""
+    model, batches = trained
+    lengths, shift = {}, utils.sharpness._Weights.shift
+
+    def watched(weights, delta, factor):
+        pairs = zip(delta, weights.scales, strict=True)
+        u = torch.cat([(factor * d / scale)[scale > 0] for d, scale in pairs])
+        lengths.setdefault(norm, []).append((u.norm().item() / math.sqrt(len(u)), u.abs().max().item()))
+        shift(weights, delta, factor)
+
+    monkeypatch.setattr(utils.sharpness._Weights, "shift", watched)
+    for norm in ("l2", "linf"):
+        average_sharpness(model, batches[:1], 0.02, norm, adaptive, n_draws=4)
+    assert [root for root, _ in lengths["l2"]] == [pytest.approx(0.02, rel=0.05)] * 4
+    assert all(largest <= 0.02 * (1 + 1e-6) for _, largest in lengths["linf"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -368,6 +368,8 @@ class Watch:
         who = ", ".join(self.names[number] for number in gone) or "another rank"
         text = f"rank {rank()}: {who} has ended or does not answer"
         print(f"{text}; this rank stops: re-run the same command to resume", file=sys.stderr, flush=True)
+        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # before and after training: there is nothing to save
+            os._exit(1)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(15)
         os._exit(1)  # the main thread is stuck

@@ -171,13 +171,22 @@ def pairwise_js(log_probs: Tensor) -> Tensor:
     return result
 
 
+def centred(logits: Tensor) -> Tensor:
+    """Logits [..., C] less their mean over classes, in float64: equal for logits of equal softmax."""
+    values = logits.double()
+    return values - values.mean(dim=-1, keepdim=True)
+
+
 def ensemble_variance(outputs: Tensor) -> float:
     """Unbiased variance over members, summed over classes, mean over samples.
 
     V = (1/N) sum_x sum_c (1/(M-1)) sum_i (g_i(x)_c - mean_j g_j(x)_c)^2, in two passes in float64.
 
+    Of logits it moves with what softmax ignores, a number that a member adds to all classes of an image: by C times the
+    variance over members of that number. Of `centred` logits it does not.
+
     Args:
-        outputs: logits or probabilities [M, N, C], M of 2 or more.
+        outputs: logits, centred logits or probabilities [M, N, C], M of 2 or more.
 
     Raises:
         ValueError: for fewer than two members.
@@ -219,7 +228,8 @@ def linear_cka(x: Tensor, y: Tensor, debiased: bool = True) -> float:
     CKA = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) with K = XX', L = YY'. Biased: HSIC(K, L) = <HKH, HLH> =
     ||Xc'Yc||_F^2 with centred columns. Debiased: the unbiased estimator, on K and L with zero diagonal,
     HSIC = <K, L> + (1'K1)(1'L1)/((n-1)(n-2)) - 2 (1'KL1)/(n-2), whose ratio is near 0 for independent features also
-    where there are more features than samples; it can be negative.
+    where there are more features than samples; it can be negative. As representations, logits should be `centred`: a
+    number added to all classes of an image is nothing to softmax, but much to CKA.
 
     Args:
         x: [N, D1].

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.sparse.linalg import LinearOperator, eigsh
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -163,7 +163,9 @@ class _BatchNormBackward(torch.autograd.Function):
         """The gradient of <u, dL/dx> + <u_weight, dL/dweight> + <u_bias, dL/dbias>."""
         g, x, weight, mean, r = ctx.saved_tensors
         factor = r * u_weight
-        to_g = F.batch_norm(u, torch.zeros_like(r), torch.ones_like(r), weight * r, u_bias - mean * factor, eps=0.0)
+        # torch.nn.functional's refuses eps = 0 in torch 2.10.
+        fixed = weight * r, u_bias - mean * factor, torch.zeros_like(r), torch.ones_like(r), False, 0.0, 0.0, True
+        to_g = torch.batch_norm(u, *fixed)
         to_g.addcmul_(x, factor.view(-1, *[1] * (x.dim() - 2)))
         to_x, to_weight, _ = _scale_and_sums(g, u, factor, torch.zeros_like(r), r)
         return to_g, to_x, to_weight, None, None
@@ -304,7 +306,8 @@ def top_eigenpairs(
 
     Returns:
         Values float64 [k], largest first; unit vectors float64 [P, k]; residuals ||H v - lambda v||_2, float64 [k]. All
-        are nan where a product with H overflows.
+        are nan where a product with H overflows. Where H is 0 (a loss that does not depend on the weights, or that is 0
+        to the last bit) so are values and residuals, and any unit vectors are eigenvectors.
     """
     operator = HessianOperator(model, batches, params)
     if not 0 < k < operator.size:
@@ -322,6 +325,12 @@ def top_eigenpairs(
         values, vectors = eigsh(linear, k=k, which="LA", tol=tolerance, v0=start)
     except FloatingPointError:
         return tuple(torch.full(shape, math.nan, dtype=torch.float64) for shape in ((k,), (operator.size, k), (k,)))
+    except ArpackError:
+        if product(start).any():
+            raise
+        # ARPACK refuses an H whose product with a random vector is 0.
+        values = torch.zeros(k, dtype=torch.float64)
+        return values, torch.eye(operator.size, k, dtype=torch.float64), values.clone()
     order = np.argsort(values)[::-1]
     values, vectors = values[order].copy(), vectors[:, order].copy()
     residuals = [np.linalg.norm(product(v) - value * v) for value, v in zip(values, vectors.T, strict=True)]

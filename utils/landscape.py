@@ -5,6 +5,9 @@ landscape: the loss around saved members and between them. sets: which training 
 
 import copy
 import itertools
+import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,9 @@ from utils.distributed import start_device
 from utils.files import load_array, read_json, write_json
 from utils.hessian import full_float32, to_float64, top_eigenpairs
 from utils.partition import PARTITION_RULE
-from utils.predictions import load_members
+from utils.predictions import load_members, made_by, why_stale
 from utils.results import Ensemble, check_alike, method_of, read_run, setting_of
-from utils.run import current_settings, find_checkpoints
+from utils.run import current_settings, environment, find_checkpoints
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -57,9 +60,10 @@ def data_of(run: Ensemble, device: torch.device | str = "cpu") -> Data:
 def compute_landscape(folders: list[Path], path: Path) -> None:
     """Write the losses along directions and between members of run folders, run by run.
 
-    Curves that `path` already holds of the same weights, images and steps are not computed again, so that the same
-    call resumes an interrupted one. The file holds `about` (images, steps) and, for each run, its settings and, by the
-    digests of the weights, `along` (a curve for each random direction), `top` (see `along_top`) and `between`.
+    Curves that `path` already holds of the same weights, images, steps, code and device are not computed again, so
+    that the same call resumes an interrupted one. The file holds `about` (images, steps) and, for each run, its
+    settings and, by the digests of weights, `along` (a curve for each random direction), `top` (see `along_top`) and
+    `between`; and in `made_by` what made each curve.
 
     Raises:
         InputError: naming the run that is not readable or differs from the others in data or network.
@@ -73,25 +77,31 @@ def compute_landscape(folders: list[Path], path: Path) -> None:
     digest = data.record["sha256_of_arrays_and_split"]
     about = {"images": images, "training_images": training_images, "sha256_of_data": digest, "directions": DIRECTIONS}
     about |= {"along": ALONG, "between": BETWEEN, "top": TOP}
-    before = _curves_of(path, about)
+    here = environment(device)
+    before = _curves_of(path, about, here)
     members = [load_members(find_checkpoints([run.folder], "best")) for run in runs]
     total = sum(len(m) * (len(m) + 1) // 2 for m in members)
     content: dict[str, Any] = {"about": about, "runs": []}
+
+    def keep(row: dict[str, Any], kind: str, key: str, compute: Callable[[], Any]) -> None:
+        known, record = before[kind].get(key) or (None, made_by(kind, here))
+        row[kind][key] = known or compute()
+        row["made_by"][kind][key] = record
+        bar.update(kind != "top")
+
     with tqdm(total=total, desc="landscape", unit="curve", delay=5, disable=None, dynamic_ncols=True) as bar:
         for run, members_of_run in zip(runs, members, strict=True):
-            row = {"folder": str(run.folder), "along": {}, "between": {}, "top": {}}
+            row: dict[str, Any] = {"folder": str(run.folder), "along": {}, "between": {}, "top": {}}
+            row["made_by"] = {"along": {}, "between": {}, "top": {}}
             row |= {key: run.content[key] for key in ("trained", "network", "data")}
             content["runs"].append(row)
             for member in members_of_run:
-                model, key = member.model.to(device), member.digest
-                row["along"][key] = before["along"].get(key) or along_random(model, batches)
-                row["top"][key] = before["top"].get(key) or along_top(model, batches)
-                bar.update()
+                model = member.model.to(device)
+                keep(row, "along", member.digest, partial(along_random, model, batches))
+                keep(row, "top", member.digest, partial(along_top, model, batches))
             for a, b in itertools.combinations(members_of_run, 2):
-                key = f"{a.digest} {b.digest}"
-                losses = before["between"].get(key) or losses_between(a.model, b.model, BETWEEN, batches, training)
-                row["between"][key] = losses
-                bar.update()
+                compute = partial(losses_between, a.model, b.model, BETWEEN, batches, training)
+                keep(row, "between", f"{a.digest} {b.digest}", compute)
             write_json(path, content)
 
 
@@ -104,23 +114,34 @@ def read_landscape(path: Path) -> list[Ensemble]:
     content, ensembles = read_json(path, AGAIN), []
     try:
         for row in content["runs"]:
-            row |= {"about": content["about"], "trained": current_settings(row["trained"])}
+            made = {kind: dict(records) for kind, records in row.get("made_by", {}).items()}
+            row |= {"about": content["about"], "trained": current_settings(row["trained"]), "made_by": made}
             method, seeds = method_of(row["trained"]), tuple(row["trained"]["seed"])
             ensembles.append(Ensemble(Path(row["folder"]), method, seeds, content=row))
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not the numbers of a landscape; {AGAIN}") from error
     return ensembles
 
 
-def _curves_of(path: Path, about: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The curves that a file holds of these images and steps, by the digests of the weights."""
+def _curves_of(path: Path, about: dict[str, Any], here: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The curves that a file holds of these images and steps, with what made them, by the digests of the weights.
+
+    Those that other code or another device than `here` made are left out, and one line says so.
+    """
     curves: dict[str, dict[str, Any]] = {"along": {}, "between": {}, "top": {}}
+    stale: list[str] = []
     if path.is_file():
         without_top = {key: value for key, value in about.items() if key != "top"}  # as an earlier version wrote it
-        for run in read_landscape(path):
-            if run.content["about"] in (about, without_top):
-                for key in curves:
-                    curves[key] |= run.content.get(key, {})
+        alike = [run.content for run in read_landscape(path) if run.content["about"] in (about, without_top)]
+        for kind, (content, found) in itertools.product(curves, [(one, one["made_by"]) for one in alike]):
+            for key, curve in content.get(kind, {}).items():
+                record = found.get(kind, {}).get(key)
+                if why := why_stale(kind, record, here):
+                    stale.append(f"{kind} was computed {why}")
+                else:
+                    curves[kind][key] = curve, record
+    if stale:
+        print(f"note: {path}: {stale[0]}; computed anew ({len(stale)} such curves)", file=sys.stderr)
     return curves
 
 

@@ -1,67 +1,80 @@
-"""Every figure of measurements and runs: a function takes comparable ensembles and returns a Figure; `save` writes it.
+"""Every figure of measurements: a function takes comparable ensembles and returns a Figure; `save` writes it.
 
 Figures are drawn by Agg, without a display, and without pyplot, which would keep global state. Colours belong to
 methods (`utils.results.METHODS`); markers and lines differ as well.
 """
 
 import io
-import json
+import itertools
 import math
-import statistics
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from utils import InputError
 from utils.files import write_atomically
+from utils.metrics import paired_bootstrap
 from utils.results import (
+    BOTH,
     METHODS,
     Ensemble,
-    Estimate,
+    Gap,
     Interval,
-    estimate,
     estimate_of,
     gap_between,
     groups_of,
     interval_of,
+    population_of,
     require,
     setting_of,
     sharpness_protocol,
 )
 
-MARKERS = "osD^vph<>"
+# Of each method in the order of `METHODS`, so that a method looks alike in all figures and can be told without colour.
+MARKERS = dict(zip(METHODS, "osdD^v<pX*", strict=True))
+# Of the settings of one method: they share its marker.
+FILLS: tuple[dict[str, Any], ...] = (
+    {},
+    {"markerfacecolor": "white"},
+    *({"fillstyle": side, "markerfacecoloralt": "white"} for side in ("bottom", "left", "right", "top")),
+)
 # All but the first have gaps: where curves coincide, those below stay visible.
 LINES = ("-", (0, (6, 2)), (0, (3, 2)), (0, (1, 1)))
 # How labels write the settings in which curves of one method differ.
 SYMBOLS = {"rho": r"$\rho$", "flat_ratio": "$k$", "initial_epochs": "$T_d$"}
 # Shades for the smallest to the largest rho. Those of other methods go from dark to the colour.
 SHADES = {"sam": ("#710000", "#D67822", "#AA8856")}
-HALF, FULL = 3.3, 6.8  # widths in inches, those of print: half a page and a page
+WIDTH = 3.4  # inches, in print: half a page. All sizes of text are those of print.
 STYLE = {
     "axes.grid": True,
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "axes.titlesize": 8,
-    "errorbar.capsize": 2,
-    "font.size": 7.5,
+    "axes.titlesize": 7,
+    "axes.labelsize": 7,
+    "axes.labelpad": 2,
+    "axes.titlepad": 4,
+    "font.size": 7,
     "grid.alpha": 0.3,
-    "grid.linewidth": 0.6,
-    "legend.fontsize": 7.5,
+    "grid.linewidth": 0.5,
+    "legend.fontsize": 7,
     "legend.frameon": False,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 4,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
+    "lines.linewidth": 1.1,
+    "lines.markersize": 3.5,
+    "lines.markeredgewidth": 0.8,
+    "xtick.labelsize": 6.5,
+    "ytick.labelsize": 6.5,
     "pdf.fonttype": 42,  # text stays text
 }
 # All other settings are matplotlib's own: a user's matplotlibrc could ask for LaTeX, or for black paper.
@@ -83,9 +96,30 @@ class Group:
     label: str
     ensembles: list[Ensemble]
     colour: tuple[float, ...]
-    marker: str
+    fill: dict[str, Any]
     line: Any
     offset: float
+
+    @property
+    def mark(self) -> dict[str, Any]:
+        """Colour, marker and filling of its points."""
+        return {"color": self.colour, "marker": MARKERS[self.key], **self.fill}
+
+
+class Shown(NamedTuple):
+    """A mean over ensembles, its 95 % interval and the population that this is over, a key of `POPULATIONS`."""
+
+    mean: float
+    interval: Interval
+    over: str
+
+
+# How captions name what intervals are over. Those of the first have caps, so that no figure mixes them unseen.
+POPULATIONS = {
+    BOTH: "over new ensembles and new test images",
+    "ensembles": "Student's, over ensembles with the images as they are",
+    "images": "over test images, for these trained networks only",
+}
 
 
 def file_beside(path: Path, kind: str) -> Path:
@@ -139,13 +173,12 @@ def line_styles(ensembles: list[Ensemble]) -> list[Group]:
     for key in METHODS:
         same = [group for group in found if group[0].key == key]
         same.sort(key=lambda group: (group[0].content.get("trained") or {}).get("rho") or 0)
-        for group, colour in zip(same, shades(key, len(same)), strict=True):
+        for j, (group, colour) in enumerate(zip(same, shades(key, len(same)), strict=True)):
             # That of an unknown method is a folder's name: no formula, and legends leave out what begins with _.
             unknown = group[0].method.replace("$", r"\$").lstrip("_")
             label = unknown if key == "unknown" else METHODS[key].name + _differences(group, same)
-            i = len(groups)
-            marker, line, offset = MARKERS[i % len(MARKERS)], LINES[i % len(LINES)], i - (len(found) - 1) / 2
-            groups.append(Group(key, label, group, colour, marker, line, offset))
+            line, offset = LINES[len(groups) % len(LINES)], len(groups) - (len(found) - 1) / 2
+            groups.append(Group(key, label, group, colour, FILLS[j % len(FILLS)], line, offset))
     return groups
 
 
@@ -167,26 +200,43 @@ def _how_many(groups: list[Group]) -> str:
     return "n: " + ", ".join(f"{group.label} {count}" for group, count in zip(groups, counts, strict=True))
 
 
-def _about(groups: list[Group]) -> str:
-    """Data, network, the number of test images, and the number of ensembles of each group."""
+def about(groups: list[Group]) -> str:
+    """Data, network, the number of images that were measured, and the number of ensembles of each group."""
     content = groups[0].ensembles[0].content
-    result = content.get("result", {})
-    images = result.get("test", {}).get("samples") or content["data"].get("test")
-    text = f"{setting_of(content)}; {_how_many(groups)}"
-    if result and images:
-        corrupted = result.get("corrupted", {}).get("mean", {}).get("samples")
-        text += f"; {images} test images" + (f", {corrupted:g} of them corrupted" if corrupted else "")
+    result, text = content.get("result"), f"{setting_of(content)}; {_how_many(groups)}"
+    if result and (images := _samples(groups[0].ensembles[0], "test")):
+        text += f"; {images} test images"
+        if "corrupted" in result and (corrupted := _samples(groups[0].ensembles[0], "corrupted", "mean")):
+            text += f", corrupted copies of {corrupted}"
     return text
 
 
-def _intervals(groups: list[Group], name: str = "") -> str:
-    """The sentence that says what the intervals of a figure are over, here those of the value `name`."""
-    several = [len(group.ensembles) > 1 for group in groups]
-    if not any(several):
-        return "95 % intervals: over test images, for these trained networks only."
-    group = groups[several.index(True)]
-    over = (*(estimate_of(group.ensembles, name)[2:] if name else ()), "ensembles")[0]
-    return f"95 % intervals: over {over}{'; of a single ensemble, over test images' * (not all(several))}."
+def _samples(ensemble: Ensemble, *place: str) -> int | None:
+    """The number of images at a place of the result, if it is recorded."""
+    count = require(ensemble, *place).get("samples") or (ensemble.content["data"].get("test") if len(place) == 1 else 0)
+    return round(count) if count else None
+
+
+def _intervals(shown: Iterable[Shown]) -> str:
+    """The sentence that says what the intervals of a figure are over."""
+    found = {one.over for one in shown if one.interval}
+    texts = [text for over, text in POPULATIONS.items() if over in found]
+    if BOTH in found and len(texts) > 1:
+        return f" 95 % intervals: with caps {texts[0]}; without caps {'; of a single ensemble '.join(texts[1:])}."
+    return f" 95 % intervals: {'; of a single ensemble '.join(texts)}." if texts else ""
+
+
+def _estimate(ensembles: list[Ensemble], name: str) -> Shown:
+    """The mean over ensembles of a value."""
+    return Shown(*estimate_of(ensembles, name), population_of(ensembles, name))
+
+
+def _shown(values: list[Gap], of_images: Interval = None) -> Shown:
+    """The mean over ensembles of values, or of differences; `of_images`: the interval of the value of a single one."""
+    mean, interval, over = interval_of(values)
+    if len(values) == 1 and of_images:
+        return Shown(mean, paired_bootstrap(values[0]) if isinstance(values[0], torch.Tensor) else of_images, "images")
+    return Shown(mean, interval, over)
 
 
 def _test_sets(ensembles: list[Ensemble]) -> dict[str, tuple[tuple[str, ...], str]]:
@@ -196,56 +246,58 @@ def _test_sets(ensembles: list[Ensemble]) -> dict[str, tuple[tuple[str, ...], st
 
 @styled
 def tradeoff(ensembles: list[Ensemble]) -> Figure:
-    """Disagreement against sharpness: means with intervals, and small marks of ensembles, joined by seeds."""
+    """Disagreement against sharpness: a light mark for each ensemble, means with the cross of both intervals."""
     for one in ensembles:
         require(one, "test", "rates", "disagreement")
         if one.values.get("sharpness") is None:
             path, flags = one.folder / "sharpness.json", f"--mode APGD_worst --norms l2 --save {one.folder}"
             raise InputError(f"{path}: holds no APGD_worst-l2 of all members; run measure_sharpness.py {flags}")
-    groups = line_styles(ensembles)
-    keys = list(dict.fromkeys(group.key for group in groups))
-
-    def finite(one: Ensemble) -> bool:
-        return math.isfinite(one.values["sharpness"])
-
-    sharpness = [one.values["sharpness"] for one in filter(finite, ensembles)]
-    if not sharpness:
+    finite = [one.values["sharpness"] for one in ensembles if math.isfinite(one.values["sharpness"])]
+    if not finite:
         path = ensembles[0].folder / "sharpness.json"
         raise InputError(f"{path}: its APGD_worst-l2 is not finite, nor is any other; measure all by a smaller --rho0")
-    figure, axis = panels(3.6, width=HALF)
-    handles, seeds = [], {}
+    figure, axis = panels(2.9)
+    groups, means, shown, left_out = line_styles(ensembles), {}, [], ""
     for group in groups:
-        marker = MARKERS[keys.index(group.key) % len(MARKERS)]
-        style = {"marker": marker, "linestyle": "", "color": group.colour}
-        drawn = list(filter(finite, group.ensembles))
-        for one in drawn if len(group.ensembles) > 1 else []:
+        style, drawn = {**group.mark, "linestyle": ""}, list(map(_is_drawn, group.ensembles))
+        for one in [one for one, known in zip(group.ensembles, drawn, strict=True) if known]:
             x, y = one.values["sharpness"], 100 * one.values["disagreement"]
-            axis.plot(x, y, markersize=2.5, alpha=0.6, zorder=2, **style)
-            seeds.setdefault(one.seeds, []).append((x, y))
-        if drawn:
-            (x, across, *_), (y, interval, *_) = (estimate_of(drawn, name) for name in ("sharpness", "disagreement"))
-            bars = {"ecolor": group.colour, "elinewidth": 1, "zorder": 2.5}
-            _bar(axis, x, interval, 100, **bars)
-            _bar(axis, 100 * y, across, 1, across=True, **bars)
-            axis.plot(x, 100 * y, markersize=6, markeredgecolor="white", markeredgewidth=0.5, zorder=3, **style)
-        handles.append(Line2D([], [], markersize=5, label=group.label, **style))
-    for points in seeds.values():
-        if len(points) > 1:
-            axis.plot(*zip(*points, strict=True), color="0.85", linewidth=0.4, zorder=1)
-    axis.set(xlabel="worst-case sharpness of a member, mean  [nats]", ylabel="disagreement of two members  [%]")
-    if max(sharpness) > 3 * min(sharpness) > 0:
+            axis.plot(x, y, markersize=2.5, markeredgewidth=0.5, alpha=0.45, zorder=3, **style)
+        if all(drawn):
+            x, y = (_estimate(group.ensembles, name) for name in TRADEOFF)
+            _bar(axis, x.mean, y, 100, ecolor=group.colour, zorder=3.5)
+            _bar(axis, 100 * y.mean, x, 1, across=True, ecolor=group.colour, zorder=3.5)
+            axis.plot(x.mean, 100 * y.mean, markersize=6, zorder=4, **style)
+            shown += [x, y]
+            means.setdefault(group.key, []).append((x.mean, 100 * y.mean))
+        else:
+            missing = [str(one.values["sharpness"]) for one in group.ensembles if not _is_drawn(one)]
+            left_out += (
+                f" Not drawn: {len(missing)} of {group.label}, of sharpness {', '.join(dict.fromkeys(missing))}."
+            )
+            left_out += " Nor is their mean." * (len(group.ensembles) > 1)
+    for key, points in means.items():
+        axis.plot(*zip(*points, strict=True), color=METHODS[key].colour, linewidth=0.7, zorder=2)
+    axis.set(xlabel="worst-case sharpness of a member  [nats]", ylabel="disagreement of two members  [%]")
+    if max(finite) > 3 * min(finite) > 0:
         axis.set_xscale("log")
         decimal_ticks(axis.xaxis, (1, 1.5, 2, 3, 5, 7))
-    protocol = sharpness_protocol(ensembles[0], "APGD_worst-l2")
-    note = (
-        f"{_about(groups)}. Large marks: means. {'Small: an ensemble; lines join the same seeds. ' * bool(seeds)}"
-        f"Sharpness: {'adaptive ' * bool(protocol.get('adaptive'))}worst-case, l2, radius {protocol.get('rho0')}. "
-        f"{_intervals(groups, 'disagreement')}{' Across: over ensembles.' * bool(seeds)}"
-    )
-    for group in groups:
-        if missing := [str(one.values["sharpness"]) for one in group.ensembles if not finite(one)]:
-            note += f" Not drawn: {len(missing)} of {group.label}, of sharpness {', '.join(dict.fromkeys(missing))}."
-    return _finished(figure, handles, note)
+    protocol, note = sharpness_protocol(ensembles[0], "APGD_worst-l2"), f"{about(groups)}."
+    note += " Small: an ensemble; large: their mean." * any(len(group.ensembles) > 1 for group in groups)
+    note += " A line joins the settings of one method." * any(len(points) > 1 for points in means.values())
+    note += f" Sharpness: {'adaptive ' * bool(protocol.get('adaptive'))}worst case, l2, radius {protocol.get('rho0')}"
+    if "batch_num" in protocol:
+        note += ", mean over members and {batch_num} batches of {eval_batch_size} {split} images".format(**protocol)
+    note += f".{_intervals(shown)}{left_out}"
+    return finished(figure, _markers(groups, linestyle="", markersize=5), note)
+
+
+TRADEOFF = ("sharpness", "disagreement")
+
+
+def _is_drawn(ensemble: Ensemble) -> bool:
+    """Whether both values of `tradeoff` are finite."""
+    return all(math.isfinite(ensemble.values[name]) for name in TRADEOFF)
 
 
 @styled
@@ -254,40 +306,32 @@ def benchmark(ensembles: list[Ensemble]) -> Figure:
 
     One row of panels per test set. The differences are left out where no other method has the seeds of SAM.
     """
-    groups, test_sets = line_styles(ensembles), _test_sets(ensembles)
-    kinds = {"member": "mean of the members", "ensemble": "ensemble"}
+    groups, test_sets, shown = line_styles(ensembles), _test_sets(ensembles), []
+    kinds = {"member": "members, mean", "ensemble": "ensemble"}
     reference, pairs = _pairs(groups)
-    columns = 1 + bool(pairs)
-    height = 0.9 + len(test_sets) * (0.5 + 0.17 * len(kinds) * len(groups))
-    figure, axes = panels(height, len(test_sets), columns, squeeze=False, sharey=True)
-    over = set()
+    height = 0.6 + len(test_sets) * (0.5 + 0.1 * len(kinds) * len(groups))
+    figure, axes = panels(height, len(test_sets), 1 + bool(pairs), squeeze=False, sharey=True)
     for line, (name, (_, title)) in zip(axes, test_sets.items(), strict=True):
-        for j, kind in enumerate(kinds):
-            for i, group in enumerate(groups):
-                place = -(j * (len(groups) + 1) + i)
-                mean, interval, *_ = estimate_of(group.ensembles, name + kind)
-                _dot(line[0], place, mean, interval, group)
-                if group.label in pairs:
-                    mean, interval, *words = interval_of(
-                        [gap_between(one, other, name + kind) for one, other in pairs[group.label]]
-                    )
-                    several = len(pairs[group.label]) > 1  # one pair of networks has no interval over ensembles
-                    over |= set(words if several else [])
-                    _dot(line[1], place, mean, interval if several else None, group)
+        for (j, kind), group in itertools.product(enumerate(kinds), groups):
+            place, name_of = -(j * (len(groups) + 1) + groups.index(group)), name + kind
+            values = [_estimate(group.ensembles, name_of)]
+            if group.label in pairs:
+                values.append(_shown([gap_between(a, b, name_of) for a, b in pairs[group.label]]))
+            for axis, value in zip(line, values, strict=False):
+                _bar(axis, place, value, 100, across=True, ecolor=group.colour)
+                axis.plot(100 * value.mean, place, linestyle="", zorder=3, **group.mark)
+                shown.append(value)
         centres = [-(j * (len(groups) + 1) + (len(groups) - 1) / 2) for j in range(len(kinds))]
-        line[0].set_yticks(centres, kinds.values())
-        line[0].set(title=title, xlabel="accuracy  [%]", ylabel="accuracy of  [kind]")
-        if pairs:
-            line[1].axvline(0, color="black", linewidth=0.9)
-            line[1].set(title=f"difference to {reference.label}", xlabel="accuracy  [% points]")
+        line[0].set_yticks(centres, kinds.values(), rotation=90, va="center")
+        line[0].set(title=title, xlabel="accuracy  [%]")
         for axis in line:
             axis.grid(visible=False, axis="y")
-    note = f"{_about(groups)}. {_intervals(groups, 'ensemble')}"
-    if over:
-        note += f" 95 % intervals of differences, over {' or '.join(sorted(over))}: pairs of the same seeds."
-    elif pairs:
-        note += " Differences are of one pair of ensembles, and have no interval."
-    return _finished(figure, _markers(groups, linestyle=""), note)
+            axis.tick_params(axis="y", length=0)
+        if pairs:
+            line[1].axvline(0, color="black", linewidth=0.8)
+            line[1].set(title=f"minus {reference.label}", xlabel="accuracy  [% points]")
+    note = f"{about(groups)}.{_pairing(pairs)}{_intervals(shown)}"
+    return finished(figure, _markers(groups, linestyle=""), note)
 
 
 def _pairs(groups: list[Group]) -> tuple[Group | None, dict[str, list[tuple[Ensemble, Ensemble]]]]:
@@ -308,245 +352,146 @@ def _pairs(groups: list[Group]) -> tuple[Group | None, dict[str, list[tuple[Ense
     return reference, {label: both for label, both in pairs.items() if both}
 
 
-def _dot(axis: Axes, place: float, mean: float, interval: Interval, group: Group) -> None:
-    """A value in percent and its interval, horizontally."""
-    _bar(axis, place, interval, 100, across=True, ecolor=group.colour, elinewidth=1)
-    axis.plot(100 * mean, place, marker=group.marker, color=group.colour, linestyle="", zorder=3)
+def _pairing(pairs: dict[str, Any]) -> str:
+    """The sentence on the differences of a figure."""
+    if not pairs:
+        return ""
+    alone = any(len(both) == 1 for both in pairs.values())
+    return f" Differences: of the same seeds{'; that of a single pair has no interval' * alone}."
+
+
+# Scores of an ensemble in rows of the result: their factor, name and unit, and the unit of differences. The square
+# calibration error is shown as its root; unlike the ECE, it is not too large where the images are few.
+SCORES = {
+    "accuracy": (100, "accuracy", "%", "% points"),
+    "nll": (1, "NLL", "nats", "nats"),
+    "calibration_mse": (100, "RMSCE", "%", "% points"),
+}
+BY_IMAGE = {"accuracy": "ensemble", "nll": "nll"}  # the names of scores in `Ensemble.by_sample`
+
+
+def _scores(ensembles: list[Ensemble]) -> dict[str, tuple[int, str, str, str]]:
+    """The entries of `SCORES` that the files of all ensembles hold; earlier versions wrote no calibration_mse."""
+    rows = [require(one, *place, "ensemble") for one in ensembles for place, _ in _test_sets(ensembles).values()]
+    return {key: entry for key, entry in SCORES.items() if all(key in row for row in rows)}
+
+
+def _score(row: dict[str, float], key: str) -> float:
+    """A score of a row, the root of a square error."""
+    return math.sqrt(max(row[key], 0.0)) if key == "calibration_mse" else row[key]
 
 
 @styled
 def severity(ensembles: list[Ensemble]) -> Figure:
-    """Accuracy and ECE of members and ensembles against the severity of corruption, 0 for clean images."""
+    """Scores of the ensembles against the severity of corruption, and the paired differences to SAM of the same seeds.
+
+    Clean images stand apart. They are those that were corrupted, for scores that files keep by image.
+    """
     found = [require(one, "corrupted", "by_severity") for one in ensembles]
-    first, groups = ensembles[0], line_styles(ensembles)
-    severities = [0, *sorted(map(int, found[0]))]
-    places = [("test",), *(("corrupted", "by_severity", str(step)) for step in severities[1:])]
-    figure, axes = panels(3.7, 1, 2)
-    for group in groups:
-        x = [value + 0.05 * group.offset for value in severities]
-        for axis, key in zip(axes, ("accuracy", "ece"), strict=True):
-            for kind, style in (("member", {"linestyle": "--", "markerfacecolor": "white"}), ("ensemble", {})):
-                values = [_score(group.ensembles, place, kind, key) for place in places]
+    groups, scores, shown = line_styles(ensembles), _scores(ensembles), []
+    reference, pairs = _pairs(groups)
+    places = [("test",), *(("corrupted", "by_severity", str(step)) for step in sorted(map(int, found[0])))]
+    clean, corrupted = _samples(ensembles[0], "test"), _samples(ensembles[0], "corrupted", "mean")
+    names = {key: name for key, (_, name, *_) in scores.items()}
+    same = [key for key in scores if all(BY_IMAGE.get(key) in one.by_sample for one in ensembles)]
+
+    def value(one: Ensemble, place: tuple[str, ...], key: str) -> Gap:
+        if place == ("test",) and key in same:
+            return one.by_sample[BY_IMAGE[key]][:corrupted].double()
+        return _score(require(one, *place, "ensemble"), key)
+
+    figure, axes = panels(0.8 + 1.3 * len(scores), len(scores), 1 + bool(pairs), squeeze=False, sharex=True)
+    for line, (key, (factor, name, unit, gap)) in zip(axes, scores.items(), strict=True):
+        for group in groups:
+            of_images = [require(group.ensembles[0], *place, "intervals_95").get(_name(key)) for place in places]
+            at = [[value(one, place, key) for one in group.ensembles] for place in places]
+            curves_of = [list(map(_shown, at, of_images))]
+            if group.label in pairs:
+                gaps = [
+                    [value(a, place, key) - value(b, place, key) for a, b in pairs[group.label]] for place in places
+                ]
+                curves_of.append(list(map(_shown, gaps)))
+            for axis, curve in zip(line, curves_of, strict=False):
+                x = [step + 0.13 * group.offset for step in range(len(places))]
                 for part in (slice(1), slice(1, None)):  # clean images are no severity: not joined to the others
-                    _curve(axis, x[part], values[part], group, 100, **style)
-    axes[0].set(ylabel="accuracy  [%]", xlabel="severity  [1]")
-    axes[1].set(ylabel="ECE  [%]", xlabel="severity  [1]", ylim=(0, None))
-    for axis in axes:
-        axis.set_xticks(severities, ["0\nclean", *map(str, severities[1:])])
-    handles = [*_markers(groups), grey("ensemble"), grey("mean of the members", linestyle="--")]
-    note = f"{_about(groups)}. Means over {len(first.content['protocol']['corruptions'])} corruptions. "
-    note += _intervals(groups)
-    clean, corrupted = (require(first, *place).get("samples") for place in (("test",), ("corrupted", "mean")))
-    if clean and corrupted and clean != corrupted:
-        note += f" Severity 0: all {clean} test images; the others: {corrupted:g} of them."
-        note += " The error of calibration looks larger on few images."
-    return _finished(figure, handles, note)
+                    _curve(axis, x[part], curve[part], group, factor)
+                shown += curve
+        line[0].set_ylabel(f"{name}  [{unit}]")
+        if pairs:
+            line[1].axhline(0, color="black", linewidth=0.8)
+            line[1].set_ylabel(f"difference  [{gap}]")
+    for axis in axes[-1]:
+        axis.set(xlabel="severity of corruption  [1]")
+        axis.set_xticks(range(len(places)), ["clean", *(place[-1] for place in places[1:])])
+    if pairs:
+        axes[0, 1].set_title(f"minus {reference.label}")
+    axes[0, 0].set_title("ensemble")
+    note = f"{about(groups)}. Means over {len(ensembles[0].content['protocol']['corruptions'])} corruptions."
+    if clean != corrupted:
+        images = {corrupted: [name for key, name in names.items() if key in same]}
+        images[clean] = [name for name in names.values() if name not in images[corrupted]]
+        note += " Clean: " + ", ".join(f"{' and '.join(of)} of {n} images" for n, of in images.items() if of) + "."
+    return finished(figure, _markers(groups), f"{note}{_pairing(pairs)}{_intervals(shown)}")
 
 
-def _score(ensembles: list[Ensemble], place: tuple[str, ...], kind: str, key: str) -> Estimate:
-    """Accuracy or ECE at a place of the result, of the ensemble or as the mean of its members."""
-    if kind == "member":
-        values = [statistics.mean(m[key] for m in require(one, *place, "members")) for one in ensembles]
-    else:
-        values = [require(one, *place, "ensemble")[key] for one in ensembles]
-    return estimate(values, require(ensembles[0], *place, "intervals_95").get(f"{kind}_{key}"))
+def _name(key: str, kind: str = "ensemble") -> str:
+    """The name of a score among the intervals in a row."""
+    return f"{kind}_{'rmsce' if key == 'calibration_mse' else key}"
 
 
 @styled
 def ensemble_size(ensembles: list[Ensemble]) -> Figure:
-    """Accuracy, NLL and ECE against the number of members; one row of panels per test set."""
-    groups, test_sets = line_styles(ensembles), _test_sets(ensembles)
-    figure, axes = panels(1.2 + 2.0 * len(test_sets), len(test_sets), 3, squeeze=False, sharex=True)
-    scores = {"accuracy": (100, "accuracy  [%]"), "nll": (1, "NLL  [nats]"), "ece": (100, "ECE  [%]")}
-    for line, (place, title) in zip(axes, test_sets.values(), strict=True):
-        for axis, (key, (factor, label)) in zip(line, scores.items(), strict=True):
-            for group in groups:
-                found = [require(one, *place, "ensemble_by_size") for one in group.ensembles]
-                edges = require(group.ensembles[0], *place, "intervals_95")
-                sizes = sorted(map(int, found[0]))
-                # The file holds intervals for single members and for the whole ensemble only.
-                names = {sizes[0]: f"member_{key}", sizes[-1]: f"ensemble_{key}"}
-                values = [estimate([by[str(n)][key] for by in found], edges.get(names.get(n))) for n in sizes]
-                _curve(axis, [n + 0.04 * group.offset for n in sizes], values, group, factor)
-            axis.set(ylabel=label)
-        line[1].set_title(title)
-    _whole_numbers(axes[-1], "members  [1]")
-    note = f"{_about(groups)}. Points: means over subsets of members. {_intervals(groups)}"
-    if any(len(group.ensembles) == 1 for group in groups):
-        note += " Of a single ensemble, only the ends have one."
-    return _finished(figure, _markers(groups), note)
+    """Scores against the number of members, a row of panels each; one column per test set."""
+    groups, scores, test_sets, shown = line_styles(ensembles), _scores(ensembles), _test_sets(ensembles), []
+    shape = len(scores), len(test_sets)
+    figure, axes = panels(0.8 + 1.3 * shape[0], *shape, squeeze=False, sharex=True)
+    for column, (prefix, (place, title)) in zip(axes.T, test_sets.items(), strict=True):
+        for (axis, (key, (factor, name, unit, _))), group in itertools.product(
+            zip(column, scores.items(), strict=True), groups
+        ):
+            found = [require(one, *place, "ensemble_by_size") for one in group.ensembles]
+            sizes = sorted(map(int, found[0]))
+            # Single members and whole ensembles are known by image; of a single ensemble, only they have an interval.
+            by_image = {sizes[0]: {"accuracy": "member"}, sizes[-1]: BY_IMAGE}
+            curve = []
+            for size in sizes:
+                known = f"{prefix}{by_image.get(size, {}).get(key)}"
+                columns = [one.by_sample.get(known) for one in group.ensembles]
+                columns = columns if all(column is not None for column in columns) else None
+                kind = {sizes[0]: "member", sizes[-1]: "ensemble"}.get(size, "")
+                of_images = require(group.ensembles[0], *place, "intervals_95").get(_name(key, kind))
+                curve.append(_shown(columns or [_score(by[str(size)], key) for by in found], of_images))
+            _curve(axis, [n + 0.05 * group.offset for n in sizes], curve, group, factor)
+            axis.set_ylabel(f"{name}  [{unit}]" if prefix == min(test_sets) else "")
+            shown += curve
+        column[0].set_title(title)
+    whole_numbers(axes[-1], "members  [1]")
+    note = f"{about(groups)}. Points: means over subsets of members.{_intervals(shown)}"
+    return finished(figure, _markers(groups), note)
 
 
-@styled
-def curves(runs: list[Ensemble]) -> Figure:
-    """Loss and accuracy by epoch on training and validation images: members faint, their mean strong.
-
-    A dotted line marks the epoch before which SharpBalance assigns samples.
-    """
-    figure, axes = panels(4.8, 2, 2, sharex=True)
-    groups, handles, dotted, clipped = line_styles(runs), [], {"linestyle": ":", "linewidth": 1}, ""
-    for (loss, accuracy), part, title in zip(axes, ("train", "val"), ("training", "validation"), strict=True):
-        for group in groups:
-            logs = [_read_log(run.folder / f"seed_{seed}") for run in group.ensembles for seed in run.seeds]
-            trained = group.ensembles[0].content["trained"]
-            for axis, key, factor in ((loss, "loss", 1), (accuracy, "acc", 100)):
-                members = [[factor * epoch[f"{part}_{key}"] for epoch in log] for log in logs]
-                _members(axis, range(1, 1 + max(map(len, logs))), members, group)
-                if trained["sam"] and trained["flat_ratio"]:
-                    axis.axvline(trained["initial_epochs"] + 0.5, color=group.colour, **dotted)
-                    handles = [grey("the sets are made", **dotted)]
-        loss.set(title=title, ylabel="loss  [nats]", yscale="log")
-        accuracy.set(title=title, ylabel="accuracy  [%]")
-        # One diverged member must not squeeze the others.
-        found = [[y for y in line.get_ydata() if np.isfinite(y) and y > 0] for line in loss.get_lines()]
-        tops = [max(values) for values in found if values and len(values) > 2]
-        if tops and max(tops) > 10 * statistics.median(tops):
-            loss.set_ylim(top=3 * statistics.median(tops))
-            clipped = " Losses above a panel are cut off."
-        low, high = loss.get_ylim()
-        decimal_ticks(loss.yaxis, (1, 2, 5) if high < 100 * low else (1,))
-    _whole_numbers(axes[1], "epoch  [1]")
-    note = f"{_about(groups)}.{clipped} Faint: a member; strong: their mean. Training: augmented images, at "
-    note += "the weights before each step. Until its sets are made, SharpBalance is SAM."
-    return _finished(figure, axes[0, 0].get_legend_handles_labels()[0] + handles, note)
-
-
-def _read_log(folder: Path) -> list[dict[str, float]]:
-    """The training log of a member, one dict for each epoch."""
-    path = folder / "log.jsonl"
-    keys = [f"{part}_{key}" for part in ("train", "val") for key in ("loss", "acc")]
-    try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        if rows and all(row[key] is not None for row in rows for key in keys):
-            return rows
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: missing or not the log of a run; run main.py's command again") from error
-    raise InputError(f"{path}: holds no epoch; let main.py train first")
-
-
-@styled
-def landscape(runs: list[Ensemble]) -> Figure:
-    """The loss along directions and between members: each member or pair faint, their mean strong.
-
-    The panels share the axis of the loss, whose range is that of random directions and of lines between members; along
-    an eigenvector the loss may leave it. Its panel also has the mean over random directions, dotted: the steps have the
-    same unit, but those of random directions are wider, with straight lines between them.
-
-    Args:
-        runs: from `utils.landscape.read_landscape`. The panel of eigenvectors is left out if no run has them.
-    """
-    groups, about = line_styles(runs), runs[0].content["about"]
-    losses: dict[str, list[list]] = {"along": [], "between": [], "top": []}  # the curves of each group
-    for group in groups:
-        found = [run.content for run in group.ensembles]
-        losses["along"].append([np.mean(curves, axis=0) for one in found for curves in one["along"].values()])
-        # Which of two members comes first means nothing: a pair and its reverse, averaged.
-        pairs = [np.asarray(curve, dtype=float) for one in found for curve in one["between"].values()]
-        losses["between"].append([(curve + curve[::-1]) / 2 for curve in pairs])
-        losses["top"].append([top["losses"] for one in found for top in one.get("top", {}).values()])
-    titles = {"along": ("random directions", "step  [filter norm]"), "top": ("top eigenvector", "step  [filter norm]")}
-    titles["between"] = ("between two members", "way, either direction  [1]")
-    if not any(losses["top"]):
-        del titles["top"], losses["top"]
-    figure, axes = panels(3.7, 1, len(titles), sharey=True)
-    axes = dict(zip(titles, axes, strict=True))
-    # Eigenvectors come last: their panel takes its range of the loss from the other two.
-    for key, curves_of_groups in losses.items():
-        axis, steps, (title, label) = axes[key], about[key], titles[key]
-        if key == "top":
-            axis.set(xlim=(1.05 * steps[0], 1.05 * steps[-1]), ylim=axis.get_ylim())
-            for group, members in zip(groups, losses["along"], strict=True):
-                axis.plot(about["along"], np.mean(members, axis=0), color=group.colour, linestyle=":")
-        for group, members in zip(groups, curves_of_groups, strict=True):
-            _members(axis, steps, members, group)
-        axis.set(title=title, xlabel=label, yscale="log")
-        # More labels would overlap those of the next panel.
-        axis.set_xticks(ticks := [steps[0], steps[len(steps) // 2], steps[-1]], map("{:g}".format, ticks))
-        decimal_ticks(axis.yaxis)
-    axes["along"].set_ylabel("validation loss  [nats]")
-    handles, top = axes["along"].get_legend_handles_labels()[0], ""
-    if "top" in losses:
-        handles.append(grey("random directions", linestyle=":"))
-        top = (
-            "Top eigenvector: of the Hessian of a member's loss on these images, as long as a random direction (norm "
-            "of all filters), the higher side at the right; the loss may leave the panel. "
-        )
-    known = all(np.isfinite(curve).all() for found in losses.values() for curves in found for curve in curves)
-    note = (
-        f"{_about(groups)}; {about['images']} validation images. Faint: a member (its mean over {about['directions']} "
-        f"random filter-normalised directions) or a pair; strong: their mean. {top}BatchNorm's statistics stay; "
-        f"between members, they are taken anew from {about['training_images']} training images."
-        + ("" if known else " Where a curve is missing, the loss leaves the range of float32.")
-    )
-    return _finished(figure, handles, note)
-
-
-@styled
-def sets(runs: list[Ensemble]) -> Figure:
-    """The share of each class and of each member's pick that is trained with SAM; the flattest and sharpest images.
-
-    Args:
-        runs: exactly one, from `utils.landscape.read_sets`.
-    """
-    (run,) = runs
-    seeds, shares, pictures = run.seeds, run.content["shares"], run.content["pictures"]
-    members, classes = len(seeds), shares["classes"].shape[1] - 1
-    figure = Figure(figsize=(FULL, 4.4 + 0.28 * members), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[1.3 + 0.28 * members, 3.1])
-    axes = upper.subplots(1, 2, width_ratios=[min(classes, 12) + 1, members + 2], sharey=True)
-    for axis, key, names, label, title in (
-        (axes[0], "classes", ["all", *map(str, range(classes))], "class  [label]", "share of each class"),
-        (axes[1], "picks", [*map(str, seeds), "none"], "picked by member  [seed]", "share of each pick"),
-    ):
-        values = 100 * shares[key]
-        image = axis.imshow(values, vmin=0, vmax=100, cmap="cividis", aspect="auto", interpolation="nearest")
-        if len(names) <= 21:
-            axis.set_xticks(range(len(names)), names)
-            for (i, j), value in np.ndenumerate(values):
-                text = "-" if np.isnan(value) else f"{value:.0f}"
-                axis.text(j, i, text, ha="center", va="center", fontsize=7, color="black" if value > 55 else "white")
-        else:
-            axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-            axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: "all" if x == 0 else f"{x - 1:.0f}"))
-        axis.set(title=title, xlabel=label, yticks=range(members), yticklabels=seeds)
-    axes[0].set_ylabel("member  [seed]")
-    upper.colorbar(image, ax=axes, pad=0.01).set_label("trained with SAM  [%]")
-    strips = lower.subplots(len(pictures), 1)
-    for axis, line in zip(strips, pictures, strict=True):
-        images = line["images"]
-        count, height, width, channels = images.shape
-        gap = max(1, width // 8)
-        # Side by side, with white gaps.
-        strip = np.pad(images, ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=1).swapaxes(0, 1)
-        strip = strip.reshape(height, -1, channels)[:, :-gap]
-        axis.imshow(strip.squeeze(2) if channels == 1 else strip, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axis.set_xticks([i * (width + gap) + (width - 1) / 2 for i in range(count)], line["names"], fontsize=7)
-        axis.set_yticks([])
-        axis.set_title(line["title"])
-    for axis in (*axes, *strips):
-        axis.grid(visible=False)
-        axis.spines[:].set_visible(False)
-        axis.tick_params(length=0)
-    lower.supxlabel(textwrap.fill(run.content["note"], 122), fontsize=7, color="0.25")
-    return figure
-
-
-def panels(height: float, *shape: int, width: float = FULL, **options: Any) -> tuple[Figure, Any]:
-    """A figure of `width` and `height` inches with one panel or an array of panels."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+def panels(height: float, *shape: int, **options: Any) -> tuple[Figure, Any]:
+    """A figure of `WIDTH` and `height` inches, to which `finished` adds, with one panel or an array of panels."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots(*shape, **options)
 
 
-def _finished(figure: Figure, handles: list[Any], note: str) -> Figure:
-    """Add a legend above the panels, without taking their height, and a note below them."""
-    width = figure.get_figwidth()
-    columns = min(3 if width > HALF else 2, len(handles))
-    figure.set_figheight(figure.get_figheight() + 0.2 * ((len(handles) - 1) // columns))
+def caption(figure: Any, text: str) -> int:
+    """Write a caption below the panels, and return its number of lines."""
+    lines = textwrap.wrap(text, 74)
+    figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=6, color="0.25")
+    return len(lines)
+
+
+def finished(figure: Figure, handles: list[Any], note: str) -> Figure:
+    """Add a legend above the panels and a note below them, without taking the panels' height."""
+    columns = min(2, len(handles))
+    rows = -(-len(handles) // columns)
     # matplotlib fills columns first; this order fills rows first.
     ordered = [handle for i in range(columns) for handle in handles[i::columns]]
-    narrow = {"fontsize": 7, "handlelength": 1, "handletextpad": 0.4, "columnspacing": 0.8} if width <= HALF else {}
+    narrow = {"handlelength": 1.8, "handletextpad": 0.5, "columnspacing": 1, "labelspacing": 0.3}
     figure.legend(handles=ordered, loc="outside upper center", ncols=columns, **narrow)
-    figure.supxlabel(textwrap.fill(note, round(18 * width)), fontsize=7, color="0.25")
+    figure.set_figheight(figure.get_figheight() + 0.14 * rows + 0.1 * caption(figure, note))
     return figure
 
 
@@ -557,50 +502,37 @@ def grey(label: str, **style: Any) -> Line2D:
 
 def _markers(groups: list[Group], **style: Any) -> list[Line2D]:
     """The entries of a legend of curves with markers."""
-    return [Line2D([], [], color=group.colour, marker=group.marker, label=group.label, **style) for group in groups]
+    return [Line2D([], [], label=group.label, **group.mark, **style) for group in groups]
 
 
-def _whole_numbers(axes: np.ndarray, label: str) -> None:
+def whole_numbers(axes: np.ndarray, label: str) -> None:
     """Label horizontal axes and put their ticks at whole numbers only."""
     for axis in axes:
         axis.set_xlabel(label)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _bar(axis: Axes, x: float, interval: Interval, factor: float, across: bool = False, **style: Any) -> None:
-    """An interval, vertical or across. It is drawn without its value, which a bootstrap interval need not contain."""
-    if interval is not None:
-        low, high = (factor * edge for edge in interval)
-        centre, half = (low + high) / 2, (high - low) / 2
-        if across:
-            axis.errorbar(centre, x, xerr=half, fmt="none", **style)
-        else:
-            axis.errorbar(x, centre, half, fmt="none", **style)
+def _bar(axis: Axes, x: float, shown: Shown, factor: float, across: bool = False, **style: Any) -> None:
+    """An interval, vertical or across, with caps if it is crossed.
+
+    It is drawn without its value, which a bootstrap interval need not contain.
+    """
+    if shown.interval is not None:
+        low, high = (factor * edge for edge in shown.interval)
+        style = {"fmt": "none", "elinewidth": 0.9, "capsize": 1.6 if shown.over == BOTH else 0, **style}
+        place = ((low + high) / 2, x) if across else (x, (low + high) / 2)
+        axis.errorbar(*place, **{"xerr" if across else "yerr": (high - low) / 2}, **style)
 
 
-def _curve(axis: Axes, x: list[float], values: list[Estimate], group: Group, factor: float, **style: Any) -> None:
+def _curve(axis: Axes, x: list[float], values: list[Shown], group: Group, factor: float) -> None:
     """Means with their intervals."""
-    axis.plot(x, [factor * mean for mean, _ in values], marker=group.marker, color=group.colour, **style)
-    for place, (_, interval) in zip(x, values, strict=True):
-        _bar(axis, place, interval, factor, ecolor=group.colour, elinewidth=1)
-
-
-def _members(axis: Axes, x: range | list[float], members: list[Any], group: Group) -> None:
-    """The curve of each member, faint, and their mean over the length of the shortest one, strong."""
-    for values in members:
-        axis.plot(x[: len(values)], values, color=group.colour, alpha=0.3, linewidth=0.7)
-    if members:
-        end, style = min(map(len, members)), {"color": group.colour, "linestyle": group.line, "linewidth": 1.8}
-        axis.plot(x[:end], np.mean([values[:end] for values in members], axis=0), label=group.label, **style)
-
-
-def _around(low: float, high: float) -> tuple[float, float]:
-    """Limits of an axis, widened where they are equal."""
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
+    axis.plot(x, [factor * value.mean for value in values], linewidth=0.8, zorder=3, **group.mark)
+    for place, value in zip(x, values, strict=True):
+        _bar(axis, place, value, factor, ecolor=group.colour)
 
 
 def decimal_ticks(axis: Axis, digits: tuple[float, ...] = (1, 2, 5)) -> None:
     """Label a logarithmic axis with decimal numbers at these multiples of powers of ten."""
     axis.set_major_locator(LogLocator(subs=digits))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())  # its ticks would have no labels

@@ -1,8 +1,8 @@
 """One forward pass of each member over each part of the data: cached logits, which every metric derives from.
 
 A cache file is predictions/<member>/<part>.npz in the measurement folder. It holds the logits with the digests of the
-member's weights and of the part's images, labels and normalisation. All scripts share it; a file that is damaged, or
-belongs to other weights or images, is computed anew.
+member's weights and of the part's images, labels and normalisation, the version of the code, the device and the commit.
+All scripts share it; a file that is damaged, or of other weights, images, versions or devices, is computed anew.
 """
 
 import hashlib
@@ -33,12 +33,40 @@ from utils.run import CHECKPOINTS, FREE_SETTINGS, environment, find_checkpoints,
 from utils.training import predict
 
 Progress = Callable[[int], object]  # called with the number of images that are done
-# The result with what an earlier content of its file has beside it, from both contents; None to replace that.
-Keep = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any] | None]
+# The result with what an earlier content of its file has beside it, from both contents; or why it replaces that.
+Keep = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any] | str]
+NAMED = "named one by one"  # the value of "checkpoint" for files that are of no kind of `CHECKPOINTS`
 RESULT_FILES = ("diversity.json", "variance.json", "sharpness.json")
 LISTS = ("mode", "split", "norms")  # of what is measured: options that do not change a value
 VALUE_OPTIONS = ("average", "bins", "bootstrap", "corruptions", "severities")  # that do
-CACHE_VERSION = 1  # of the cache files; a new number makes old ones stale
+# By the kind of a kept number, the version of the code that makes it. Whoever changes such numbers raises it, so that
+# what was kept before is made anew. tests/test_predictions.py holds values of each.
+VERSIONS = {
+    "logits": 1,
+    **{"predict": 2, "disagreement": 1, "KL": 1, "CKA": 2, "variance": 2, "variance_mse": 1, "variance_mse_c": 1},
+    **{"APGD_worst": 1, "APGD_average": 2, "hessian_t": 1, "hessian_e": 1, "fisher": 1, "NTK": 1},
+    **{"along": 1, "top": 1, "between": 1},  # curves of a landscape
+}
+FROM_LOGITS = ("predict", "disagreement", "KL", "CKA", "variance", "variance_mse", "variance_mse_c")
+
+
+def made_by(kind: str, environment: dict[str, Any]) -> dict[str, Any]:
+    """What a kept number carries: the versions that it depends on, and device and commit of an environment."""
+    kinds = ("logits", kind) if kind in FROM_LOGITS else (kind,)
+    return {"versions": {k: VERSIONS[k] for k in kinds}, **{k: environment[k] for k in ("device", "commit")}}
+
+
+def why_stale(kind: str, record: Any, environment: dict[str, Any]) -> str | None:
+    """Why a kept number with this record of `made_by` has to be made anew here, as the end of a sentence; else None."""
+    if kind not in VERSIONS:
+        return f"by a version whose {kind!s:.20} is not known here"
+    here = made_by(kind, environment)
+    if not isinstance(record, dict) or not isinstance(record.get("versions"), dict) or "device" not in record:
+        return f"by a version of {kind} that is not recorded"
+    for name, version in here["versions"].items():
+        if record["versions"].get(name) != version:
+            return f"by version {record['versions'].get(name)!s:.20} of {name}, which is now {version}"
+    return None if record["device"] == here["device"] else f"on another device ({record['device']!s:.40})"
 
 
 @dataclass
@@ -139,16 +167,20 @@ def _read(path: Path, *keys: str) -> Any:
         return None
 
 
-def keep_modes(before: dict[str, Any], content: dict[str, Any]) -> dict[str, Any] | None:
-    """The result with the values of other modes and splits of an earlier call, if its other options were the same."""
+def keep_modes(before: dict[str, Any], content: dict[str, Any]) -> dict[str, Any] | str:
+    """The result with the values of other modes and splits of an earlier call, if it measured alike; else why not."""
 
     def merged(old: Any, new: Any) -> Any:
         if not (isinstance(old, dict) and isinstance(new, dict)):
             return new
         return old | {name: merged(old.get(name), value) for name, value in new.items()}
 
-    alike = all(before["protocol"].get(name) == content["protocol"].get(name) for name in VALUE_OPTIONS)
-    return merged(before["result"], content["result"]) if alike else None
+    if any(before["protocol"].get(name) != content["protocol"].get(name) for name in VALUE_OPTIONS):
+        return "by other options"
+    # Earlier versions recorded nothing.
+    made = before.get("made_by") or {"": dict.fromkeys(content["protocol"]["mode"])}
+    stale = [why_stale(mode, one, content["environment"]) for by in made.values() for mode, one in by.items()]
+    return next(filter(None, stale), None) or merged(before["result"], content["result"])
 
 
 @dataclass
@@ -189,6 +221,7 @@ class Predictions:
     Args:
         members: as from `load_members`.
         folder: the measurement folder.
+        environment: as of `utils.run.environment`, of the device that the images are on.
         features: also the inputs of the last linear layer.
         progress: called with the number of images after each batch of one member.
         at_once: the most images in one pass.
@@ -198,13 +231,16 @@ class Predictions:
         self,
         members: list[SavedMember],
         folder: Path,
+        environment: dict[str, Any],
         features: bool = False,
         progress: Progress = lambda images: None,
         at_once: int = 128,
     ):
-        self.members, self.folder, self.features = members, folder, features
+        self.members, self.folder, self.environment, self.features = members, folder, environment, features
         self.progress, self.at_once = progress, at_once
         self.digests: dict[str, str] = {}  # of the images of each part that was asked for
+        self.commits: dict[str, list[str | None]] = {}  # that made its logits
+        self._said = False
 
     def __call__(self, part: Part) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Logits float32 [M, N, C], labels int64 [N], and features, a list of M float32 [N, D], empty if not asked for.
@@ -214,6 +250,7 @@ class Predictions:
         """
         images = part.load()
         key = self.digests[part.name] = images.digest()
+        self.commits[part.name] = []
         found = [self._member(member, part.name, images, key) for member in self.members]
         logits = torch.stack([torch.from_numpy(arrays["logits"]) for arrays in found])
         features = [torch.from_numpy(arrays["features"]) for arrays in found] if self.features else []
@@ -221,20 +258,32 @@ class Predictions:
 
     def _member(self, member: SavedMember, part: str, images: ImageSet, key: str) -> dict[str, np.ndarray]:
         path = self.folder / "predictions" / member.digest[:16] / f"{part}.npz"
-        about = json.dumps({"form": CACHE_VERSION, "weights": member.digest, "images": key})
+        made = made_by("logits", self.environment)
+        commit = json.dumps(made.pop("commit"))
+        about = json.dumps({"weights": member.digest, "images": key} | made)
         arrays = read_cache(path, about, (len(images), member.network["num_classes"]))
         if arrays is not None and (not self.features or "features" in arrays):
             self.progress(len(images))
+            commit = _entry_of(path, "commit")
+            self.commits[part].append(commit if isinstance(commit, str) else None)
             return arrays
+        if arrays is None and path.exists() and not self._said:
+            self._said = True
+            record = _entry_of(path, "about")
+            why = "by other weights"
+            if isinstance(record, dict) and record.get("weights") == member.digest:
+                why = why_stale("logits", record, self.environment) or "for other images, or damaged since"
+            print(f"note: {path}: logits made {why}; they and others like them are made anew", file=sys.stderr)
         member.model.to(images.device, memory_format=torch.channels_last)
         logits, features = predict(member.model, images, self.features, self.progress, self.at_once)
         if not logits.isfinite().all():
             raise InputError(f"{member.path}: its logits on {part} are not finite")
         arrays = {"logits": logits.numpy()} | ({"features": features.numpy()} if self.features else {})
         buffer = io.BytesIO()
-        np.savez(buffer, about=np.array(about), **arrays)
+        np.savez(buffer, about=np.array(about), commit=np.array(commit), **arrays)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, buffer.getvalue())
+        self.commits[part].append(self.environment["commit"])
         return arrays
 
 
@@ -248,11 +297,22 @@ def read_cache(path: Path, about: str, shape: tuple[int, int]) -> dict[str, np.n
                 return None
             if array_of(file.read("about.npy")).item() != about:
                 return None
-            names = [entry.filename for entry in entries if entry.filename != "about.npy"]
+            names = [entry.filename for entry in entries if entry.filename not in ("about.npy", "commit.npy")]
             arrays = {name.removesuffix(".npy"): array_of(file.read(name)) for name in names}
         whole = all(array.dtype == np.float32 and array.ndim == 2 for array in arrays.values())
         whole = whole and all(len(array) == shape[0] and np.isfinite(array).all() for array in arrays.values())
         return arrays if whole and arrays["logits"].shape == shape else None
+    except Exception:  # a damaged file raises nearly anything
+        return None
+
+
+def _entry_of(path: Path, name: str) -> Any:
+    """What an entry of a cache file holds as JSON; None if it is missing or damaged."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            entry = file.getinfo(f"{name}.npy")
+            whole = not entry.compress_type and entry.file_size <= path.stat().st_size
+            return parse_json(array_of(file.read(entry)).item()) if whole else None
     except Exception:  # a damaged file raises nearly anything
         return None
 
@@ -297,6 +357,7 @@ class Measurement:
     Attributes:
         settings: with what was not given filled in.
         splits: the splits to measure on.
+        environment: what result files record of it.
 
     Raises:
         InputError: naming the flag or file.
@@ -325,7 +386,9 @@ class Measurement:
         places["data_path"] = places["data_path"] or Path("data")
         save = settings.save or Path("measurements") / (run or paths[0].parent).resolve().name
         names = {path.name for path in paths}  # that were given, whatever --checkpoint says
-        checkpoint = next((kind for kind, name in CHECKPOINTS.items() if names == {name}), settings.checkpoint)
+        named = all(path.is_file() for path in settings.resume)
+        other = NAMED if named else settings.checkpoint
+        checkpoint = next((kind for kind, name in CHECKPOINTS.items() if names == {name}), other)
         self.settings = replace(settings, data=data, save=save, checkpoint=checkpoint, **places)
         if settings.save is None:
             self._refuse_of_another_run()
@@ -350,7 +413,8 @@ class Measurement:
         self._parts: dict[str, list[Part]] = {}
         at_once = recorded.get("batch_size")  # what the run's memory was enough for
         at_once = at_once if type(at_once) is int and at_once > 0 else 128
-        self.predictions = Predictions(self.members, save, features, self.bar.update, at_once)
+        self.environment = environment(self.data.train.device)
+        self.predictions = Predictions(self.members, save, self.environment, features, self.bar.update, at_once)
 
     def parts(self, split: str) -> list[Part]:
         """The parts of a split; the bar counts them in."""
@@ -398,11 +462,19 @@ class Measurement:
             "trained": self.trained,
             "data": data,
             "protocol": protocol,
-            "environment": environment(self.data.train.device),
+            "environment": self.environment,
             "result": result,
         }
+        if made := {split: self._made_by(split, options["mode"]) for split in result if split in self._parts}:
+            content["made_by"] = made
         write_json(path, _with_earlier(path, content, keep))
         return path
+
+    def _made_by(self, split: str, modes: list[str]) -> dict[str, Any]:
+        """By mode, what made its numbers of a split; the logits may come from an earlier commit."""
+        commits = [commit for part in self._parts[split] for commit in self.predictions.commits[part.name]]
+        logits = {"commits_of_logits": list(dict.fromkeys(commits))}
+        return {mode: made_by(mode, self.environment) | logits for mode in modes}
 
 
 def _with_earlier(path: Path, content: dict[str, Any], keep: Keep) -> dict[str, Any]:
@@ -416,12 +488,15 @@ def _with_earlier(path: Path, content: dict[str, Any], keep: Keep) -> dict[str, 
             replaced = "of other weights"
         elif any(known[0].get(name, value) != value for name, value in known[1].items()):
             replaced = "on other images"
-        elif (result := keep(before, content)) is None:
-            replaced = "by other options"
+        elif isinstance(result := keep(before, content), str):
+            replaced = result
         if replaced:
             print(f"note: {path}: replaces what was measured {replaced}", file=sys.stderr)
         if replaced or result == content["result"]:
             return content
+        if made := before.get("made_by", {}):
+            here = content["made_by"]
+            content["made_by"] = {split: made.get(split, {}) | here.get(split, {}) for split in made | here}
         calls = [*before.get("earlier", []), {key: before[key] for key in ("command", "environment")}]
         for name in LISTS:
             old, new = before["protocol"].get(name), content["protocol"].get(name)

@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from utils import InputError, printable
+from utils import InputError, first_line, printable
 from utils.files import load_json, read_json, write_json
-from utils.metrics import crossed_interval, paired_bootstrap, t_interval, unpack_counts
+from utils.metrics import crossed_interval, paired_bootstrap, t_interval, unpack_counts, unpack_values
 from utils.run import CHECKPOINTS, FREE_SETTINGS, current_settings, read_settings
 
 
@@ -59,22 +60,31 @@ VALUES = {
     "disagreement": Value("disagreement", "disagreement %", 100, 2),
     "variance": Value("variance_of_probabilities", "variance", 1, 4),
     "nll": Value("ensemble_nll", "ensemble NLL", 1, 4),
+    "nll_calibrated": Value("ensemble_nll_calibrated", "ensemble NLL, calibrated", 1, 4),
     "ece": Value("ensemble_ece", "ensemble ECE %", 100, 2),
+    "ece_calibrated": Value("ensemble_ece_calibrated", "ensemble ECE %, calibrated", 100, 2),
+    "rmsce": Value("ensemble_rmsce", "ensemble RMSCE %", 100, 2),
 }
 # Values in sharpness.json, means over members.
 SHARPNESS = {
     "sharpness": Value("APGD_worst-l2", "sharpness (worst, l2)", 1, 4),
     "sharpness_linf": Value("APGD_worst-linf", "sharpness (worst, linf)", 1, 4),
-    "sharpness_average": Value("APGD_average-l2", "sharpness (average, l2)", 1, 4),
+    "sharpness_average": Value("APGD_average-l2", "sharpness (average, normal noise)", 1, 4),
     "hessian_trace": Value("hessian_t", "trace of Hessian", 1, 1),
     "hessian_top": Value("hessian_e", "top eigenvalue", 1, 2),
     "fisher": Value("fisher", "Fisher trace", 1, 3),
     "ntk": Value("NTK", "log det NTK", 1, 1),
 }
+MAX_LINF = 0.05  # the largest radius in linf that tables show: at 0.5 each weight changes by half, a rise of 1e9 nats
 # Options of measurements that must agree before ensembles are compared.
 SAME = ("average", "bins", "checkpoint", "split", "corruptions", "severities")
 SAME_SHARPNESS = ("rho0", "adaptive", "n_iters", "maximiser", "eval_batch_size", "batch_num", "subset_seed", "split")
 SAME_SHARPNESS += ("params", "hessian_samples", "ntk_samples")
+# Settings of a training that make its method, which may differ between ensembles that are compared, and the seeds.
+COMPARED = {"sam", "rho", "sam_adaptive", "flat_ratio", "initial_epochs", "partition", "unselected", "match_size"}
+COMPARED |= {"average_from", "bn_perturbed", "seed"}
+UNKNOWN = object()  # what a file does not record, and which therefore is equal to nothing
+UNVERIFIED = ("the corrupted set", "how it was trained")  # worth a line also where no file records them
 # Options that matter only if one of these values was measured.
 PARTS_OF = {"hessian_samples": {"hessian_t", "hessian_e"}, "ntk_samples": {"NTK"}}
 BOTH = "ensembles, images"  # the population of a crossed interval
@@ -136,6 +146,8 @@ def method_of(settings: dict[str, Any], averaged: bool = False) -> str:
         return METHODS["averaged" if averaged else key].name
     parts, rho = [METHODS["averaged"].name] if averaged else [], f"rho {settings['rho']:g}"
     parts.append(METHODS[key].name)
+    if settings.get("bn_perturbed") == "freeze":
+        parts.append("bn_perturbed freeze")
     if not settings["flat_ratio"]:
         return ", ".join([*parts, rho])
     size, reading = settings["match_size"], settings["match_size"] or settings["partition"]
@@ -182,7 +194,10 @@ def read_ensemble(folder: Path) -> Ensemble:
 
 def _add_part(ensemble: Ensemble, row: dict[str, Any], prefix: str = "") -> None:
     """Add the values, intervals and per-image numbers of one test set."""
-    known = {f"ensemble_{name}": row.get("ensemble", {}).get(name) for name in ("nll", "ece")} | row["rates"]
+    scores = row.get("ensemble", {})
+    known = {f"ensemble_{name}": scores.get(name) for name in ("nll", "ece")} | row["rates"]
+    known |= {f"ensemble_{name}_calibrated": scores.get("calibrated", {}).get(name) for name in ("nll", "ece")}
+    known["ensemble_rmsce"] = row.get("rmsce")
     known |= {key: row.get(key) for key in ("variance_of_probabilities", "der", "eir")}
     known["gain"] = known["ensemble_accuracy"] - known["member_accuracy"]
     members = len(ensemble.seeds)
@@ -192,6 +207,9 @@ def _add_part(ensemble: Ensemble, row: dict[str, Any], prefix: str = "") -> None
     for key, text in row["right_of_samples"].items():
         name, whole = units[key]
         by_sample[name] = torch.from_numpy(unpack_counts(text)) / (whole * row["parts"])
+    for name, (key, *_) in VALUES.items():
+        if key in row.get("values_of_samples", {}):
+            by_sample[name] = torch.from_numpy(unpack_values(row["values_of_samples"][key]))
     if {"member", "ensemble"} <= by_sample.keys():
         by_sample["gain"] = by_sample["ensemble"] - by_sample["member"]
         wrong = 1 - by_sample["member"]
@@ -209,15 +227,21 @@ def _add_sharpness(ensemble: Ensemble) -> None:
     """Add the sharpness.json beside diversity.json."""
     path, members = ensemble.folder / "sharpness.json", len(ensemble.seeds)
     sharpness = read_json(path, f"make it by python measure_sharpness.py --save {ensemble.folder}")
+    ensemble.content["sharpness"] = sharpness
     for name, (part, *_) in SHARPNESS.items():
         found = sharpness.get("result", {}).get(part, {})
         # An interrupted measurement covers only some of the members.
-        if found.get("n", members) == members:
+        if found.get("n", members) == members and not beyond_linf(ensemble, part):
             ensemble.values[name], ensemble.spread[name] = found.get("mean"), found.get("std")
     ours, theirs = ([m["sha256_of_weights"] for m in one.get("members", [])] for one in (ensemble.content, sharpness))
     if "members" in sharpness and ours != theirs:
         raise InputError(f"{path}: of other weights than diversity.json beside it; measure one of them again")
-    ensemble.content["sharpness"] = sharpness
+
+
+def beyond_linf(ensemble: Ensemble, part: str = "APGD_worst-linf") -> bool:
+    """Whether a part of the sharpness was measured in linf at a radius that tables do not show."""
+    measured = part in ensemble.content.get("sharpness", {}).get("result", {})
+    return measured and part.endswith("-linf") and (sharpness_protocol(ensemble, part).get("rho0") or 0) > MAX_LINF
 
 
 def copy_results(folder: Path, target: Path) -> None:
@@ -270,21 +294,32 @@ def standard_deviation(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
 
 
-def estimate(values: list[float], interval: Interval = None) -> Estimate:
-    """Mean over ensembles and its 95 % interval: Student's, or the given one where there is a single ensemble.
+def estimate(values: list[float], interval: Interval = None, level: float = 0.95) -> Estimate:
+    """Mean over ensembles and its interval: Student's, or the given one where there is a single ensemble.
 
     There is no interval where a value is not finite.
     """
     finite = all(map(math.isfinite, values))
-    return statistics.mean(values), (t_interval(values) if len(values) > 1 else interval) if finite else None
+    return statistics.mean(values), (t_interval(values, level) if len(values) > 1 else interval) if finite else None
+
+
+def population_of(ensembles: list[Ensemble], name: str) -> str:
+    """What the interval of `estimate_of` is over: "ensembles, images", "ensembles", or of one ensemble "images"."""
+    if len(ensembles) == 1:
+        return "images"
+    lengths = {len(one.by_sample[name]) if name in one.by_sample else 0 for one in ensembles}
+    return BOTH if len(lengths) == 1 and lengths != {0} else "ensembles"
 
 
 def estimate_of(ensembles: list[Ensemble], name: str) -> Estimate:
-    """`estimate` of a value, where the interval of a single ensemble is that over its test images."""
+    """Mean over ensembles of a value and its 95 % interval, over the population that `population_of` names."""
+    values = [ensemble.values[name] for ensemble in ensembles]
     interval, by_sample = ensembles[0].intervals.get(name), ensembles[0].by_sample.get(name)
     if len(ensembles) == 1 and interval is None and by_sample is not None:
         interval = paired_bootstrap(by_sample.double())
-    return estimate([ensemble.values[name] for ensemble in ensembles], interval)
+    if population_of(ensembles, name) == BOTH and all(map(math.isfinite, values)):
+        return statistics.mean(values), crossed_interval(torch.stack([one.by_sample[name] for one in ensembles]))
+    return estimate(values, interval)
 
 
 def gap_between(a: Ensemble, b: Ensemble, name: str) -> Gap | None:
@@ -296,15 +331,16 @@ def gap_between(a: Ensemble, b: Ensemble, name: str) -> Gap | None:
     return None if one is None or other is None else one - other
 
 
-def interval_of(gaps: list[Gap]) -> tuple[float, Interval, str]:
-    """The mean of differences of ensembles, its 95 % interval, and the population that the interval is over."""
-    several = len(gaps) > 1
-    if all(isinstance(gap, torch.Tensor) for gap in gaps) and len({len(gap) for gap in gaps}) == 1:
+def interval_of(gaps: list[Gap], level: float = 0.95) -> tuple[float, Interval, str]:
+    """The mean of differences of ensembles, its 95 % interval, and the population that the interval is over.
+
+    One pair has no interval: over test images alone it would tell these two trained ensembles apart, not their methods.
+    """
+    if len(gaps) > 1 and all(isinstance(gap, torch.Tensor) for gap in gaps) and len({len(gap) for gap in gaps}) == 1:
         table = torch.stack(gaps)
-        interval = crossed_interval(table) if several else paired_bootstrap(table[0])
-        return table.mean().item(), interval, BOTH if several else "images"
+        return table.mean().item(), crossed_interval(table, level), BOTH
     values = [gap.mean().item() if isinstance(gap, torch.Tensor) else gap for gap in gaps]
-    return *estimate(values), "ensembles" if several else "-"
+    return *estimate(values, level=level), "ensembles" if len(gaps) > 1 else "-"
 
 
 def difference_of(pairs: list[tuple[Ensemble, Ensemble]], name: str) -> tuple[float, Interval, str] | None:
@@ -314,19 +350,32 @@ def difference_of(pairs: list[tuple[Ensemble, Ensemble]], name: str) -> tuple[fl
 
 
 def check_alike(ensembles: list[Ensemble]) -> None:
-    """Refuse to compare what was measured on different data or by different protocols.
+    """Refuse to compare what was trained by different recipes, or measured on different data or by different protocols.
+
+    What is recorded of some ensembles only (of `UNVERIFIED` also what is of none) is named in one line on stderr.
 
     Raises:
         InputError: naming two folders and what differs between them, or two of the same method and seeds.
     """
-    facts = [(ensemble.folder, _facts(ensemble)) for ensemble in ensembles]
-    for name in dict.fromkeys(name for _, known in facts for name in known):
-        known = [(folder, found[name]) for folder, found in facts if found.get(name) is not None]
+    settings = {name: UNKNOWN for one in ensembles for name in one.content.get("trained") or {}}
+    facts, unknown = [], {}
+    for ensemble in ensembles:
+        try:
+            facts.append((ensemble.folder, _facts(ensemble, settings)))
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            problem = f"{ensemble.folder}: a result file is damaged ({first_line(error)}); measure it again"
+            raise InputError(problem) from error
+    for name in dict.fromkeys(["data", *UNVERIFIED, *(name for _, found in facts for name in found)]):
+        asked = [(folder, found[name]) for folder, found in facts if name in found]
+        known = [(folder, value) for folder, value in asked if value is not UNKNOWN]
         for folder, value in known:
             first, expected = known[0]
             if value != expected:
                 what = f"{name} differs ({value!s:.40}, {expected!s:.40})"
-                raise InputError(f"{folder} and {first} cannot be compared: {what}; measure both alike")
+                way_out = "compare what was trained alike" if name.endswith("training") else "measure both alike"
+                raise InputError(f"{folder} and {first} cannot be compared: {what}; {way_out}")
+        if len(known) < len(asked) > 1 and (known or name in UNVERIFIED):
+            unknown[name] = [folder for folder, value in asked if value is UNKNOWN]
     folders = {}
     for ensemble in ensembles:
         trained, place = ensemble.content.get("trained"), str(ensemble.folder.resolve())
@@ -334,22 +383,51 @@ def check_alike(ensembles: list[Ensemble]) -> None:
         if key in folders:
             raise InputError(f"{ensemble.folder} and {folders[key]} are the same method and seeds; give each once")
         folders[key] = ensemble.folder
+    if unknown:
+        where = {}
+        for name, missing in unknown.items():
+            where.setdefault(f"{missing[0]}" + f" and {len(missing) - 1} more" * (len(missing) > 1), []).append(name)
+        text = "; ".join(f"{', '.join(names)} (of {place})" for place, names in where.items())
+        print(f"note: not recorded, so that it may differ: {printable(text)}", file=sys.stderr)
 
 
-def _facts(ensemble: Ensemble) -> dict[str, Any]:
-    """What must agree between all ensembles that are compared, as far as it is known."""
+def _facts(ensemble: Ensemble, settings: dict[str, Any]) -> dict[str, Any]:
+    """What must agree between all ensembles that are compared and have it; `UNKNOWN` where that is not recorded.
+
+    Args:
+        ensemble: with its result files.
+        settings: the names of all settings of training, with `UNKNOWN`.
+    """
     content, sharpness = ensemble.content, ensemble.content.get("sharpness", {})
     facts = {
         "data": content["data"]["sha256_of_arrays_and_split"],
-        "the corrupted set": content["data"].get("sha256_of_corrupted"),
         "network": "{model} of width {width}".format(**content["network"]),
     }
-    facts |= {f"--{key}": protocol_of(ensemble, key) for key in SAME}
-    for part in [name for name in sharpness.get("result", {}) if name != "missing"]:
-        protocol = sharpness_protocol(ensemble, part)
+    corrupted, digest = content.get("result", {}).get("corrupted"), content["data"].get("sha256_of_corrupted")
+    if corrupted or digest:
+        facts["the corrupted set"] = digest or UNKNOWN
+    if corrupted:
+        facts["the number of corrupted images"] = corrupted["mean"].get("samples", UNKNOWN)
+    if content["protocol"]:  # a run that was only trained has none
+        facts |= {f"--{key}": protocol_of(ensemble, key) if key in content["protocol"] else UNKNOWN for key in SAME}
+        if facts["--checkpoint"] not in CHECKPOINTS:  # files of other names
+            facts["--checkpoint"] = UNKNOWN
+        # Earlier versions of the code recorded none.
+        made = content.get("made_by", {"test": {mode: {} for mode in content["protocol"].get("mode", [])}})
+        for mode, record in made.get("test", {}).items():
+            facts[f"the version of {mode}"] = record.get("versions", UNKNOWN)
+    for part in [name for name in sharpness.get("result", {}) if name != "missing" and not beyond_linf(ensemble, name)]:
+        protocol, row = sharpness_protocol(ensemble, part), sharpness["result"][part]
         for key in SAME_SHARPNESS:
-            if part in PARTS_OF.get(key, {part}):
-                facts[f"{part}: --{key} of the sharpness"] = protocol.get(key)
+            if part in PARTS_OF.get(key, {part}) and key in row.get("protocol", SAME_SHARPNESS):
+                facts[f"{part}: --{key} of the sharpness"] = protocol.get(key, UNKNOWN)
+        versions = [one.get("versions", UNKNOWN) for one in row.get("members", []) if one]
+        facts[f"{part}: the version of the sharpness"] = versions[0] if versions else UNKNOWN
+    trained = content.get("trained")
+    facts["how it was trained"] = "recorded" if trained else UNKNOWN
+    if trained:
+        recipe = {name: value for name, value in (settings | trained).items() if name not in COMPARED}
+        facts |= {f"--{name} of the training": value for name, value in recipe.items() if name not in FREE_SETTINGS}
     return facts
 
 

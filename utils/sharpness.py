@@ -1,4 +1,4 @@
-"""Worst-case and average-case sharpness of a network: how much the loss rises when the weights move within a ball.
+"""Worst-case and average-case sharpness of a network: how much the loss rises when the weights move.
 
     kappa(w, rho) = max L(w + delta) - L(w)  over  ||T^-1 delta||_p <= rho,    T = diag(|w|) if adaptive, else I
 
@@ -41,6 +41,9 @@ def worst_case_sharpness(
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, float | list[float]]:
     """The largest rise of the mean cross-entropy that a maximiser finds within the ball, averaged over batches.
+
+    All batches weigh the same, as in the authors' protocol: where the images do not fill the last batch, it counts like
+    a whole one, though the ball's maximum over fewer images is mostly larger. Give batches of one size for m-sharpness.
 
     Each maximiser makes one forward-backward pass at w and one an iteration; the largest loss of them all counts.
 
@@ -168,7 +171,7 @@ def _loss_and_wrong(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
 
 def _read(found: list[Tensor], sizes: list[int]) -> list[tuple[float, float]]:
     """Loss and error rate by batch, from `_loss_and_wrong` and the sizes of the batches: one read of the device."""
-    rows = zip(torch.stack(found).tolist(), sizes, strict=True)
+    rows = zip(torch.stack(found).cpu().tolist(), sizes, strict=True)
     return [(math.inf, math.nan) if math.isnan(loss) else (loss, wrong / size) for (loss, wrong), size in rows]
 
 
@@ -340,11 +343,14 @@ def average_sharpness(
     params: str | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, float | list[float]]:
-    """The mean rise of the mean cross-entropy under random perturbations of the weights, averaged over batches.
+    """The mean rise of the mean cross-entropy over all images under random perturbations of the weights.
 
-    delta = rho T z with independent z of each weight: standard normal for l2 (not normalised, as the authors'), uniform
-    on [-1, 1] for linf. Draws come in antithetic pairs z and -z, whose mean has no linear term; each draw is used on
-    every batch. On a quadratic loss with Hessian H the value is rho^2/2 tr(T H T), or a third of it for linf.
+    delta = rho T z with independent z of each weight. For linf z is uniform on [-1, 1], so that delta is uniform in the
+    ball of radius rho. For l2 it is standard normal, as the authors', and there is no ball: rho is the standard
+    deviation of each weight's relative change, and of P weights the length ||T^-1 delta||_2 is about rho sqrt(P). Its
+    rho is not that of worst-case l2. Draws come in antithetic pairs z and -z, whose mean has no linear term; each draw
+    is used on every batch. On a quadratic loss with Hessian H the value is rho^2/2 tr(T H T), or a third of it for
+    linf. Each image weighs the same, so that the value does not depend on the batches, the last smaller one included.
 
     Args:
         model, batches, rho, norm, adaptive, params: as for `worst_case_sharpness`.
@@ -353,7 +359,8 @@ def average_sharpness(
         progress: called after each draw.
 
     Returns:
-        loss, error: mean rises; loss_standard_error, error_standard_error: over pairs; loss_by_batch, error_by_batch.
+        loss, error: mean rises over images; loss_standard_error, error_standard_error: over pairs of draws;
+        loss_by_batch, error_by_batch: means over the images of each.
 
     Raises:
         ValueError: as `worst_case_sharpness`.
@@ -370,27 +377,28 @@ def average_sharpness(
 
     with _movable(model, params, adaptive) as weights, torch.no_grad():
 
-        def values() -> Tensor:
-            """Loss and error rate by batch, [batches, 2], at the present point."""
+        def values() -> tuple[Tensor, list[int]]:
+            """Loss and error rate by batch, [batches, 2], at the present point, and the sizes of the batches."""
             found, sizes = [], []
             for images, labels in batches:
                 logits = model(images)
                 found.append(_loss_and_wrong(logits, labels, F.cross_entropy(logits, labels)))
                 sizes.append(len(labels))
-            return torch.tensor(_read(found, sizes) if found else [], dtype=torch.float64)
+            return torch.tensor(_read(found, sizes) if found else [], dtype=torch.float64), sizes
 
-        first, pairs = values(), []
+        (first, sizes), pairs = values(), []
         _refuse_infinite(first[:, 0].tolist() if len(first) else [])
         for _ in range(n_draws // 2):
             delta, both = [draw(scale.shape).to(scale) * scale for scale in weights.scales], []
             for sign in (1, -1):
                 weights.shift(delta, sign * rho)
-                both.append(values() - first)
+                both.append(values()[0] - first)
                 progress()
             pairs.append(sum(both) / 2)
-    rises = torch.stack(pairs)  # [pairs, batches, 2]
-    result = _means(rises.mean(dim=0).tolist())
-    loss, error = (rises.mean(dim=1).std(dim=0) / math.sqrt(len(pairs))).tolist()
+    rises, shares = torch.stack(pairs), relative_sizes(sizes)  # [pairs, batches, 2]
+    result = _means(rises.mean(dim=0).tolist(), shares)
+    weighted = rises * torch.tensor(shares, dtype=torch.float64)[:, None]
+    loss, error = (weighted.mean(dim=1).std(dim=0) / math.sqrt(len(pairs))).tolist()
     return result | {"loss_standard_error": loss, "error_standard_error": error}
 
 
@@ -402,10 +410,16 @@ def _check(model: nn.Module, rho: float, norm: str) -> None:
         raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got '{norm}'")
 
 
-def _means(rises: list[list[float]]) -> dict[str, float | list[float]]:
-    """The results from rises of loss and error rate by batch, [batches, 2]."""
+def relative_sizes(sizes: list[int]) -> list[float]:
+    """The weight of each batch's mean in a mean over images: its size over the mean size, 1 if all are alike."""
+    return [size * len(sizes) / sum(sizes) for size in sizes]
+
+
+def _means(rises: list[list[float]], weights: list[float] | None = None) -> dict[str, float | list[float]]:
+    """The results from rises of loss and error rate by batch, [batches, 2], whose weights have the mean 1."""
     if not rises:
         raise ValueError("batches: no images given")
     losses, errors = map(list, zip(*rises, strict=True))
-    means = {"loss": sum(losses) / len(losses), "error": sum(errors) / len(errors)}
+    sums = (sum(w * x for w, x in zip(weights or [1.0] * len(rises), part, strict=True)) for part in (losses, errors))
+    means = {name: total / len(rises) for name, total in zip(("loss", "error"), sums, strict=True)}
     return means | {"loss_by_batch": losses, "error_by_batch": errors}

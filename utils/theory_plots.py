@@ -6,41 +6,54 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from utils.plots import FULL, MARKERS, decimal_ticks, grey, panels, shades, styled
+from utils.plots import FILLS, MARKERS, WIDTH, decimal_ticks, finished, grey, panels, shades, styled
 from utils.results import METHODS
-from utils.verification import Row, relative_to_sam, stable_limit
+from utils.verification import BLOCKS, SETTING, TRAINED_K, Row, relative_to_sam, stable_limit
 
-SHARPNESS = r"sharpness at the mean iterate  $\kappa$  [loss]"
-MEMBER_SHARPNESS = r"mean sharpness of a member  $\kappa$  [loss]"
+SHARPNESS = r"sharpness  $\kappa$  [loss]"
+MEMBER_SHARPNESS = "members' sharpness\n$\\kappa$  [loss]"
 VARIANCE = r"variance  $V$  [prediction$^2$]"
 FORMULAS = {"variance": "variance_bound", "sharpness": "sharpness_upper"}  # of each simulated quantity
-RADIUS = r"SAM radius  $\rho$  [weight / gradient]"
+RADIUS = "radius  $\\rho$\n[weight / gradient]"
+REGRESSION = f"Linear regression, n = {SETTING['n']} rows, d = {SETTING['d']}"
+STARTS = {
+    "sam": "100 starts each",
+    "sharpbalance": f"20 starts on each of {BLOCKS} blocks",
+    "trained": "100 starts each",
+}
 
 
-def theory(grids: dict[str, list[Row]], points: dict[str, list[Row]]) -> dict[str, Figure]:
+def theory(grids: dict[str, list[Row]], points: dict[str, list[Row]], data_sets: int) -> dict[str, Figure]:
     """All figures of the theory by their file names.
 
     Args:
         grids: from `utils.verification.simulate_all`.
         points: from `utils.verification.published`.
+        data_sets: of each setting of the grids.
     """
     names = {f"theorem_{number}_{along}": along for number in (1, 2) for along in ("rho", "k")}
-    theorems = {name: theorem(grids[name], along) for name, along in names.items()}
-    others = {"tradeoff": theory_tradeoff(grids), "published": published(points), "trained": trained(grids["trained"])}
-    return theorems | others
+    theorems = {name: theorem(grids[name], along, data_sets) for name, along in names.items()}
+    others = {"tradeoff": theory_tradeoff(grids, data_sets), "published": published(points)}
+    return theorems | others | {"trained": trained(grids["trained"], data_sets)}
+
+
+def _simulated(data_sets: int, starts: str) -> str:
+    """The sentence of a caption on what was simulated."""
+    return f"{REGRESSION}; {data_sets} data sets of each setting, {starts}. Bars: ± 1 standard error over data sets."
 
 
 @styled
-def theorem(rows: list[Row], along: str) -> Figure:
+def theorem(rows: list[Row], along: str, data_sets: int) -> Figure:
     """A theorem against simulation: variance and sharpness over rho or k, and below each the ratio to the formula.
 
     Args:
         rows: of one theorem and one grid of `utils.verification.simulate_all`.
         along: "rho" (a curve for each k) or "k" (a curve for each rho).
+        data_sets: of each setting.
     """
     first = rows[0]["method"] == "sam"  # theorem 1
     across, symbol = ("k", "k") if along == "rho" else ("rho", r"\rho")
-    figure, axes = panels(5, 2, 2, sharex=True, height_ratios=[1.2, 1])
+    figure, axes = panels(3.2, 2, 2, sharex=True, height_ratios=[1.2, 1])
     curves = _curves(rows, across)
     width = max(_column(rows, along)) - min(_column(rows, along))
     for i, (value, curve, style) in enumerate(curves):
@@ -56,36 +69,38 @@ def theorem(rows: list[Row], along: str) -> Figure:
         if first:
             ratio = [100 * (row["sharpness_lower_leading"] / row["sharpness_upper"] - 1) for row in curve]
             axes[1, 1].plot(x, ratio, color=style["color"], linestyle="--")
-    kinds = [grey("formula, upper bound"), grey("simulation ± 1 s.e.", marker="o", linestyle="")]
+    kinds = [grey("formula, upper bound"), grey("simulation", marker="o", linestyle="")]
     axes[0, 0].set(title=f"Theorem {1 if first else 2}: variance", ylabel=VARIANCE)
-    axes[0, 1].set(title=f"Theorem {1 if first else 2}: sharpness", ylabel=r"sharpness  $\kappa$  [loss]")
+    axes[0, 1].set(title=f"Theorem {1 if first else 2}: sharpness", ylabel=SHARPNESS)
     if first:  # it spans decades
         axes[0, 0].set_yscale("log")
         axes[0, 1].set_yscale("log")
+        decimal_ticks(axes[0, 0].yaxis, (1,))
         decimal_ticks(axes[0, 1].yaxis, (1, 3))
-        kinds.append(grey("lower bound, leading order (no proof)", linestyle="--"))
+        kinds.append(grey("lower bound", linestyle="--"))
     for axis, reference in zip(axes[1], ("formula", "bound"), strict=True):
-        axis.set(xlabel=RADIUS if along == "rho" else "steps  $k$  [1]", ylabel=f"deviation from\n{reference}  [%]")
+        axis.set(xlabel=RADIUS if along == "rho" else "steps  $k$  [1]", ylabel=f"above the {reference}  [%]")
         axis.axhline(0, color="black", linewidth=0.9)
-        axis.xaxis.set_major_locator(MaxNLocator(8, integer=along == "k", steps=[1, 2, 5, 10]))
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(curves))
-    figure.legend(handles=kinds, loc="outside lower center", ncols=3, columnspacing=1.2)
-    return figure
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=along == "k", steps=[1, 2, 5, 10]))
+    handles = [*axes[0, 0].get_legend_handles_labels()[0], *kinds]
+    note = _simulated(data_sets, STARTS[rows[0]["method"]])
+    return finished(figure, handles, note + " Lower bound: its leading order, without proof." * first)
 
 
 @styled
-def theory_tradeoff(grids: dict[str, list[Row]]) -> Figure:
+def theory_tradeoff(grids: dict[str, list[Row]], data_sets: int) -> Figure:
     """Variance against sharpness, simulated: at the mean iterate, as in the theorems, and at the members.
 
     Args:
         grids: from `utils.verification.simulate_all`.
+        data_sets: of each setting.
     """
-    blocks = {"fmt": "P:", "color": METHODS["sharpbalance"].colour, "label": r"blocks, $\rho = 0$, over $k$"}
-    descent = {"fmt": "v:", "color": METHODS["deep_ensemble"].colour, "label": "deep ensemble, over $k$"}
-    figure, axes = panels(4.6, 1, 2, sharey=True)
+    blocks = {"fmt": "h:", "color": METHODS["sharpbalance"].colour, "label": r"blocks, $\rho = 0$, over $k$"}
+    descent = {"fmt": "o:", "color": METHODS["deep_ensemble"].colour, "label": "deep ensemble, over $k$"}
+    figure, axes = panels(2.4, 1, 2, sharey=True)
     for axis, key, label, title, left in (
-        (axes[0], "sharpness", SHARPNESS, "at the mean iterate (the theorems')", 0.1),
-        (axes[1], "member_sharpness", MEMBER_SHARPNESS, "at the members (what is deployed)", 0.14),
+        (axes[0], "sharpness", SHARPNESS, "at the mean iterate", 0.1),
+        (axes[1], "member_sharpness", MEMBER_SHARPNESS, "at the members", 0.14),
     ):
         for method in ("sharpbalance", "sam"):
             for k, rows, style in _curves(grids[f"tradeoff_{method}"], "k", "-"):
@@ -96,8 +111,9 @@ def theory_tradeoff(grids: dict[str, list[Row]]) -> Figure:
         decimal_ticks(axis.xaxis)
         decimal_ticks(axis.yaxis)
     axes[0].set_ylabel(VARIANCE)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    return figure
+    note = "Left: as in the theorems; right: what an ensemble consists of. Curves over $\\rho$ unless it says $k$. "
+    note += _simulated(data_sets, f"{STARTS['sam']} or, on blocks, {STARTS['sharpbalance']}")
+    return finished(figure, axes[0].get_legend_handles_labels()[0], note)
 
 
 @styled
@@ -107,66 +123,77 @@ def published(rows: dict[str, list[Row]]) -> Figure:
     Args:
         rows: from `utils.verification.published`.
     """
-    figure = Figure(figsize=(FULL, 4.6), layout="constrained")
-    axes = figure.subplot_mosaic([["panel", "sharpness"], ["panel", "variance"]], width_ratios=[1.15, 1])
+    figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
+    axes = figure.subplot_mosaic([["panel", "panel"], ["sharpness", "variance"]], height_ratios=[1.3, 1])
     panel, red, blue = axes["panel"], METHODS["sam"].colour, METHODS["sharpbalance"].colour
-    for method, colour, bound, regime, marker in (
-        ("sam", red, "sharpness_upper", "divergent", "o"),
-        ("sharpbalance", blue, "sharpness_upper_authors", "stable", "s"),
+    for method, colour, bound, regime in (
+        ("sam", red, "sharpness_upper", "divergent"),
+        ("sharpbalance", blue, "sharpness_upper_authors", "stable"),
     ):
+        marker = MARKERS[method]
         name, points, style = METHODS[method].name, rows[method], {"color": colour, "markerfacecolor": "none"}
         _line(panel, points, bound, "variance_bound", "-", label=f"{name} ({regime})", **style)
         _line(panel, points, "published_sharpness", "published_variance", marker, label=f"{name}, published", **style)
     exact = {"color": blue, "label": "SharpBalance, exact $S$"}
     _line(panel, rows["sharpbalance"], "sharpness_upper", "variance_bound", "--", **exact)
     panel.set(xlabel="upper bound of the sharpness  [loss]", ylabel=VARIANCE, title="Figure 1(b) of the paper, redrawn")
-    for key, label in (("sharpness", "upper bound of\nthe sharpness  [loss]"), ("variance", VARIANCE)):
+    for key, label in (("sharpness", "bound of sharpness  [loss]"), ("variance", VARIANCE)):
         axis = axes[key]
         axis.axvspan(stable_limit("sam"), 0.245, color="0.88", linewidth=0, label="SAM diverges")
         _line(axis, rows["curve"], "rho", FORMULAS[key], "-", color=red)
-        _line(axis, rows["sam"], "rho", f"published_{key}", "o", color=red, markersize=3, markerfacecolor="none")
+        _line(
+            axis,
+            rows["sam"],
+            "rho",
+            f"published_{key}",
+            MARKERS["sam"],
+            color=red,
+            markersize=2,
+            markerfacecolor="none",
+        )
         axis.set(yscale="log", ylabel=label, xlim=(0, 0.245))
         decimal_ticks(axis.yaxis, (1,))
-    axes["sharpness"].set_title(f"SAM's formulas at the same $k = {rows['curve'][0]['k']}$")
-    axes["sharpness"].tick_params(labelbottom=False)
-    axes["variance"].set_xlabel(RADIUS)
+        axis.set(xlabel=RADIUS, title=f"SAM's formula, $k = {rows['curve'][0]['k']}$")
     handles = [handle for axis in (panel, axes["sharpness"]) for handle in axis.get_legend_handles_labels()[0]]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3)
-    return figure
+    note = f"{REGRESSION}; formulas and published points, nothing simulated. Points: read off the paper's graphic. "
+    note += "Lines: theorems 1 and 2 with the authors' $S$; dashed with the exact one."
+    return finished(figure, handles, note)
 
 
 @styled
-def trained(rows: list[Row]) -> Figure:
+def trained(rows: list[Row], data_sets: int) -> Figure:
     """The algorithm as it is trained: variance against the members' sharpness, and its ratio to SAM's.
 
     Args:
         rows: "trained" of `utils.verification.simulate_all`.
+        data_sets: of each setting.
     """
-    figure, (left, right) = panels(4.2, 1, 2)
+    figure, (left, right) = panels(2.2, 1, 2)
     relative = relative_to_sam(rows)
-    for marker, method in zip(MARKERS, ("sam", "released", "paper", "random"), strict=False):
+    for method in ("sam", "released", "paper", "random"):
         # Random samples lie on SAM's curve; a dotted line leaves it visible.
-        style = {"fmt": marker + (":" if method == "random" else "-"), "color": METHODS[method].colour}
+        style = {"fmt": MARKERS[method] + (":" if method == "random" else "-"), "color": METHODS[method].colour}
         _points(left, [row for row in rows if row["method"] == method], label=METHODS[method].name, **style)
         part = [row for row in relative if row["method"] == method]
         if part:
             right.errorbar(*(_column(part, key) for key in ("member_sharpness", "ratio", "ratio_se")), **style)
     right.axhline(1, color=METHODS["sam"].colour)
     left.set(xlabel=MEMBER_SHARPNESS, ylabel=VARIANCE, xscale="log", yscale="log", title="trade-off")
-    right.set(xlabel=MEMBER_SHARPNESS, xscale="log", title="at equal sharpness of the members")
-    right.set_ylabel("variance / variance of SAM  [1]")
+    right.set(xlabel=MEMBER_SHARPNESS, xscale="log", title="at equal sharpness")
+    right.set_ylabel("variance / SAM's  [1]")
     decimal_ticks(left.xaxis)
     decimal_ticks(left.yaxis)
     decimal_ticks(right.xaxis, (1, 2, 3, 5))
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    return figure
+    note = f"Members see all rows, as in training: outside both theorems, $k = {TRAINED_K}$, curves over $\\rho$. "
+    return finished(figure, left.get_legend_handles_labels()[0], note + _simulated(data_sets, STARTS["trained"]))
 
 
 def _curves(rows: list[Row], key: str, line: str = "") -> list[tuple[Any, list[Row], dict[str, Any]]]:
     """Rows of a method by the value of a key, ascending, each with a style: marker, line and a shade of its colour."""
     values = sorted({row[key] for row in rows})
     colours = shades(rows[0]["method"], len(values))
-    styles = [{"fmt": marker + line, "color": colour} for marker, colour in zip(MARKERS, colours, strict=False)]
+    marker = MARKERS[rows[0]["method"]]
+    styles = [{"fmt": marker + line, "color": colour, **fill} for colour, fill in zip(colours, FILLS, strict=False)]
     parts = [[row for row in rows if row[key] == value] for value in values]
     return list(zip(values, parts, styles, strict=True))
 

@@ -192,7 +192,7 @@ def train_epoch(
             "steps": steps,
             "loss_sum": loss_sum.item(),
             "correct_sum": correct_sum.item(),
-            "skipped": optimizer.skipped.tolist(),
+            "skipped": optimizer.skipped.cpu().tolist(),
             "rng": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state(data.device) if data.device.type == "cuda" else None,
         }
@@ -205,7 +205,8 @@ def train_epoch(
         steps += 1
         after_step(len(index) + int(mask.sum()), here)
     # The only read of the device in an epoch.
-    loss, correct, skipped, in_a_row = torch.stack([loss_sum, correct_sum, *optimizer.skipped.to(loss_sum)]).tolist()
+    sums = torch.stack([loss_sum, correct_sum, *optimizer.skipped.to(loss_sum)])
+    loss, correct, skipped, in_a_row = sums.cpu().tolist()
     if skipped:
         where = f"member with seed {seed}, epoch {epoch}: {skipped:.0f} of {steps} steps were skipped"
         where += ", since their gradients are not finite"
