@@ -172,22 +172,6 @@ def read_measured(folder: Path, rho: float) -> Measured:
     return found
 
 
-def p_value(gaps: list[Gap]) -> float:
-    """The smallest p for which the interval of level 1 - p of the mean difference excludes 0; 1 where it has none."""
-
-    def excludes(level: float) -> bool:
-        interval = results.interval_of(gaps, level)[1]
-        return interval is not None and not interval[0] <= 0 <= interval[1]
-
-    if not excludes(0.01):
-        return 1.0
-    low, high = 0.01, 1 - 1e-9
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if excludes(middle) else (low, middle)
-    return 1 - low
-
-
 def holm(p_values: list[float]) -> list[float]:
     """The p values, corrected for their number: the i-th smallest of m times m + 1 - i, and not below a smaller one's.
 
@@ -295,7 +279,7 @@ def chance(plan: dict[str, Any], images: int) -> str:
 def claims_table(measured: Measured, seeds: list[str]) -> str:
     """A line for each claim."""
     gaps = [[(100 if claim.unit else 1) * claim.gap(measured, one) for one in seeds] for claim in CLAIMS]
-    p_values = [p_value(one) for one in gaps]
+    p_values = [results.p_value_of(one) for one in gaps]
     rows = []
     for claim, gap, p, corrected in zip(CLAIMS, gaps, p_values, holm(p_values), strict=True):
         mean, interval, _ = results.interval_of(gap)

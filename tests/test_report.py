@@ -16,23 +16,23 @@ from tests.test_ensemble import ROOT
 from tests.test_summarize import SAM, write
 from utils import cli
 from utils.metrics import crossed_interval
-from utils.results import METHODS, Ensemble
+from utils.results import METHODS, Ensemble, p_value_of
 
 
 def test_p_value():
     """Student's, by scipy; over images as well where they are given."""
     gaps = [0.3, 0.1, 0.7, 0.2]
-    assert report.p_value(gaps) == pytest.approx(stats.ttest_1samp(gaps, 0).pvalue, rel=1e-6)
-    assert report.p_value([0.2, -0.2, 0.1, -0.1]) == 1
-    assert report.p_value([1.0, math.nan]) == 1
+    assert p_value_of(gaps) == pytest.approx(stats.ttest_1samp(gaps, 0).pvalue, rel=1e-6)
+    assert p_value_of([0.2, -0.2, 0.1, -0.1]) == 1
+    assert p_value_of([1.0, math.nan]) == 1
     # Ensembles that agree on a difference which three images of a thousand make.
     images = torch.zeros(1000)
     images[:3] = 1
-    assert report.p_value([0.003, 0.003, 0.003]) < 1e-6
-    assert report.p_value([images] * 3) == pytest.approx(stats.ttest_1samp(images, 0).pvalue, rel=1e-3)
+    assert p_value_of([0.003, 0.003, 0.003]) < 1e-6
+    assert p_value_of([images] * 3) == pytest.approx(stats.ttest_1samp(images, 0).pvalue, rel=1e-3)
     # Where one of them is not known by image, over ensembles.
     values = [images.mean().item(), 0.002, images.mean().item()]
-    assert report.p_value([images, 0.002, images]) == report.p_value(values)
+    assert p_value_of([images, 0.002, images]) == p_value_of(values)
 
 
 def test_holm():
