@@ -10,7 +10,7 @@ import argparse
 import itertools
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,18 @@ LINES = (
     ("CKA of centred logits", ("cka", "centred_logits", "debiased", "mean"), None),
 )
 
+# What is kept by sample: columns as counts, by their names in a result, and columns as they are.
+COUNTS = {"member_accuracy": "members", "disagreement": "differing_pairs", "ensemble_accuracy": "ensemble"}
+KEPT_VALUES = ("ensemble_nll", "ensemble_nll_calibrated", "ensemble_brier")
+
+
+class PartResult(NamedTuple):
+    """The metrics of a part; the columns [N] whose means have intervals; and the bootstrap draws of these means."""
+
+    metrics: dict[str, Any]
+    columns: dict[str, Tensor]
+    draws: dict[str, Tensor]
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
@@ -62,12 +74,12 @@ def main(args: argparse.Namespace) -> None:
         temperatures = fit_temperatures(torch.log_softmax(logits.double(), dim=2), labels, args.average)
     results: dict[str, Any] = {}
     for split in measurement.splits:
-        found, draws = {}, {}
+        found = {}
         for part in measurement.parts(split):
             logits, labels, features = measurement.predictions(part)
             result, columns, gaps = measure_part(args, logits, labels, features, temperatures)
-            found[part.name], draws[part.name] = result, resample(args.bootstrap, columns, gaps)
-        results[split] = summarize(measurement.parts(split), found, draws)
+            found[part.name] = PartResult(result, columns, resample(args.bootstrap, columns, gaps))
+        results[split] = summarize(measurement.parts(split), found, len(logits))
     path = measurement.write("diversity.json", {"temperatures": temperatures, **results}, vars(args))
     for split, result in results.items():
         print_tables(split, result)
@@ -103,24 +115,19 @@ def measure_part(
     output = metrics.ensemble_log_probs(log_probs, args.average)
     members, ensemble = metrics.per_sample(log_probs, labels, probs), metrics.per_sample(output, labels)
     columns = {"member_accuracy": members["correct"].mean(dim=0), "ensemble_accuracy": ensemble["correct"]}
-    # For comparisons of two ensembles sample by sample.
-    counts = {"members": members["correct"].sum(dim=0).long()}
     result: dict[str, Any] = {"samples": len(labels), "classes": log_probs.shape[2]}
     gaps, by_size = None, {}
     if {"predict", "disagreement"} & set(args.mode):
         by_size = scores_by_size(args, log_probs, probs, members["nll"], labels)
 
     if "predict" in args.mode:
-        both = zip(log_probs, temperatures["members"], strict=True)
-        result["members"] = [scores(args, member, labels, temperature) for member, temperature in both]
-        result["ensemble"] = scores(args, output, labels, temperatures["ensemble"])
+        by_member = [{name: column[i] for name, column in members.items()} for i in range(len(logits))]
+        both = zip(log_probs, by_member, temperatures["members"], strict=True)
+        result["members"] = [calibrated_scores(args, *one, labels)[0] for one in both]
+        result["ensemble"], calibrated = calibrated_scores(args, output, ensemble, temperatures["ensemble"], labels)
         result["ensemble_by_size"] = {size: mean_of([row for _, row in rows]) for size, rows in by_size.items()}
         columns |= {"member_nll": members["nll"].mean(dim=0), "ensemble_nll": ensemble["nll"]}
-        calibrated = metrics.per_sample(metrics.with_temperature(output, temperatures["ensemble"]), labels)
-        columns["ensemble_nll_calibrated"] = calibrated["nll"]
-        kept = {name: columns[name] for name in ("ensemble_nll", "ensemble_nll_calibrated")}
-        kept["ensemble_brier"] = ensemble["brier"]
-        result["values_of_samples"] = {name: metrics.pack_values(column.numpy()) for name, column in kept.items()}
+        columns |= {"ensemble_nll_calibrated": calibrated["nll"], "ensemble_brier": ensemble["brier"]}
         gaps = metrics.calibration_gaps(ensemble, args.bins)
         _, edges = metrics.calibration_mse(ensemble["confidence"], ensemble["correct"], args.bins)
         result["rmsce_interval"] = [math.sqrt(edge) for edge in edges]
@@ -128,8 +135,6 @@ def measure_part(
     if "disagreement" in args.mode:
         matrix = diversity.disagreement(predictions)
         columns["disagreement"] = diversity.disagreement_per_sample(predictions)
-        pairs = math.comb(len(predictions), 2)
-        counts["differing_pairs"] = (columns["disagreement"] * pairs).round().long()
         result["disagreement"] = {"matrix": matrix.tolist(), "mean": mean_over_pairs(matrix)}
         result["variance_of_probabilities"] = diversity.ensemble_variance(probs)
         result["der"] = diversity.disagreement_error_ratio(predictions, labels)
@@ -150,21 +155,18 @@ def measure_part(
             for name, tensors in (("features", features), ("centred_logits", list(diversity.centred(logits))))
         }
 
-    counts["ensemble"] = ensemble["correct"].long()
-    result["right_of_samples"] = {name: metrics.pack_counts(count.numpy()) for name, count in counts.items()}
     result["rates"] = {name: column.mean().item() for name, column in columns.items()}
     return result, columns, gaps
 
 
-def scores(
-    args: argparse.Namespace, log_probs: Tensor, labels: Tensor, temperature: float | None = None
-) -> dict[str, Any]:
-    """The scores of log-probabilities [N, C]; with a temperature also `calibrated`, those with it."""
-    probs = log_probs.exp()
-    result: dict[str, Any] = metrics.scores(metrics.per_sample(log_probs, labels, probs), probs, labels, args.bins)
-    if temperature is not None:
-        result["calibrated"] = scores(args, metrics.with_temperature(log_probs, temperature), labels)
-    return result
+def calibrated_scores(
+    args: argparse.Namespace, log_probs: Tensor, columns: dict[str, Tensor], temperature: float, labels: Tensor
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The scores of log-probabilities [N, C], with a temperature as `calibrated`, and the columns of the latter."""
+    with_it = metrics.with_temperature(log_probs, temperature)
+    calibrated = metrics.per_sample(with_it, labels)
+    result: dict[str, Any] = metrics.scores(columns, log_probs.exp(), labels, args.bins)
+    return result | {"calibrated": metrics.scores(calibrated, with_it.exp(), labels, args.bins)}, calibrated
 
 
 def resample(count: int, columns: dict[str, Tensor], gaps: Tensor | None) -> dict[str, Tensor]:
@@ -185,7 +187,8 @@ def scores_by_size(
 
     def of(subset: tuple[int, ...]) -> dict[str, float]:
         if args.average == "logits":
-            return scores(args, metrics.ensemble_log_probs(log_probs[list(subset)], args.average), labels)
+            output = metrics.ensemble_log_probs(log_probs[list(subset)], args.average)
+            return metrics.scores(metrics.per_sample(output, labels), output.exp(), labels, args.bins)
         output = sum(probs[i] for i in subset) / len(subset)
         subset_nll = math.log(len(subset)) - torch.logsumexp(-nll[list(subset)], dim=0)
         return metrics.scores(metrics.columns_of(output, subset_nll, labels), output, labels, args.bins)
@@ -225,37 +228,46 @@ def cka_matrix(representations: list[Tensor], debiased: bool) -> dict[str, Any]:
     return {"matrix": matrix.tolist(), "mean": mean_over_pairs(matrix)}
 
 
-def summarize(parts: list[Part], found: dict[str, dict], draws: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+def summarize(parts: list[Part], found: dict[str, PartResult], members: int) -> dict[str, Any]:
     """The metrics of a split with intervals; of a corrupted set by part, by severity, and the mean of all.
 
     Means over parts are means of the metrics; DER and EIR are ratios of mean rates, for a part as for a mean.
     """
+    everything = mean_of_parts(parts, found) | of_samples(parts, found, members)
     if parts[0].corruption is None:
-        return mean_of_parts([parts[0]], found, draws)
+        return everything
     severities = sorted({part.severity for part in parts})
-    alike = len({found[part.name]["samples"] for part in parts}) == 1  # the same images in the same order
-    packed = [found[part.name].pop("right_of_samples") for part in parts]
-    counts = {name: sum(metrics.unpack_counts(one[name]) for one in packed) for name in packed[0] if alike}
-    packed = [found[part.name].pop("values_of_samples", {}) for part in parts]
-    values = {name: sum(metrics.unpack_values(one[name]) for one in packed) for name in packed[0] if alike}
-    mean = mean_of_parts(parts, found, draws)
-    known = {name: count for name, count in counts.items() if count.max() < 2**16}
-    mean["right_of_samples"] = {name: metrics.pack_counts(count) for name, count in known.items()}
-    mean["values_of_samples"] = {name: metrics.pack_values(value / len(parts)) for name, value in values.items()}
     return {
-        "mean": mean,
-        "by_severity": {s: mean_of_parts([p for p in parts if p.severity == s], found, draws) for s in severities},
-        "parts": {part.name: mean_of_parts([part], found, draws) for part in parts},
+        "mean": everything,
+        "by_severity": {s: mean_of_parts([p for p in parts if p.severity == s], found) for s in severities},
+        "parts": {part.name: mean_of_parts([part], found) for part in parts},
     }
 
 
-def mean_of_parts(parts: list[Part], found: dict[str, dict], draws: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+def of_samples(parts: list[Part], found: dict[str, PartResult], members: int) -> dict[str, dict[str, str]]:
+    """What comparisons of two ensembles sample by sample need: `right_of_samples`, counts, and `values_of_samples`.
+
+    Counts are sums over parts, values are means over parts; nothing where parts are of different images.
+    """
+    columns = [found[part.name].columns for part in parts]
+    if len({len(one["ensemble_accuracy"]) for one in columns}) > 1:
+        return {"right_of_samples": {}, "values_of_samples": {}}
+    sums = {name: sum(one[name] for one in columns).numpy() for name in columns[0]}
+    whole = {"member_accuracy": members, "disagreement": math.comb(members, 2), "ensemble_accuracy": 1}
+    counts = {COUNTS[name]: (sums[name] * whole[name]).round() for name in COUNTS if name in sums}
+    values = {name: sums[name] / len(parts) for name in KEPT_VALUES if name in sums}
+    return {
+        "right_of_samples": {name: metrics.pack_counts(n) for name, n in counts.items() if n.max() < 2**16},
+        "values_of_samples": {name: metrics.pack_values(value) for name, value in values.items()},
+    }
+
+
+def mean_of_parts(parts: list[Part], found: dict[str, PartResult]) -> dict[str, Any]:
     """The mean over parts, with intervals and what derives from its rates."""
-    rows = [found[part.name] for part in parts]
-    result = (rows[0] if len(rows) == 1 else mean_of(rows)) | {"parts": len(parts)}
+    rows, draws = ([found[part.name][i] for part in parts] for i in (0, 2))
+    result = (dict(rows[0]) if len(rows) == 1 else mean_of(rows)) | {"parts": len(parts)}
     rmsce_interval = result.pop("rmsce_interval", None)
-    names = draws[parts[0].name]
-    resampled = {name: torch.stack([draws[part.name][name] for part in parts]).mean(dim=0) for name in names}
+    resampled = {name: torch.stack([one[name] for one in draws]).mean(dim=0) for name in draws[0]}
     if "disagreement" in resampled:
         if len(rows) > 1:
             rates = (result["rates"][name] for name in ("member_accuracy", "ensemble_accuracy", "disagreement"))

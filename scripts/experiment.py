@@ -276,6 +276,7 @@ class Experiment:
         trained = sorted(folder.parent for folder in args.runs.glob("*/summary.json"))
         return {
             "command": shlex.join(["python", *sys.argv]),
+            "claims": 2,  # those of report.py that were written down before: all
             "chosen": self.chosen,
             "validation": tried,
             "runs": {folder.name: _validation(folder) for folder in trained},

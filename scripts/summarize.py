@@ -85,7 +85,7 @@ def tables(ensembles: list[Ensemble], form: str) -> str:
         return "\n".join([*blocks, _table([["folder", *source_of(ensembles[0])], *sources], form)])
     note = f"{results.setting_of(first)}, checkpoints '{results.protocol_of(ensembles[0], 'checkpoint')}', "
     note += f"test set of {first['data']['test']} images. "
-    note += " ".join(explain(groups, shown, rows))
+    note += " ".join(explain(list(groups.values()), shown))
     if any(map(results.beyond_linf, ensembles)):
         note += f" Sharpness in linf at a radius above {results.MAX_LINF} is left out."
     unknown = [COLUMNS[name].title for name in shown if any(_infinite(one.values.get(name)) for one in ensembles)]
@@ -106,14 +106,13 @@ def _infinite(value: float | None) -> bool:
     return value is not None and not math.isfinite(value)
 
 
-def explain(groups: dict[str, list[Ensemble]], shown: list[str], rows: dict[str, list]) -> list[str]:
+def explain(groups: list[list[Ensemble]], shown: list[str]) -> list[str]:
     """What ± and [ ] stand for in the tables, and over what population."""
-    found = []
-    if rows["single"]:
+    several, found = [group for group in groups if len(group) > 1], []
+    if len(several) < len(groups):
         text = "±: standard deviation over members; [ ]: 95 % interval over test images, of these networks only."
-        found.append(f"One ensemble: {text}" if rows["several"] else text)
-    if rows["several"]:
-        several = [group for group in groups.values() if len(group) > 1]
+        found.append(f"One ensemble: {text}" if several else text)
+    if several:
         known = [column for column in shown if all(one.values.get(column) is not None for g in several for one in g)]
         only = [c for c in known if any(results.population_of(group, c) != results.BOTH for group in several)]
         text = "±: standard deviation over ensembles; [ ]: 95 % interval"
@@ -121,7 +120,7 @@ def explain(groups: dict[str, list[Ensemble]], shown: list[str], rows: dict[str,
         if only:
             names = ", ".join(COLUMNS[column].title for column in only)
             over = f"over new ensembles, with the images as they are: {names}" + ("; else " + over) * (only != known)
-        found.append(("Several: " if rows["single"] else "") + f"{text} {over}.")
+        found.append(("Several: " if found else "") + f"{text} {over}.")
     return found
 
 

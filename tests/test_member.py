@@ -19,6 +19,7 @@ from utils.training import in_parts
 
 ONE = [*TINY, "--seed", "13"]
 BEST, LAST, PREVIOUS = "model_best.pth.tar", "checkpoint.pth.tar", "checkpoint_previous.pth.tar"
+AVERAGED, PARTIAL = "model_averaged.pth.tar", "checkpoint_partial.pth.tar"
 
 
 class Killed(BaseException):
@@ -98,6 +99,33 @@ def test_an_older_best_checkpoint_is_refused(name, accuracies, tmp_path):
     content = load_checkpoint(member / name, ours=True)
     save_checkpoint(member / BEST, content | {"epoch": 3})
     with pytest.raises(InputError, match=r"model_best\.pth\.tar: of epoch 2, the best one was 0; restore it"):
+        run(tmp_path / "run", ONE)
+
+
+@pytest.mark.parametrize("name", [BEST, LAST, PARTIAL])
+def test_averaged_weights_of_the_same_epoch_are_told_apart(name, accuracies, tmp_path, capsys):
+    """Swapped files of one member and one epoch: the averaged weights are neither the best nor the last ones."""
+    accuracies += [0.5, 0.25, 0.125, 0.75]
+    flags = [*ONE, "--average_from", "1"]
+    member = run(tmp_path / "run", flags) / "seed_13"
+    before = {path: path.read_bytes() for path in member.iterdir()}
+    (member / name).write_bytes(before[member / AVERAGED])
+    if name != PARTIAL:
+        (member / AVERAGED).write_bytes(before[member / name])
+    if name == BEST:
+        with pytest.raises(InputError, match=f"{BEST}: expected a checkpoint of a whole epoch, got one of averaged"):
+            run(tmp_path / "run", flags)
+        (member / BEST).write_bytes(before[member / BEST])
+    run(tmp_path / "run", flags)
+    assert {path: path.read_bytes() for path in member.iterdir()} == before
+    assert ("expected a checkpoint" in capsys.readouterr().err) == (name != BEST)
+
+
+def test_a_partial_checkpoint_is_not_the_best(accuracies, tmp_path):
+    accuracies += [0.5, 0.25, 0.125, 0.75]
+    member = run(tmp_path / "run", ONE) / "seed_13"
+    save_checkpoint(member / BEST, load_checkpoint(member / LAST, ours=True) | {"position": None})
+    with pytest.raises(InputError, match=f"{BEST}: expected a checkpoint of a whole epoch, got one within an epoch"):
         run(tmp_path / "run", ONE)
 
 

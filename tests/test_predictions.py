@@ -83,7 +83,8 @@ def diversity(mode):
     temperatures = measure_diversity.fit_temperatures(torch.log_softmax(logits.double(), 2), labels, "probs")
     row, columns, gaps = measure_diversity.measure_part(args, logits, labels, list(logits), temperatures)
     part = utils.predictions.Part("test", list)
-    found = measure_diversity.summarize([part], {"test": row}, {"test": measure_diversity.resample(1, columns, gaps)})
+    found = {"test": measure_diversity.PartResult(row, columns, measure_diversity.resample(1, columns, gaps))}
+    found = measure_diversity.summarize([part], found, len(logits))
     ensemble = found.get("ensemble", {})
     return {
         "predict": lambda: [

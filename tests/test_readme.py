@@ -28,7 +28,7 @@ from utils.training import sharpbalance_step
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / name for name in ("README.md", "INSTALL.md", "CONTRIBUTING.md")]
 DOCUMENTS += sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("results/*/README.md"), *ROOT.glob("results/*/INTER*.md")])
-LINKED = [*DOCUMENTS, *ROOT.glob("CHANGELOG.md"), *ROOT.glob("results/*/regime.md")]
+LINKED = [*DOCUMENTS, *ROOT.glob("CHANGELOG.md")]
 README = (ROOT / "README.md").read_text()
 LAYOUT = README.partition("## Layout\n\n```\n")[2].partition("```")[0]
 CODE = re.compile(

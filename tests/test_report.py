@@ -16,23 +16,23 @@ from tests.test_ensemble import ROOT
 from tests.test_summarize import SAM, write
 from utils import cli
 from utils.metrics import crossed_interval
-from utils.results import METHODS, Ensemble
+from utils.results import METHODS, Ensemble, p_value_of
 
 
 def test_p_value():
     """Student's, by scipy; over images as well where they are given."""
     gaps = [0.3, 0.1, 0.7, 0.2]
-    assert report.p_value(gaps) == pytest.approx(stats.ttest_1samp(gaps, 0).pvalue, rel=1e-6)
-    assert report.p_value([0.2, -0.2, 0.1, -0.1]) == 1
-    assert report.p_value([1.0, math.nan]) == 1
+    assert p_value_of(gaps) == pytest.approx(stats.ttest_1samp(gaps, 0).pvalue, rel=1e-6)
+    assert p_value_of([0.2, -0.2, 0.1, -0.1]) == 1
+    assert p_value_of([1.0, math.nan]) == 1
     # Ensembles that agree on a difference which three images of a thousand make.
     images = torch.zeros(1000)
     images[:3] = 1
-    assert report.p_value([0.003, 0.003, 0.003]) < 1e-6
-    assert report.p_value([images] * 3) == pytest.approx(stats.ttest_1samp(images, 0).pvalue, rel=1e-3)
+    assert p_value_of([0.003, 0.003, 0.003]) < 1e-6
+    assert p_value_of([images] * 3) == pytest.approx(stats.ttest_1samp(images, 0).pvalue, rel=1e-3)
     # Where one of them is not known by image, over ensembles.
     values = [images.mean().item(), 0.002, images.mean().item()]
-    assert report.p_value([images, 0.002, images]) == report.p_value(values)
+    assert p_value_of([images, 0.002, images]) == p_value_of(values)
 
 
 def test_holm():
@@ -61,14 +61,14 @@ def test_verdict():
 
 def test_claims_have_the_sign_of_their_words():
     """Each is above 0 if it is right; numbers in which they are told apart."""
-    names = ("ensemble", "corrupted_ensemble", "disagreement", "eir", "sharpness")
+    names = ("ensemble", "corrupted_ensemble", "disagreement", "eir", "sharpness", "nll_calibrated")
     numbers = {
-        "deep_ensemble": (0.80, 0.50, 0.30, 0.40, 3.0),
-        "sam_0.05": (0.82, 0.55, 0.20, 0.30, 2.0),
-        "sam_0.2": (0.70, 0.40, 0.10, 0.10, 1.0),
-        "sharpbalance": (0.85, 0.57, 0.22, 0.35, 1.5),
-        "sharpbalance_paper": (0.84, 0.60, 0.19, 0.33, 1.5),
-        "random": (0.86, 0.56, 0.25, 0.31, 1.5),
+        "deep_ensemble": (0.80, 0.50, 0.30, 0.40, 3.0, 0.7),
+        "sam_0.05": (0.82, 0.55, 0.20, 0.30, 2.0, 0.6),
+        "sam_0.2": (0.70, 0.40, 0.10, 0.10, 1.0, 0.9),
+        "sharpbalance": (0.85, 0.57, 0.22, 0.35, 1.5, 0.55),
+        "sharpbalance_paper": (0.84, 0.60, 0.19, 0.33, 1.5, 0.62),
+        "random": (0.86, 0.56, 0.25, 0.31, 1.5, 0.5),
     }
     measured = {
         method: {"11": Ensemble(Path(), method, (11,), dict(zip(names, values, strict=True)))}
@@ -84,7 +84,8 @@ def test_claims_have_the_sign_of_their_words():
                     for name, value in ensemble.values.items()
                     if name != "sharpness"
                 }
-        gaps = {claim.name: float(np.mean(np.asarray(claim.gap(measured, "11")))) for claim in report.CLAIMS}
+        claims = report.CLAIMS + report.LATER_CLAIMS
+        gaps = {claim.name: float(np.mean(np.asarray(claim.gap(measured, "11")))) for claim in claims}
         logs, rates = np.log([3, 2, 1]), np.array([0.3, 0.2, 0.1])
         assert gaps == pytest.approx(
             {
@@ -103,6 +104,12 @@ def test_claims_have_the_sign_of_their_words():
                 "vi, diversity": -0.03,
                 "vii, released": 0.02,
                 "vii, paper": -0.01,
+                "viii, clean": 0.05,
+                "viii, corrupted": 0.07,
+                "ix, released": 0.05,
+                "ix, paper": -0.02,
+                "x, released": 0.22 - np.polyval(np.polyfit(logs, rates, 1), math.log(1.5)),
+                "x, paper": 0.19 - np.polyval(np.polyfit(logs, rates, 1), math.log(1.5)),
             }
         )
 

@@ -24,7 +24,7 @@ from models import MODELS, create_model
 from models.resnet import BLOCKS
 from models.vit import PATCHES
 from utils import InputError, first_line
-from utils.files import read_bytes, refusing, write_atomically
+from utils.files import NOT_DOWNLOADED, read_bytes, refusing, write_atomically
 
 # The arguments of `create_model` that a checkpoint of ours holds, in their order, and all that it always holds. Others
 # hold weights and little else of use here.
@@ -74,9 +74,7 @@ OLD_TORCH = (
 )
 OLD_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")  # a pickled number, within its first bytes
 # What a file is by its first bytes, and the way out.
-OTHER_FILES = {
-    rb"version https://git-lfs": "a git-lfs pointer, not the file itself; fetch that by git lfs pull",
-    rb"\s*<(?i:!doctype|html|head|\?xml|!--)": "a web page; download the file itself, by its direct link",
+OTHER_FILES = NOT_DOWNLOADED | {
     rb"\x89HDF": f"an HDF5 file, as Keras and TensorFlow write it; {STATE_ALONE}",
     rb"....TFL3": f"a model of TensorFlow Lite; {STATE_ALONE}",
     rb"\x08\x01\x12": f"what looks like a model of TensorFlow; {STATE_ALONE}",

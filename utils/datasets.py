@@ -20,7 +20,16 @@ from utils import InputError, places
 from utils.corruptions import CONSTANTS, SEVERITIES
 from utils.data import Data, DatasetInfo, ImageSet, Preprocessing
 from utils.distributed import rank
-from utils.files import ArrayUnpickler, check_file, load_array, load_json, read_bytes, read_text, refusing
+from utils.files import (
+    NOT_DOWNLOADED,
+    ArrayUnpickler,
+    check_file,
+    load_array,
+    load_json,
+    read_bytes,
+    read_text,
+    refusing,
+)
 from utils.places import FILES, PLACES, idx_file, named, plain, subfolders, visible
 
 # torchvision and scikit-learn take more than a second to import; the functions that need them import them.
@@ -286,9 +295,7 @@ def cifar_batch(path: Path, content: bytes, key: str, classes: int) -> tuple[np.
 
 def _refuse_other(path: Path, content: bytes) -> None:
     """Refuse what often lies where a file of a data set is expected, by its name."""
-    others = {rb"version https://git-lfs": "a git-lfs pointer, not the file itself; fetch that by git lfs pull"}
-    others |= {rb"\s*<(?i:!doctype|html|head|\?xml)": "a web page; download the file itself", rb"\Z": "empty"}
-    for start, what in others.items():
+    for start, what in (NOT_DOWNLOADED | {rb"\Z": "empty"}).items():
         if re.match(start, content[:512]):
             raise InputError(f"{path}: {what}")
 

@@ -22,6 +22,11 @@ from utils import InputError, RunError, first_line
 MAX_JSON, MAX_FILE, MAX_TEXT = 2**28, 2**28, 2**24
 # What systems answer that cannot sync a folder: FUSE, network and Windows file systems, folders without read access.
 NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
+# What often lies where a file should be, by its first bytes, and the way out.
+NOT_DOWNLOADED = {
+    rb"version https://git-lfs": "a git-lfs pointer, not the file itself; fetch that by git lfs pull",
+    rb"\s*<(?i:!doctype|html|head|\?xml|!--)": "a web page; download the file itself, by its direct link",
+}
 NOT_FINITE = "not_finite"  # the key in our JSON files under which their infinities and nans are named
 
 

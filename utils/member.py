@@ -35,6 +35,9 @@ SCORE_BATCH = 128
 # What a line of log.jsonl holds besides its wall time.
 LOG = ("epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "sam_share")
 
+# What the files of a member are that do not hold a whole epoch.
+KINDS = {CHECKPOINTS["averaged"]: "of averaged weights", PARTIAL: "within an epoch"}
+
 
 class Member:
     """One network of an ensemble, as its files say.
@@ -317,7 +320,17 @@ class Member:
         checkpoint = load_checkpoint(path, ours=True)
         if (checkpoint.get("run"), checkpoint.get("seed")) != (self.run.digest, self.seed):
             raise DamagedError(f"{path}: of another member or run (seed {checkpoint.get('seed')})")
+        kind, expected = _kind_of(checkpoint), KINDS.get(path.name, "of a whole epoch")
+        if kind != expected:  # files that were swapped may be of the same epoch
+            raise DamagedError(f"{path}: expected a checkpoint {expected}, got one {kind}")
         return checkpoint
+
+
+def _kind_of(checkpoint: dict[str, Any]) -> str:
+    """What a checkpoint of a member is, in the words of `KINDS`."""
+    if checkpoint.get("optimizer") is None:
+        return KINDS[CHECKPOINTS["averaged"]]
+    return KINDS[PARTIAL] if "position" in checkpoint else "of a whole epoch"
 
 
 def restore_log(path: Path, log: list[dict]) -> None:

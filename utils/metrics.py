@@ -257,9 +257,7 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> list[float] | No
     """Student's interval of the mean of independent values; None for fewer than two."""
     if len(values) < 2:
         return None
-    mean, error = np.mean(values), np.std(values, ddof=1) / math.sqrt(len(values))
-    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * error
-    return [float(mean - half), float(mean + half)]
+    return _interval(torch.tensor(values, dtype=torch.float64), level)
 
 
 def crossed_interval(values: Tensor, level: float = 0.95) -> list[float]:
@@ -277,7 +275,38 @@ def crossed_interval(values: Tensor, level: float = 0.95) -> list[float]:
 
     Source: Searle, Casella and McCulloch, "Variance components", 1992, chapter 4; Satterthwaite, Biometrics 1946.
     """
-    values = values.double()
+    return _interval(values.double(), level)
+
+
+def p_value(values: Tensor) -> float:
+    """The largest p for which the interval of level 1 - p of the mean of values holds 0.
+
+    Args:
+        values: [E, N], whose interval is the `crossed_interval`; or [E], whose interval is Student's.
+    """
+    mean, errors, degrees = _standard_errors(values.double())
+    if not errors.any():
+        return float(mean == 0)
+    return float((2 * stats.t.sf(abs(mean) / np.maximum(errors, SMALLEST), degrees)).max())
+
+
+def _interval(values: Tensor, level: float) -> list[float]:
+    mean, errors, degrees = _standard_errors(values)
+    half = float((stats.t.ppf((1 + level) / 2, degrees) * errors).max())
+    return [mean - half, mean + half]
+
+
+def _standard_errors(values: Tensor) -> tuple[float, np.ndarray, np.ndarray]:
+    """The mean of float64 values, its standard errors, and the degrees of freedom of their t distributions.
+
+    Of [E], Student's alone; of [E, N], the three of `crossed_interval`: crossed, over rows, over columns.
+    """
+    if values.dim() == 1:
+        return (
+            values.mean().item(),
+            np.array([values.std().item() / math.sqrt(len(values))]),
+            np.array([len(values) - 1]),
+        )
     ensembles, images = values.shape
     rows, columns, mean = values.mean(dim=1), values.mean(dim=0), values.mean()
     residuals = values - rows[:, None] - columns + mean
@@ -290,12 +319,8 @@ def crossed_interval(values: Tensor, level: float = 0.95) -> list[float]:
         ]
     )
     crossed = max(by_row + by_column - residual, by_row, by_column)
-    if not crossed:
-        return [mean.item()] * 2
-    variances = np.array([crossed, by_row, by_column])
-    degrees = np.array([crossed**2 / (terms**2 / freedom).sum(), *freedom[:2]])
-    half = (stats.t.ppf((1 + level) / 2, degrees) * np.sqrt(variances)).max()
-    return [mean.item() - half, mean.item() + half]
+    satterthwaite = crossed**2 / (terms**2 / freedom).sum() if crossed else 1.0
+    return mean.item(), np.sqrt([crossed, by_row, by_column]), np.array([satterthwaite, *freedom[:2]])
 
 
 def pack_counts(counts: np.ndarray) -> str:

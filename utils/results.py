@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from utils import InputError, first_line, printable
+from utils import InputError, first_line, metrics, printable
 from utils.files import load_json, read_json, write_json
 from utils.metrics import crossed_interval, paired_bootstrap, t_interval, unpack_counts, unpack_values
 from utils.run import CHECKPOINTS, FREE_SETTINGS, current_settings, read_settings
@@ -336,11 +336,22 @@ def interval_of(gaps: list[Gap], level: float = 0.95) -> tuple[float, Interval, 
 
     One pair has no interval: over test images alone it would tell these two trained ensembles apart, not their methods.
     """
-    if len(gaps) > 1 and all(isinstance(gap, torch.Tensor) for gap in gaps) and len({len(gap) for gap in gaps}) == 1:
-        table = torch.stack(gaps)
+    table = _table_of(gaps)
+    if table.dim() == 2:
         return table.mean().item(), crossed_interval(table, level), BOTH
-    values = [gap.mean().item() if isinstance(gap, torch.Tensor) else gap for gap in gaps]
-    return *estimate(values, level=level), "ensembles" if len(gaps) > 1 else "-"
+    return *estimate(table.tolist(), level=level), "ensembles" if len(gaps) > 1 else "-"
+
+
+def p_value_of(gaps: list[Gap]) -> float:
+    """The p value of a mean difference of 0, by the interval of `interval_of`; 1 where that has none."""
+    return metrics.p_value(_table_of(gaps)) if interval_of(gaps)[1] is not None else 1.0
+
+
+def _table_of(gaps: list[Gap]) -> torch.Tensor:
+    """Differences of ensembles by image, float64 [E, N], where all are known on as many images; else means [E]."""
+    if len(gaps) > 1 and all(isinstance(gap, torch.Tensor) for gap in gaps) and len({len(gap) for gap in gaps}) == 1:
+        return torch.stack(gaps).double()
+    return torch.tensor([gap.mean() if isinstance(gap, torch.Tensor) else gap for gap in gaps], dtype=torch.float64)
 
 
 def difference_of(pairs: list[tuple[Ensemble, Ensemble]], name: str) -> tuple[float, Interval, str] | None:
