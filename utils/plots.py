@@ -421,7 +421,7 @@ def severity(ensembles: list[Ensemble]) -> Figure:
             line[1].axhline(0, color="black", linewidth=0.8)
             line[1].set_ylabel(f"difference  [{gap}]")
     for axis in axes[-1]:
-        axis.set(xlabel="severity of corruption  [1]")
+        axis.set(xlabel="severity  [1]")
         axis.set_xticks(range(len(places)), ["clean", *(place[-1] for place in places[1:])])
     if pairs:
         axes[0, 1].set_title(f"minus {reference.label}")
