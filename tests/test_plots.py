@@ -293,6 +293,33 @@ def test_ensemble_size(three):
     assert [len(axis.collections) for axis in axes[:3]] == [6, 6, 3]
 
 
+def test_captions_say_what_intervals_are_over(three, tmp_path):
+    """New ensembles and new images where both are known, else, in so many words, less."""
+
+    def caption(kind, folders):
+        return " ".join(figure(kind, folders)._supxlabel.get_text().split())
+
+    alone = "95 % intervals: bootstrap over test images"
+    more = [measure(tmp_path / f"more{i}", SAM, (i, i + 5), 0.8) for i in range(3)]
+    for kind in ("benchmark", "severity", "ensemble_size"):
+        over = "over new ensembles and new test images" if kind == "benchmark" else "Student's, over ensembles"
+        assert f" {alone}." in caption(kind, three)
+        assert f" 95 % intervals: {over}." in caption(kind, more)
+        assert f" {alone}, {over} where there are several." in caption(kind, [three[0], *more])
+    ends = "Of a single ensemble, only the ends have one."
+    found = [caption("ensemble_size", folders) for folders in (three, [three[0], *more], more)]
+    assert [text.endswith(ends) for text in found] == [True, True, False]
+    # Of the members of one ensemble no values by image are kept.
+    content = json.loads((more[1] / "diversity.json").read_text())
+    for row in (content["result"]["test"], content["result"]["corrupted"]["mean"]):
+        del row["right_of_samples"]["members"]
+    write_json(more[1] / "diversity.json", content)
+    assert " 95 % intervals: Student's, over ensembles." in caption("benchmark", more)
+    bars = " Bars: 95 % bootstrap interval over test images, and ± standard deviation over members."
+    assert caption("tradeoff", three).endswith(f"radius 0.5.{bars}")
+    assert "Bars" not in caption("tradeoff", more)
+
+
 def test_curves(runs):
     axes = drawn_well(figure("curves", runs), 4)
     lines = axes[0].get_lines()

@@ -21,10 +21,12 @@ from utils.metrics import (
     corrected_interval,
     crossed_interval,
     pack_counts,
+    pack_values,
     paired_bootstrap,
     percentile_interval,
     t_interval,
     unpack_counts,
+    unpack_values,
 )
 from utils.results import copy_results, read_ensemble
 
@@ -143,6 +145,45 @@ def test_several_ensembles_are_one_row_and_pairs_have_the_same_seeds(tmp_path, c
     text = (tmp_path / "t" / "table.md").read_text()
     assert len(re.findall(r"^\|[-|]+\|$", text, re.MULTILINE)) == 3
     assert re.search("One ensemble: .* Several: ", text)
+
+
+def test_values_by_image_give_intervals_over_both(tmp_path, capsys):
+    """Of the NLL before and after the temperature, on clean images and as means over corrupted ones."""
+    random, names = np.random.default_rng(0), ("ensemble_nll", "ensemble_nll_calibrated")
+    folders, values = [], {}
+    for i, settings in enumerate([SAM] * 3 + [SHARPBALANCE] * 3):
+        folder = write(tmp_path / str(i), settings, (i % 3, 9), 0.8)
+        content = json.loads((folder / "diversity.json").read_text())
+        clean = content["result"]["test"]
+        corrupted = json.loads(json.dumps(clean)) | {"parts": 75, "samples": 200.0, "right_of_samples": {}}
+        content["result"]["corrupted"], content["data"]["sha256_of_corrupted"] = {"mean": corrupted}, "c"
+        for place, row in (("", clean), ("corrupted_", corrupted)):
+            drawn = {name: random.exponential(j + 1 + bool(place), IMAGES) for j, name in enumerate(names)}
+            row["values_of_samples"] = {name: pack_values(column) for name, column in drawn.items()}
+            for name, text in row["values_of_samples"].items():
+                values.setdefault(place + name, []).append(torch.from_numpy(unpack_values(text)))
+            nll, calibrated = (drawn[name].mean() for name in names)
+            row["ensemble"] |= {"nll": nll, "calibrated": {"nll": calibrated, "ece": 0.01}}
+        write_json(folder / "diversity.json", content)
+        folders.append(folder)
+    call(*folders, "--format", "csv")
+    table, differences = (list(csv.reader(part.splitlines())) for part in capsys.readouterr().out.split("\n\n")[:2])
+    titles = {"ensemble NLL": names[0], "ensemble NLL, calibrated": names[1]}
+    titles |= {f"{title} (corrupted)": f"corrupted_{name}" for title, name in titles.items()}
+    for title, name in titles.items():
+        column, stacked = table[0].index(title), torch.stack(values[name])
+        for row, part in (
+            (table[1], stacked[:3]),
+            (table[2], stacked[3:]),
+            (differences[1], stacked[3:] - stacked[:3]),
+        ):
+            low, high = crossed_interval(part)
+            assert row[column].endswith(f" [{low:.4f}, {high:.4f}]")
+            assert float(row[column].split()[0]) == pytest.approx(part.mean().item(), abs=2e-3)
+    call(*folders)
+    only = re.search(r"with the images as they are: (.*); else over new", " ".join(capsys.readouterr().out.split()))[1]
+    assert "NLL" not in only
+    assert "ensemble ECE %" in only
 
 
 def test_latex(tmp_path, capsys):
@@ -358,6 +399,15 @@ def test_counts_survive():
     for text in ("", "x", "AAAA"):
         with pytest.raises(ValueError, match="not packed numbers"):
             unpack_counts(text)
+
+
+def test_values_survive():
+    """To 0.05 %; what is too large for 16 bits is the largest that they hold."""
+    values = 10 ** np.random.default_rng(0).uniform(-3, 4, 1000)
+    found = unpack_values(pack_values(values))
+    assert found.dtype == np.float64
+    assert found == pytest.approx(values, rel=5e-4)
+    assert unpack_values(pack_values(np.array([1e6, -np.inf, 0.0]))).tolist() == [65504, -65504, 0]
 
 
 def covers(intervals, truth):
