@@ -391,10 +391,12 @@ def test_other_weights_or_images_are_measured_anew(saved, tmp_path):
     first = call("diversity", "--resume", *paths, *common)["result"]
     other = [*paths[:2], save_member(tmp_path / "x" / "model_best.pth.tar", 9)]
     assert call("diversity", "--resume", *other, *common)["result"] != first
-    np.save(tmp_path / "train.npy", np.arange(800))
-    np.save(tmp_path / "val.npy", np.arange(800, 898))
+    np.save(tmp_path / "train.npy", np.arange(700))
+    np.save(tmp_path / "val.npy", np.arange(700, 700 + len(load_data("digits", tmp_path).val)))  # as many
     split = ["--train_idx_path", tmp_path / "train.npy", "--val_idx_path", tmp_path / "val.npy"]
-    assert call("diversity", "--resume", *paths, *common, *split)["result"] != first
+    found = call("diversity", "--resume", *paths, *common, *split)["result"]
+    assert found != first
+    assert found == call("diversity", "--resume", *paths, *common, *split, "--save", tmp_path / "new")["result"]
     assert call("diversity", "--resume", *paths, *common)["result"] == first
 
 

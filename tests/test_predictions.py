@@ -208,6 +208,19 @@ def test_logits_of_other_code_or_another_device_are_made_anew(change, members, m
     assert capsys.readouterr().err == ""
 
 
+def test_only_the_same_versions_are_the_same():
+    """Not one that is missing from a record, and not a newer one."""
+    here = {"device": "cpu", "commit": "x"}
+    record = utils.predictions.made_by("predict", here)
+    assert utils.predictions.why_stale("predict", record, here) is None
+    for name in ("logits", "predict"):
+        versions, now = record["versions"], VERSIONS[name]
+        for change, was in (({}, "None"), ({name: now - 1}, now - 1), ({name: now + 1}, now + 1)):
+            other = {k: v for k, v in versions.items() if k != name} | change
+            why = utils.predictions.why_stale("predict", record | {"versions": other}, here)
+            assert why == f"by version {was} of {name}, which is now {now}"
+
+
 @pytest.mark.parametrize("entry", [None, np.array("3"), np.array('{"weights": 1}'), np.zeros(3), np.array("{")])
 def test_caches_of_earlier_versions(entry, members, monkeypatch, capsys):
     """They name no version, or are damaged."""
