@@ -186,6 +186,35 @@ def test_values_by_image_give_intervals_over_both(tmp_path, capsys):
     assert "ensemble ECE %" in only
 
 
+def test_the_note_names_what_is_over_ensembles_alone(tmp_path, capsys):
+    """Of a value that one ensemble of one method does not have by image, and that all ensembles have."""
+    groups = {"sam": SAM, "sharp": SHARPBALANCE}
+    folders = [write(tmp_path / f"{n}{i}", s, (i, 9), 0.8 + i / 50, 2.0) for n, s in groups.items() for i in range(2)]
+
+    def over(ensembles):
+        call(*ensembles)
+        return re.search(r"95 % interval (over .*?)\. method ", " ".join(capsys.readouterr().out.split()))[1]
+
+    def change(folder, *names):
+        content = json.loads((folder / "diversity.json").read_text())
+        for name in names:
+            del content["result"]["test"]["right_of_samples"][name]
+        write_json(folder / "diversity.json", content)
+
+    alone = "over new ensembles, with the images as they are: "
+    rest = "ensemble NLL, ensemble ECE %, sharpness (worst, l2)"
+    assert over(folders) == f"{alone}{rest}; else over new ensembles and new test images"
+    change(folders[3], "ensemble")
+    expected = f"{alone}ensemble acc. %, gain, points, EIR, DER, {rest}; else over new ensembles and new test images"
+    assert over(folders) == over(folders[::-1]) == expected
+    # What some ensembles lack has no interval in their row, and what is never known by image leaves nothing else.
+    for folder in folders:
+        change(folder, "members", "differing_pairs", *["ensemble"] * (folder != folders[3]))
+    (folders[0] / "sharpness.json").unlink()
+    rest = "ensemble NLL, ensemble ECE %"
+    assert over(folders) == f"{alone}member acc. %, ensemble acc. %, gain, points, EIR, DER, disagreement %, {rest}"
+
+
 def test_latex(tmp_path, capsys):
     """Nothing but commands, cells and comments, and no sign that would stop LaTeX."""
     a, b = write(tmp_path / "a", SAM, (1, 2), 0.8), write(tmp_path / "b", SHARPBALANCE, (1, 2), 0.9)
@@ -467,19 +496,30 @@ def test_intervals_over_ensembles_and_images_cover(ensembles, images, ratio):
         assert stats.binomtest(hits, draws, 0.97).pvalue > 1e-3 or hits < 0.97 * draws, hits
 
 
-def test_interval_over_ensembles_and_images_by_its_definition():
-    random = np.random.default_rng(0)
-    table = 0.1 * random.normal(size=(6, 1)) + random.normal(size=(1, 50)) + 2 * random.normal(size=(6, 50))
+@pytest.mark.parametrize(
+    ("ensembles", "row", "column", "largest", "widest"),
+    [(6, 0.1, 1, 0, 0), (6, 1, 0, 1, 0), (6, 0, 1, 2, 0), (2, 0.3, 1, 0, 1)],
+)
+def test_interval_over_ensembles_and_images_by_its_definition(ensembles, row, column, largest, widest):
+    """Where each of the three variances is the largest, and where an interval over one population is the widest."""
+    random = np.random.default_rng(41)
+    table = row * random.normal(size=(ensembles, 1)) + column * random.normal(size=(1, 50))
+    table += 2 * random.normal(size=(ensembles, 50))
     low, high = crossed_interval(torch.from_numpy(table))
-    a, b = table.mean(axis=1), table.mean(axis=0)
+    a, b, whole = table.mean(axis=1), table.mean(axis=0), (ensembles - 1) * 49
     residuals = table - a[:, None] - b + table.mean()
-    parts = [a.var(ddof=1) / 6, b.var(ddof=1) / 50, (residuals**2).sum() / (5 * 49) / 300]
-    variance = max(parts[0] + parts[1] - parts[2], *parts[:2])
-    degrees = variance**2 / (parts[0] ** 2 / 5 + parts[1] ** 2 / 49 + parts[2] ** 2 / (5 * 49))
-    halves = [stats.t.ppf(0.975, degrees) * math.sqrt(variance)]
-    halves += [stats.t.ppf(0.975, n - 1) * math.sqrt(part) for n, part in zip((6, 50), parts[:2], strict=True)]
+    parts = [a.var(ddof=1) / ensembles, b.var(ddof=1) / 50, (residuals**2).sum() / whole / (50 * ensembles)]
+    variances = [parts[0] + parts[1] - parts[2], *parts[:2]]
+    assert np.argmax(variances) == largest
+    degrees = max(variances) ** 2 / (parts[0] ** 2 / (ensembles - 1) + parts[1] ** 2 / 49 + parts[2] ** 2 / whole)
+    halves = [stats.t.ppf(0.975, degrees) * math.sqrt(max(variances))]
+    sizes = zip((ensembles, 50), parts[:2], strict=True)
+    halves += [stats.t.ppf(0.975, n - 1) * math.sqrt(part) for n, part in sizes]
+    assert np.argmax(halves) == widest
     assert (low + high) / 2 == pytest.approx(table.mean())
     assert (high - low) / 2 == pytest.approx(max(halves))
+    # The two populations are treated alike.
+    assert crossed_interval(torch.from_numpy(table.T)) == pytest.approx([low, high])
     assert crossed_interval(torch.ones(2, 3)) == [1, 1]
 
 
