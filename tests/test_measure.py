@@ -426,13 +426,13 @@ def test_cka(saved, tmp_path):
 def test_the_mean_of_logits(saved, tmp_path):
     paths = saved[1]
     common = ["--resume", *paths, "--mode", "predict", "--save", tmp_path, "--data_path", tmp_path]
-    result = call("diversity", *common, "--average", "logits", "--bins", 7)["result"]["test"]
+    result = call("diversity", *common, "--average", "logits", "--bins", 3)["result"]["test"]
     images = load_data("digits", tmp_path).test
     probs = torch.softmax(outputs(paths, images).log().mean(dim=0), dim=1)
     assert result["ensemble"]["nll"] == pytest.approx(reference.nll(probs, images.labels), rel=1e-5)
     # The root of the calibration error, and of its interval, of the same bins.
     confidence, prediction = probs.max(dim=1)
-    square, edges = calibration_mse(confidence, prediction == images.labels, 7)
+    square, edges = calibration_mse(confidence, prediction == images.labels, 3)
     assert square > 0
     assert result["rmsce"] == pytest.approx(math.sqrt(square), rel=0.02)
     assert result["intervals_95"]["ensemble_rmsce"] == pytest.approx(list(map(math.sqrt, edges)), rel=0.02)
@@ -806,3 +806,18 @@ def test_counts_and_values_of_many_parts():
         assert unpack_values(kept["values_of_samples"]["ensemble_nll"]) == pytest.approx([value] * 3, rel=5e-4)
     found["xx"] = part("xx", samples=4)
     assert measure_diversity.of_samples(parts, found, 3) == {"right_of_samples": {}, "values_of_samples": {}}
+
+
+def test_a_calibration_error_without_its_bias_is_not_below_zero():
+    """Its square is at times; of several parts the mean of squares counts."""
+    found = {
+        name: measure_diversity.PartResult(
+            {"ensemble": {"ece": 0.1, "calibration_mse": square}, "rmsce_interval": [0.0, 0.1]},
+            {},
+            {"ensemble_ece": torch.full((3,), 0.1)},
+        )
+        for name, square in (("a", -0.03), ("b", 0.07))
+    }
+    parts = [utils.predictions.Part(name, list) for name in found]
+    assert measure_diversity.mean_of_parts(parts[:1], found)["rmsce"] == 0
+    assert measure_diversity.mean_of_parts(parts, found)["rmsce"] == pytest.approx(math.sqrt(0.02))

@@ -233,6 +233,11 @@ def squeezed(text):
     return re.sub(" +", " ", text)
 
 
+def test_looks_are_said_where_there_were_several():
+    assert report.looks({}) == report.looks({"looks": [5]}) == ""
+    assert report.looks({"looks": [3, 5]}).startswith(" Test images were looked at with 3 and again with 5 ensembles; ")
+
+
 def test_one_value_that_was_chosen_without_others():
     plan = {"chosen": {"rho": 0.2, "k": 0.5, "T_d": 5}, "validation": {"k": {"0.3": 0.1, "0.5": 0.2, "0.7": 0.1}}}
     scores = "k 0.3: 10.00 %, k 0.5: 20.00 %, k 0.7: 10.00 %, chosen 0.5"

@@ -164,10 +164,17 @@ def test_values_by_image_give_intervals_over_both(tmp_path, capsys):
                 values.setdefault(place + name, []).append(torch.from_numpy(unpack_values(text)))
             nll, calibrated = (drawn[name].mean() for name in names)
             row["ensemble"] |= {"nll": nll, "calibrated": {"nll": calibrated, "ece": 0.01}}
+            row |= {"rmsce": 0.04 if place else 0.03, "rmsce_interval": [0.01, 0.05]}
         write_json(folder / "diversity.json", content)
         folders.append(folder)
     call(*folders, "--format", "csv")
     table, differences = (list(csv.reader(part.splitlines())) for part in capsys.readouterr().out.split("\n\n")[:2])
+    for title, value in {
+        "ensemble ECE %, calibrated": 1,
+        "ensemble RMSCE %": 3,
+        "ensemble RMSCE % (corrupted)": 4,
+    }.items():
+        assert table[1][table[0].index(title)].startswith(f"{value}.00 ± 0.00")
     titles = {"ensemble NLL": names[0], "ensemble NLL, calibrated": names[1]}
     titles |= {f"{title} (corrupted)": f"corrupted_{name}" for title, name in titles.items()}
     for title, name in titles.items():
