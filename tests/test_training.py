@@ -250,6 +250,9 @@ def test_an_epoch_ends_the_run_where_its_last_steps_were_all_skipped(skipped, en
     with pytest.raises(RunError, match=f"{words}, the last 3 in a row; ") if ends else contextlib.nullcontext():
         train_epoch(model, optimizer, small_set(), torch.ones(37, dtype=torch.bool), 13, 0, 8)
     assert capsys.readouterr().err == ("" if ends else f"warning: {words}\n")
+    # Where the loss itself is not finite, that is what is said, by the caller.
+    model.linear.bias.data.fill_(torch.nan)
+    assert np.isnan(train_epoch(model, optimizer, small_set(), torch.ones(37, dtype=torch.bool), 13, 1, 8)[0])
 
 
 def test_a_frozen_parameter_stays():
