@@ -253,6 +253,18 @@ def test_modes_that_an_earlier_version_measured_are_not_kept(members, monkeypatc
             assert not {"kl", "variance_of_logits"} & result["val" if script == "diversity" else "test"].keys()
 
 
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_one_split_of_another_version_is_enough(split, members, capsys):
+    common = ["--resume", *members[0], "--save", "m", "--bootstrap", 0, "--split"]
+    content = call("diversity", *common, "test,val", "--mode", "predict")
+    content["made_by"][split]["predict"]["versions"]["predict"] = 0
+    write_json("m/diversity.json", content)
+    result = call("diversity", *common, "test", "--mode", "KL")["result"]
+    assert "replaces what was measured by version 0 of predict, which is now" in capsys.readouterr().err
+    assert "val" not in result
+    assert not {"ensemble", "members"} & result["test"].keys()
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_parts_of_other_code_or_another_device_are_measured_anew(change, members, monkeypatch, capsys):
     paths, here = members
