@@ -771,9 +771,14 @@ def test_draws_of_the_calibration_error():
     args = measure_diversity.parse_args(["--resume", "x", "--mode", "predict,disagreement", "--bins", "5"])
     weights = torch.cat(list(bootstrap_counts(40, 6))).double() / 40
     temperatures = {"members": [1.0, 1.0], "ensemble": 1.0}
-    _, columns, gaps = measure_diversity.measure_part(args, logits, labels, [], temperatures)
+    result, columns, gaps = measure_diversity.measure_part(args, logits, labels, [], temperatures)
     draws = measure_diversity.resample(6, columns, gaps)
     confidence, prediction = torch.softmax(logits, 2).mean(0).max(1)
+    edges = calibration_mse(confidence, prediction == labels, 5)[1]
+    assert edges != pytest.approx(calibration_mse(confidence, prediction == labels)[1], rel=0.05)
+    part = utils.predictions.Part("test", list)
+    whole = measure_diversity.mean_of_parts([part], {"test": measure_diversity.PartResult(result, columns, draws)})
+    assert whole["intervals_95"]["ensemble_rmsce"] == pytest.approx(list(map(math.sqrt, edges)))
     for weight, drawn in zip(weights, draws["ensemble_ece"], strict=True):
         error = 0.0
         for low in range(5):
