@@ -154,12 +154,13 @@ def test_numbers_of_numpy_are_their_values(tmp_path):
         assert type(found) in (int, float, bool)
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("place", ["numpy.core.multiarray", "numpy._core.multiarray"])
-def test_numbers_of_either_numpy(place, tmp_path):
+def test_numbers_of_either_numpy(place, order, tmp_path):
     """Version 2 moved the function that makes them."""
-    state = _text("<") + b"NNN" + _int(-1) + _int(-1) + _int(0)
+    state = _text(order) + b"NNN" + _int(-1) + _int(-1) + _int(0)
     kind = _call("numpy.dtype", _text("f8"), b"\x89", b"\x88") + b"(" + _int(3) + state + b"tb"
-    eight = _call("_codecs.encode", _text(struct.pack("<d", 2.0).decode()), _text("latin1"))
+    eight = _call("_codecs.encode", _text(struct.pack(f"{order}d", 2.0).decode()), _text("latin1"))
     content = _state(_tensor(2, [2]))[:-1] + _text("best") + _call(f"{place}.scalar", kind, eight) + b"s."
     assert load_checkpoint(write(_archive(content), tmp_path / "x"))["best"] == 2
 

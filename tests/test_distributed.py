@@ -157,6 +157,17 @@ def test_overwrite_acts_once_under_torchrun(whole, tmp_path):
     assert "--overwrite" not in output
 
 
+def test_a_torchrun_is_not_another_one_of_the_same_number(monkeypatch):
+    """Its number may be given, as --rdzv-id; the process that waits for its ranks, which restarts share, is its own."""
+    monkeypatch.setattr(distributed.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    found = []
+    for parent in (10, 10, 11):
+        monkeypatch.setattr(distributed.os, "getppid", lambda parent=parent: parent)
+        found.append(distributed.job()[-1])
+    assert found[0] == found[1] != found[2]
+
+
 def free_port():
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
