@@ -300,6 +300,14 @@ def test_unknown_is_not_equal(name, tmp_path, capsys):
     assert checked(folders[:1], capsys) == ""
 
 
+def test_files_of_other_names_may_be_of_any_epoch(tmp_path, capsys):
+    folders = three_alike(tmp_path)
+    for folder in folders[1:]:
+        change(folder, "diversity.json", "protocol", "checkpoint", "named one by one")
+    note = f"note: not recorded, so that it may differ: --checkpoint (of {folders[1]} and 1 more)\n"
+    assert checked(folders, capsys) == note
+
+
 def test_corrupted_sets_of_other_sizes(tmp_path, capsys):
     """Their digests are not known, their sizes are."""
     folders = three_alike(tmp_path)
