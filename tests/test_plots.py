@@ -338,14 +338,14 @@ def test_severity_has_clean_and_corrupted_on_the_same_images(three, tmp_path):
     one = figure("severity", [three[0], *more])
     accuracy, nll = (axis.get_lines()[0].get_ydata()[0] for axis in one.axes)
     assert (accuracy, nll) == (100, pytest.approx(0.95, rel=1e-3))
-    assert "Clean: accuracy and NLL of 20 images. " in notes(one)
+    assert "Clean: accuracy and NLL of the same 20 images. " in notes(one)
     assert "with caps over new ensembles and new test images; without caps Student's, over ensembles" in notes(one)
     # Of a file that does not keep NLL by image: of all of them, which is said.
     for folder in (three[0], *more):
         with_scores(folder, 20)
     one = figure("severity", [three[0], *more])
     assert one.axes[1].get_lines()[0].get_ydata() == pytest.approx([0.3])
-    assert "Clean: accuracy of 20 images, NLL of 50 images. " in notes(one)
+    assert "Clean: accuracy of the same 20 images, NLL of all 50 images. " in notes(one)
 
 
 def test_calibration_is_shown_in_the_form_for_few_images(three):
@@ -382,6 +382,7 @@ def test_ensemble_size(three, tmp_path):
     assert np.array(bars(one.axes[0]))[:, :, 1].tolist() == [pytest.approx(pair) for pair in edges]
     students = [t_interval([1 - a + 0.1 * one for a in (0.7, 0.8, 0.84)]) for one in (1, 0)]
     assert np.array(bars(one.axes[1]))[:, :, 1].tolist() == [pytest.approx(pair) for pair in students]
+    assert [sum(line.get_marker() == "_" for line in axis.get_lines()) for axis in one.axes] == [4, 0]
     assert "with caps over new ensembles and new test images; without caps Student's" in notes(one)
 
 

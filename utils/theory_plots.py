@@ -123,8 +123,8 @@ def published(rows: dict[str, list[Row]]) -> Figure:
     Args:
         rows: from `utils.verification.published`.
     """
-    figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
-    axes = figure.subplot_mosaic([["panel", "panel"], ["sharpness", "variance"]], height_ratios=[1.3, 1])
+    figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
+    axes = figure.subplot_mosaic([["panel", "panel"], ["sharpness", "variance"]], height_ratios=[1.2, 1])
     panel, red, blue = axes["panel"], METHODS["sam"].colour, METHODS["sharpbalance"].colour
     for method, colour, bound, regime in (
         ("sam", red, "sharpness_upper", "divergent"),
@@ -137,7 +137,7 @@ def published(rows: dict[str, list[Row]]) -> Figure:
     exact = {"color": blue, "label": "SharpBalance, exact $S$"}
     _line(panel, rows["sharpbalance"], "sharpness_upper", "variance_bound", "--", **exact)
     panel.set(xlabel="upper bound of the sharpness  [loss]", ylabel=VARIANCE, title="Figure 1(b) of the paper, redrawn")
-    for key, label in (("sharpness", "bound of sharpness  [loss]"), ("variance", VARIANCE)):
+    for key, label in (("sharpness", r"bound of $\kappa$  [loss]"), ("variance", VARIANCE)):
         axis = axes[key]
         axis.axvspan(stable_limit("sam"), 0.245, color="0.88", linewidth=0, label="SAM diverges")
         _line(axis, rows["curve"], "rho", FORMULAS[key], "-", color=red)
