@@ -12,9 +12,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import scipy  # its submodules are loaded when they are used: scipy.stats alone takes half a second
 import torch
-from scipy import stats
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 SMALLEST = 1e-100  # avoids 0 / 0
@@ -138,7 +137,7 @@ def calibration_mse(
     linear = 4 * max((share * squares / counts).sum().item(), (weight * variance).sum().item() / total) / samples
     spread = ((weight * (sums / counts).square()).sum().item() / total**2 - 1) / samples
     # (square - q)^2 = z^2 (at_zero + linear q + spread q^2)
-    z = stats.norm.ppf((1 + level) / 2) ** 2
+    z = scipy.special.ndtri((1 + level) / 2) ** 2
     a, b = 1 - z * min(max(spread, 0.0), 0.2), 2 * square + z * linear
     root = math.sqrt(max(b * b - 4 * a * (square**2 - z * at_zero), 0.0))
     return square, [max((b + sign * root) / (2 * a), 0.0) for sign in (-1, 1)]
@@ -190,7 +189,9 @@ def fit_temperature(log_probs: Tensor, labels: Tensor) -> float:
         return -scaled.gather(1, labels[:, None]).mean().item()
 
     # Convex in 1/T, and therefore with one minimum in log(1/T) as well.
-    found = minimize_scalar(loss, bounds=(-math.log(100), math.log(100)), method="bounded", options={"xatol": 1e-6})
+    found = scipy.optimize.minimize_scalar(
+        loss, bounds=(-math.log(100), math.log(100)), method="bounded", options={"xatol": 1e-6}
+    )
     return float(np.exp(-found.x))
 
 
@@ -258,7 +259,7 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> list[float] | No
     if len(values) < 2:
         return None
     mean, error = np.mean(values), np.std(values, ddof=1) / math.sqrt(len(values))
-    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * error
+    half = scipy.special.stdtrit(len(values) - 1, (1 + level) / 2) * error
     return [float(mean - half), float(mean + half)]
 
 
@@ -294,7 +295,7 @@ def crossed_interval(values: Tensor, level: float = 0.95) -> list[float]:
         return [mean.item()] * 2
     variances = np.array([crossed, by_row, by_column])
     degrees = np.array([crossed**2 / (terms**2 / freedom).sum(), *freedom[:2]])
-    half = (stats.t.ppf((1 + level) / 2, degrees) * np.sqrt(variances)).max()
+    half = (scipy.special.stdtrit(degrees, (1 + level) / 2) * np.sqrt(variances)).max()
     return [mean.item() - half, mean.item() + half]
 
 
