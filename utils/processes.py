@@ -305,28 +305,36 @@ def _reap(child: _Child) -> None:
 
 
 def share(
-    tasks: int, count: int, work: Callable[[int], object], hear: Callable[..., object] = lambda kind, *values: None
+    tasks: int,
+    count: int,
+    work: Callable[[int, Callable[..., object]], object],
+    hear: Callable[..., object] = lambda kind, *values: None,
 ) -> None:
-    """Run work(0) to work(tasks - 1) in `count` processes, each of which takes the next one when it is free.
+    """Do `tasks` tasks in `count` processes, each of which takes the next one when it is free.
 
     Args:
         tasks: how many.
-        count: of processes.
-        work: one task, called with its number; what it makes has to go into files.
-        hear: called here with what the processes give to `tell`.
+        count: of processes; with one, and where none can be forked, the tasks are done here.
+        work: called with the number of a task and a function that calls `hear` here.
+        hear: called here with what tasks report: a kind, and values that JSON holds.
 
     Raises:
         InputError, RunError, MemoryError: as `run`.
     """
+    count = min(count, tasks)
+    if count < 2 or not may_fork():
+        for task in range(tasks):
+            work(task, hear)
+        return
     queue, source = os.pipe()
     os.write(source, b"".join(task.to_bytes(4, "big") for task in range(tasks)))
     os.close(source)
 
     def some(number: int) -> None:
-        while task := os.read(queue, 4):  # which is one task, or at the end nothing
-            work(int.from_bytes(task, "big"))
+        while task := os.read(queue, 4):  # a whole one, or at their end nothing
+            work(int.from_bytes(task, "big"), tell)
 
     try:
-        run(min(count, tasks), some, lambda number, kind, *values: hear(kind, *values))
+        run(count, some, lambda number, kind, *values: hear(kind, *values))
     finally:
         os.close(queue)
