@@ -6,14 +6,15 @@
 
 Writes under --save_path (default runs/<data>_<method>): args.json, environment.json, command.txt, summary.json, and for
 each member seed_<seed>/ with checkpoint.pth.tar, model_best.pth.tar, log.jsonl, fisher.npy and sam_mask.npy.
-Re-run the same command to resume an interrupted run. `--jobs K` trains the members in K processes of this machine, with
-the same result for any K; `torchrun --nproc-per-node K main.py ...` does so on several machines, with the same result
-where --threads is the same.
+Re-run the same command to resume an interrupted run. The members are trained side by side by processes of this machine
+(--jobs), or of several ones by `torchrun --nproc-per-node K main.py ...`, with the same result for any number of them.
 """
 
 import argparse
 import os
 import sys
+import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ import torch
 import torch.distributed as dist
 
 from models import MODELS, create_model
-from utils import InputError, cli, distributed
+from utils import InputError, cli, distributed, processes
+from utils.data import Data
 from utils.datasets import AUGMENTATIONS, DATASETS, load_data
 from utils.ensemble import train_ensemble
+from utils.files import load_json
 from utils.partition import PARTITION_RULE, SCORE_FREE, UNSELECTED
-from utils.run import Run, Settings, begun_by_this_job, check_known, commit_of, read_settings, relative_paths
+from utils.run import Progress, Run, Settings, begun_by_this_job, check_known, commit_of, read_settings, relative_paths
 
 # The paper's recipe for the colour sets, small ones for the others: (width, epochs, batch_size, lr).
 RECIPES = {
@@ -37,6 +40,9 @@ RECIPES = {
 }
 USUAL_RHO = {False: 0.05, True: 0.5}  # of SAM, and of ASAM, whose rho is relative to the weights; from their papers
 READINGS = ("released", "paper")  # of --partition, the two of the method
+# Memory of a process in training, measured: before its first step; a weight with gradient, momentum, SAM's copy and
+# checkpoint; an output of a layer with its gradient. --jobs auto plans with a share of the memory that is free.
+BYTES_OF_PROCESS, BYTES_OF_WEIGHT, BYTES_OF_ACTIVATION, MEMORY_SHARE = 100e6, 24, 8, 0.8
 CHECKPOINT_TITLES = {"last": "end of training", "best": "best validation accuracy", "averaged": "mean of the weights"}
 
 
@@ -150,7 +156,7 @@ def check_method(parser: cli.Parser, args: argparse.Namespace, given: dict[str, 
 
 def note(text: str) -> None:
     """Say what does not stop the program, once for all ranks."""
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0" and not processes.supervised():
         print(f"note: {text}", file=sys.stderr)
 
 
@@ -168,9 +174,9 @@ def build_parser() -> cli.Parser:
     cli.add_option(group, "resume", "resume the run in this folder by its own settings", cli.path, "RUN")
     text = "also save within an epoch that takes longer than this; the end of an epoch is always saved"
     cli.add_option(group, "save_every", text, cli.POSITIVE, "SECONDS", default=600.0)
-    text = "processes of this machine that share the members; auto: as many as shorten the run. Without --threads a "
-    text += "member has the same number of threads for any K, so that the result is the same, bit for bit (default: "
-    cli.add_option(group, "jobs", text + "one process, all cores for each member in turn)", cli.job_count, "K")
+    text = "processes of this machine that share the members; auto: on a CPU one for each member, as far as the memory "
+    text += "goes, on a GPU one. The result is the same for any K"
+    cli.add_option(group, "jobs", text, cli.job_count, "K", default="auto")
     cli.add_flag(group, "overwrite", "start anew in a folder that holds a run")
     return parser
 
@@ -247,9 +253,68 @@ def print_summary(rows: dict) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train, and print the accuracies of members and ensemble."""
-    args.threads = args.threads or threads_of_run(args)
-    device = distributed.start_device(args.device, args.threads)
+    """Train in this process, or as one of torchrun's, and print the accuracies of members and ensemble."""
+    summary = train(args)
+    if summary is not None:
+        report(args, summary)
+
+
+def launch(args: argparse.Namespace) -> None:
+    """Train in as many processes as `--jobs` says, and print the accuracies of members and ensemble."""
+    if processes.supervised():  # one of those that are started below, where they are not forked
+        processes.adopt(lambda number: train(args))
+    count = 1 if distributed.launched() else count_processes(args)
+    if count == 1:
+        main(args)
+        return
+    work = None
+    if processes.may_fork() and distributed.on_cpu(args.device):
+        data = read_data(args, torch.device("cpu"))  # which the processes share
+        work = lambda number: train(args, data)  # noqa: E731
+    announce(args, count)
+    progress, name = Progress(), partial(distributed.name_of, count=count, seeds=args.seed, folder=args.save_path)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            processes.run(count, work, progress.hear, {distributed.STORE: f"{folder}/store"}, name)
+        finally:
+            progress.close()
+    report(args, load_json(args.save_path / "summary.json"))
+
+
+def count_processes(args: argparse.Namespace) -> int:
+    """How many processes train the members side by side."""
+    members, cores = len(args.seed), distributed.cores()
+    threads = threads_of(args)
+    if args.jobs != "auto":
+        count = min(args.jobs, members)
+        if args.threads and args.threads * count > cores:
+            note(f"{count} processes of {args.threads} threads share {cores} cores")
+        return count
+    if not distributed.on_cpu(args.device):
+        return 1
+    count, free = distributed.default_jobs(members, threads), processes.free_memory()
+    fit = max(1, int(MEMORY_SHARE * free / memory_of_member(args)))
+    if fit < count:
+        note(f"--jobs auto: {free / 2**30:.1f} GiB of free memory are enough for {fit} of {count} processes")
+    return min(count, fit)
+
+
+def memory_of_member(args: argparse.Namespace) -> float:
+    """Roughly the bytes that a process of one member takes beyond what processes share."""
+    info, numbers = DATASETS[args.data], []
+    with torch.device("meta"):
+        model = create_model(args.model, info.num_classes, args.width, info.image_size, info.channels).eval()
+        image = torch.empty(1, info.channels, info.image_size, info.image_size)
+    for module in model.modules():
+        module.register_forward_hook(lambda module, inputs, output: numbers.append(output.numel()))
+    model(image)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    return BYTES_OF_PROCESS + BYTES_OF_WEIGHT * weights + BYTES_OF_ACTIVATION * args.batch_size * sum(numbers)
+
+
+def train(args: argparse.Namespace, data: Data | None = None) -> dict | None:
+    """Train the members of this process. Returns the summary; None on ranks other than 0."""
+    device = distributed.start_device(args.device, threads_of(args))
     distributed.join(device, args.seed, args.save_path)
     args.threads = distributed.broadcast(torch.get_num_threads())
     torch.set_num_threads(args.threads)
@@ -257,27 +322,40 @@ def main(args: argparse.Namespace) -> None:
     if args.threads > cores and args.threads == threads_of_run(args):
         why = f"the run began with {args.threads} threads, and this machine has {cores} cores"
         note(f"{why}: the result is the same, but late; --threads {cores} is faster, and differs in the last bits")
+    if data is None:
+        data = read_data(args, device)
+    if not distributed.rank() and not processes.supervised():
+        announce(args, distributed.ranks())
+    summary = train_ensemble(Run(settings_of(args), data, args.overwrite))
+    distributed.leave()
+    return summary
+
+
+def read_data(args: argparse.Namespace, device: torch.device) -> Data:
+    """The data set of the run."""
     split = {"train_idx_path": args.train_idx_path, "val_idx_path": args.val_idx_path}
     training = {"label_noise": args.label_noise, "augmentation": args.augmentation}
     with relative_paths(args.resume, data_path=args.data_path, **split):
-        data = load_data(args.data, args.data_path, device, **split, download=args.download, **training)
-    settings = settings_of(args)
-    if not distributed.rank():
-        what = f"{len(args.seed)} x {args.model} (width {args.width}) on {args.data}"
-        print(f"{settings.method} of {what}, in {args.save_path}")
-    summary = train_ensemble(Run(settings, data, args.overwrite))
-    distributed.leave()
-    if summary is None:
-        return
+        return load_data(args.data, args.data_path, device, **split, download=args.download, **training)
+
+
+def announce(args: argparse.Namespace, count: int) -> None:
+    """Say what is trained, and where."""
+    what = f"{len(args.seed)} x {args.model} (width {args.width}) on {args.data}, in {args.save_path}"
+    print(f"{settings_of(args).method} of {what}" + f", by {count} processes" * (count > 1), flush=True)
+
+
+def report(args: argparse.Namespace, summary: dict) -> None:
+    """Print the accuracies of members and ensemble."""
     for name, rows in summary.items():
         print(f"\ncheckpoints '{name}' ({CHECKPOINT_TITLES[name]})")
         print_summary(rows)
     print(f"\nwrote {args.save_path}")
 
 
-def launch(args: argparse.Namespace) -> None:
-    """Start `--jobs` processes of this command, and end as they do; return where this one is enough."""
-    args.threads = distributed.launch(args.jobs, len(args.seed), args.device, args.threads or threads_of_run(args))
+def threads_of(args: argparse.Namespace) -> int:
+    """The threads of a member, which do not depend on the number of processes."""
+    return args.threads or threads_of_run(args) or distributed.default_threads(len(args.seed))
 
 
 def threads_of_run(args: argparse.Namespace) -> int | None:
@@ -289,9 +367,7 @@ def threads_of_run(args: argparse.Namespace) -> int | None:
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    cli.run(launch, arguments)
-    cli.run(main, arguments)
+    cli.run(launch, parse_args())
     if dist.is_torchelastic_launched():
         # While an interpreter exits, gloo's remaining threads can abort it, after all work is done.
         sys.stdout.flush()

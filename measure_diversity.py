@@ -68,6 +68,7 @@ def main(args: argparse.Namespace) -> None:
     pairs = sorted(PAIR_MODES & set(args.mode))
     why = f"--mode {','.join(pairs)} compares members"
     measurement = Measurement(measure_settings(args), 2 if pairs else 1, why, features="CKA" in args.mode)
+    measurement.predict(["val"] * ("predict" in args.mode) + measurement.splits)
     temperatures: dict[str, Any] = {}
     if "predict" in args.mode:
         logits, labels, _ = measurement.predictions(measurement.parts("val")[0])

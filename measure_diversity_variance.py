@@ -40,6 +40,7 @@ def main(args: argparse.Namespace) -> None:
     splits = list(args.split) if set(args.mode) & {"variance", "variance_mse"} else []
     if "variance_mse_c" in args.mode and "corrupted" not in splits:
         splits.append("corrupted")
+    measurement.predict(splits)
     results: dict[str, Any] = {
         "note": "the variance of logits grows with their scale, which SAM reduces: compare methods by the variance of "
         "probabilities; variance_of_logits, the authors' quantity, is of logits that are not centred, and grows with "

@@ -116,22 +116,38 @@ def main(args: argparse.Namespace) -> None:
         print(f"note: {stale[0]}; measured anew ({len(stale)} such parts)", file=sys.stderr)
     total = sum(passes_of(args, name, len(images)) for _, name, _, _ in todo)
     bar = tqdm(total=total, disable=not sys.stderr.isatty(), unit="pass", unit_scale=True, dynamic_ncols=True)
-    done = 0
-    for member, name, path, about in todo:
-        bar.set_description(f"{member.path.parent.name} {name}")
+
+    def work(task: int, report: Callable[..., object]) -> None:
+        member, name, path, about = todo[task]
         member.model.to(images.device, memory_format=torch.channels_last)
+        done = 0
+
+        def progress(passes: int) -> None:
+            nonlocal done
+            done += passes
+            report("passes", passes)
+
         try:
-            part = measure(args, name, member, images, bar.update)
+            part = measure(args, name, member, images, progress)
         except ValueError as error:
             raise InputError(f"{name} of {member.path}: {error}") from error
         if part["value"] is not None and not math.isfinite(part["value"]):
             part["note"] = why_not_finite(args, name)
-        found[name][member.digest] = part | made_by(mode_of(name), measurement.environment)
-        done += passes_of(args, name, len(images))
-        bar.update(done - bar.n)
+        part |= made_by(mode_of(name), measurement.environment)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"about": about, "result": found[name][member.digest]})
+        write_json(path, {"about": about, "result": part})
+        report("passes", passes_of(args, name, len(images)) - done)
+        report("part", task, part)
+
+    def hear(kind: str, *values: Any) -> None:
+        if kind == "passes":
+            bar.update(*values)
+            return
+        member, name, *_ = todo[values[0]]
+        found[name][member.digest] = values[1]
         measurement.write("sharpness.json", collect(args, members, names, found), vars(args), keep_parts)
+
+    measurement.share(len(todo), work, hear)
     bar.close()
     path = measurement.write("sharpness.json", collect(args, members, names, found), vars(args), keep_parts)
     print_table(args, members, names, found)

@@ -7,8 +7,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; subprocesses in
 import pytest
 import torch
 
+from utils import processes
+
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """A test may have used `--threads`, which changes the process."""
+def _one_thread(monkeypatch):
+    """A test may have used `--threads`, which changes the process; and what it watches is in this process alone."""
     torch.set_num_threads(1)
+    monkeypatch.setattr(processes, "begin", lambda: None)

@@ -13,12 +13,11 @@ import time
 import numpy as np
 import pytest
 import torch
-import torch.distributed.run as torchrun_module
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import main
 from tests.test_ensemble import ROOT, TINY, results, run
-from utils import RunError, cli, distributed
+from utils import RunError, distributed, processes
+from utils.files import load_json
 
 FLAGS = [*TINY, "--seed", "13 17 27", "--sam", "--rho", "0.1", "--flat_ratio", "0.4", "--initial_epochs", "2"]
 FLAGS += ["--threads", "1"]
@@ -62,48 +61,90 @@ def test_any_number_of_processes_gives_the_same_bytes(count, whole, tmp_path):
     assert results(tmp_path / "run") == results(whole)
 
 
-def test_jobs_give_the_same_bytes(whole, tmp_path):
-    """More than there are members are not started; one is enough to go on."""
-    command = [sys.executable, "main.py", *FLAGS, "--save_path", str(tmp_path / "run"), "--jobs", "8"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch   seed") == 1
-    assert "rank 2 (seed 27" in done.stdout
-    assert "rank 3" not in done.stdout
-    assert results(tmp_path / "run") == results(whole)
-    assert results(run(tmp_path / "run", [*FLAGS, "--jobs", "1"])) == results(whole)
-    done = subprocess.run([*command, "--rho", "0.2"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "main.py: error: --save_path " in done.stderr
-    assert done.stderr.count("main.py: error") == 1
-    assert "Traceback" not in done.stderr
-    assert results(tmp_path / "run") == results(whole)
+def jobs(folder, *options, fault="", begin=False, environment=None):
+    """main.py with a fault in one of its processes, where one is given; begun only, or exit status and output."""
+    program = "tests/faults/faulty.py" if fault else "main.py"
+    command = [sys.executable, program, *FLAGS, "--save_path", str(folder), *options]
+    variables = os.environ | {"FAULT": fault} | (environment or {})
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, env=variables, **streams)
+    return process if begin else end(process)
+
+
+@pytest.mark.parametrize("spawn", [False, True])
+def test_jobs_give_the_same_bytes(spawn, whole, tmp_path):
+    """More than there are members are not started; one is enough to go on; so it is where processes are not forked."""
+    folder, environment = tmp_path / "run", {"FAULT": "spawn"} if spawn else {}
+    status, output = jobs(folder, "--jobs", "8", fault="spawn" if spawn else "", environment=environment)
+    assert status == 0, output
+    assert output.count("epoch   seed") == output.count("deep") + output.count("sharpbalance of") == 1
+    assert ", by 3 processes\n" in output
+    assert results(folder) == results(whole)
+    assert results(run(folder, [*FLAGS, "--jobs", "1"])) == results(whole)
+    status, output = jobs(folder, "--rho", "0.2", fault="spawn" if spawn else "", environment=environment)
+    assert status == 2
+    assert output.count(": error: --save_path ") == 1
+    assert "Traceback" not in output
+    assert results(folder) == results(whole)
+
+
+def test_one_process_jobs_and_torchrun_agree_by_default(tmp_path):
+    """The number of threads is that of the settings, though torchrun sets another one."""
+    flags = [*TINY, "--epochs", "2", "--seed", "13"]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    found = []
+    for name, start in (
+        ("run", []),
+        ("torchrun", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]),
+    ):
+        command = [sys.executable, *start, "main.py", *flags, "--save_path", str(tmp_path / name)]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+        found.append(results(tmp_path / name))
+        assert load_json(tmp_path / name / "args.json")["threads"] == distributed.cores()
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(
     ("members", "cores", "count", "threads"),
-    [(1, 8, 1, 8), (3, 1, 1, 1), (3, 2, 2, 1), (4, 2, 2, 1), (4, 3, 2, 1), (3, 4, 3, 1), (3, 64, 3, 21), (9, 4, 3, 1)],
+    [(1, 8, 1, 8), (3, 1, 3, 1), (3, 2, 3, 1), (4, 3, 4, 1), (3, 4, 3, 1), (3, 64, 3, 21), (9, 4, 9, 1), (2, 5, 2, 2)],
 )
 def test_automatic_jobs(members, cores, count, threads, monkeypatch):
-    """As few processes as shorten the run; a member's threads do not depend on how many they are."""
-    assert distributed.best_jobs(members, cores) == count
-    assert distributed.threads_of_jobs(members, cores) == threads
+    """A process a member; a member's threads do not depend on how many they are, nor on torchrun."""
     monkeypatch.setattr(distributed, "cores", lambda: cores)
-    monkeypatch.setattr("torch.distributed.run.run", lambda args: None)
+    monkeypatch.delenv("OMP_NUM_THREADS")
     seeds = [str(seed) for seed in range(members)]
-    found = set()
-    for jobs in ("1", "2", "auto"):
-        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-        args = main.parse_args(["--seed", *seeds, "--jobs", jobs])
-        try:
-            main.launch(args)
-            found.add(args.threads)
-        except SystemExit:
-            found.add(int(os.environ["OMP_NUM_THREADS"]))
-    assert found == {threads}
-    args = main.parse_args(["--seed", *seeds])
-    main.launch(args)
-    assert args.threads is None
+    for words, expected in (([], count), (["--jobs", "2"], min(2, members)), (["--jobs", "1"], 1)):
+        args = main.parse_args(["--seed", *seeds, *words, "--device", "cpu"])
+        assert (main.count_processes(args), main.threads_of(args)) == (expected, threads)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert main.threads_of(args) == 1
+    monkeypatch.setattr(distributed.dist, "is_torchelastic_launched", lambda: True)
+    assert main.threads_of(args) == threads
+
+
+def test_jobs_of_several_threads_are_no_more_than_cores(monkeypatch, tmp_path, capsys):
+    """As of a run that earlier versions began, in one process with all cores; more are noted where they are chosen."""
+    monkeypatch.setattr(distributed, "cores", lambda: 4)
+    (tmp_path / "args.json").write_text('{"seed": [1, 2, 3], "threads": 4, "jobs": null}')
+    for words, count in (([], 1), (["--threads", "2"], 2), (["--threads", "1"], 3)):
+        args = main.parse_args(["--seed", "1 2 3", "--save_path", str(tmp_path), "--device", "cpu", *words])
+        assert main.count_processes(args) == count
+    args = main.parse_args(["--seed", "1 2 3", "--jobs", "3", "--threads", "2"])
+    assert main.count_processes(args) == 3
+    assert capsys.readouterr().err == "note: 3 processes of 2 threads share 4 cores\n"
+
+
+def test_jobs_fit_into_the_memory(monkeypatch, capsys):
+    args = main.parse_args(["--device", "cpu", "--seed", "1 2 3 4", "--threads", "1"])
+    each = main.memory_of_member(args)
+    for enough in (4, 2, 0.5):
+        monkeypatch.setattr(processes, "free_memory", lambda enough=enough: 1.01 * enough * each / main.MEMORY_SHARE)
+        assert main.count_processes(args) == max(1, int(enough))
+        text = capsys.readouterr().err
+        assert text.count("\n") == (enough < 4)
+        assert enough == 4 or f"free memory are enough for {max(1, int(enough))} of 4 processes" in text
+    larger = main.parse_args(["--device", "cpu", "--width", "64", "--batch_size", "128"])
+    assert main.memory_of_member(larger) > 2 * each
 
 
 FATAL = {
@@ -214,7 +255,7 @@ def test_sigterm_for_all(whole, tmp_path):
 def test_one_process_alone_has_nobody_to_wait_for():
     assert (distributed.rank(), distributed.ranks(), distributed.broadcast(3)) == (0, 1, 3)
     scores = np.ones((2, 3), np.float32)
-    assert distributed.gather_scores(scores, 2) is scores
+    assert distributed.gather(scores, 2) is scores
     distributed.barrier()
     distributed.finish()
     assert not distributed.lost()
@@ -224,21 +265,6 @@ def test_a_refusal_on_rank_0_ends_all(whole, tmp_path):
     status, output = torchrun(whole, "--nproc-per-node 2", flags=[*FLAGS, "--rho", "0.3"])
     assert status != 0
     assert "--rho 0.3 here, 0.1 there" in output
-
-
-def test_jobs_meet_over_the_loopback_address(monkeypatch):
-    """The machine's own name may be known to no server: a laptop on another network, a container."""
-    started = []
-    monkeypatch.setattr(sys, "argv", ["main.py"])
-    monkeypatch.setattr(torchrun_module, "run", started.append)
-    monkeypatch.setattr(distributed.logging, "disable", lambda level: None)
-    for name in ("OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL", "GLOO_SOCKET_IFNAME"):
-        monkeypatch.setenv(name, "1")
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-    with pytest.raises(SystemExit):
-        main.launch(main.parse_args(["--seed", "1", "2", "--jobs", "2"]))
-    assert started[0].local_addr == "127.0.0.1"
-    assert os.environ["GLOO_SOCKET_IFNAME"].startswith("lo")
 
 
 @pytest.mark.parametrize(("gpus", "name", "backend"), [(2, "cuda", "nccl"), (1, "cuda", "gloo"), (2, "cuda:1", "gloo")])
@@ -265,21 +291,40 @@ def test_the_gpu_of_a_rank(gpus, name, backend, monkeypatch, tmp_path):
     assert chosen == ([1 % gpus] if name == "cuda" else [])
 
 
-@pytest.mark.parametrize(("exitcode", "status", "message"), [(-9, 1, "rank 1 was ended by signal 9"), (2, 2, "")])
-def test_jobs_end_as_their_process_that_failed(exitcode, status, message, monkeypatch, capsys):
-    def run(args):
-        raise ChildFailedError("main.py", {1: ProcessFailure(1, 1, exitcode, "none")})
+@pytest.mark.parametrize("moment", FATAL)
+@pytest.mark.parametrize("spawn", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_dead_process_of_jobs_ends_the_others(moment, spawn, whole, tmp_path):
+    folder, started = tmp_path / "run", time.monotonic()
+    status, output = jobs(folder, "--jobs", "2", fault=FATAL[moment] + " " + "- spawn" * spawn)
+    assert status == 1, output
+    assert time.monotonic() - started < 60
+    who = "rank 1 (seed 17: " if FATAL[moment][-1] == "1" else "rank 0 (seed 13: "
+    assert f".py: error: {who}{folder}" in output
+    assert "was ended by signal 9" in output
+    assert output.count("re-run the same command to resume") == 1
+    assert "Traceback" not in output
+    assert not (folder / "lock").exists() or who.startswith("rank 0")
+    assert results(run(folder, FLAGS)) == results(whole)
 
-    # torchrun reads the program from here, which under pytest's own workers names none.
-    monkeypatch.setattr(sys, "argv", ["main.py", "--seed", "1", "2"])
-    monkeypatch.setattr(torchrun_module, "run", run)
-    monkeypatch.setattr(distributed.logging, "disable", lambda level: None)
-    for name in ("OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL", "GLOO_SOCKET_IFNAME"):
-        monkeypatch.setenv(name, os.environ.get(name, "1"))
-    with pytest.raises(SystemExit) as stop:
-        cli.run(main.launch, main.parse_args(["--seed", "1", "2", "--jobs", "2", "--threads", "1"]))
-    assert stop.value.code == status
-    assert message in capsys.readouterr().err
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_signal_to_jobs_stops_all(number, status, whole, tmp_path):
+    """Also one that ends the first process without a word: the others see that it does not listen."""
+    folder = tmp_path / "run"
+    process = jobs(folder, begin=True)
+    while not (folder / "seed_13" / "log.jsonl").exists():
+        time.sleep(0.05)
+    process.send_signal(number)
+    ended, output = end(process, 30)
+    assert ended == status, output
+    name = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}.get(number)
+    assert output.count(f"stopped by {name}; all work is saved") == (name is not None)
+    until = time.monotonic() + 20
+    while (folder / "lock").exists():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert not (folder / "summary.json").exists()
+    assert results(run(folder, FLAGS)) == results(whole)
 
 
 def test_a_rank_that_is_not_training_yet_ends_with_a_status(monkeypatch, capsys):

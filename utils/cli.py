@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from models import MODELS
-from utils import InputError, RunError, out_of_memory, printable
+from utils import InputError, RunError, out_of_memory, printable, processes
 from utils.datasets import CORRUPTIONS, DATASETS, SEVERITIES, SPLITS
 from utils.files import broken_link
 
@@ -149,6 +149,7 @@ def fail(message: str, status: int) -> NoReturn:
 def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """Call a script's main; an error that the user can fix becomes one line: bad input status 2, a failed run 1."""
     try:
+        processes.begin()
         main(args)
         sys.stdout.flush()
     except InputError as error:
@@ -300,7 +301,7 @@ def add_data_options(parser: Parser, measuring: bool = False) -> None:
     add_option(group, "val_idx_path", ".npy of the indices to validate on", path, "FILE")
     add_flag(group, "download", "fetch a missing data set through torchvision (not tiny_imgnet)")
     add_option(group, "device", "auto, cpu, cuda, cuda:N or mps", device, "DEVICE", default="auto")
-    add_option(group, "threads", "CPU threads of a process (default: its cores)", THREADS, "N")
+    add_option(group, "threads", "CPU threads of a member (default: cores over members, 1 or more)", THREADS, "N")
 
 
 def add_measure_options(parser: Parser, parts: bool = True) -> None:

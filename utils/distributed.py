@@ -1,11 +1,9 @@
-"""Device, threads and ranks. Without torchrun there is one rank, and the collective calls do nothing.
+"""Device, threads and ranks. In a process that trains alone there is one rank, and the collective calls do nothing.
 
 Members are independent except for one exchange of scores: rank r of K trains the members r, r + K, ...
 """
 
 import ctypes
-import logging
-import math
 import os
 import platform
 import re
@@ -32,6 +30,8 @@ SILENCE = timedelta(seconds=30)
 # Variables with the number of a scheduler's job, which a restarted job keeps; with the number of tasks of a launcher.
 JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
 TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE")
+# The variable that names the file over which the processes of --jobs find one another.
+STORE = "SHARPBALANCE_STORE"
 
 _group: dist.ProcessGroup | None = None  # its calls wait for ever
 _watch: "Watch | None" = None
@@ -74,7 +74,7 @@ def job() -> list[str]:
 def started_many_times() -> bool:
     """Whether a launcher that is not torchrun started this command for several tasks, each of which trains it all."""
     several = any(os.environ.get(name, "1") not in ("", "0", "1") for name in TASKS)
-    return several and not dist.is_torchelastic_launched()
+    return several and not launched()
 
 
 def start_device(name: str, threads: int | None) -> torch.device:
@@ -114,68 +114,38 @@ def _keep_freed_memory() -> None:
         pass  # another C library, with an allocator of its own
 
 
-def best_jobs(members: int, available: int) -> int:
-    """The smallest number of processes, not more than cores, that train the members in the fewest rounds."""
-    return min(range(1, min(members, available) + 1), key=lambda count: (math.ceil(members / count), count))
+def default_threads(members: int) -> int:
+    """Threads of each member where nobody has chosen them: the last bits of sums of floats depend on their number.
 
-
-def threads_of_jobs(members: int, available: int) -> int:
-    """Threads of each member with --jobs, whatever their number: the last bits of sums of floats depend on it."""
-    return available // min(members, available)
-
-
-def launch(jobs: str | int | None, members: int, device: str, threads: int | None) -> int | None:
-    """Start this command as `--jobs` processes, as torchrun does, and exit as they do.
-
-    Args:
-        jobs: "auto", a number, or None for this process alone.
-        members: of the ensemble; no more processes than that are started.
-        device: of --device.
-        threads: of each member, where the user or the run has chosen them.
-
-    Returns:
-        The threads to use, where this process alone is enough.
+    They do not depend on the number of processes. OMP_NUM_THREADS counts where a user set it: torchrun sets it to 1.
     """
-    if jobs is None or dist.is_torchelastic_launched():
-        return threads
-    on_cpu = device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
-    count = min(jobs, members) if jobs != "auto" else best_jobs(members, cores()) if on_cpu else 1
-    chosen = threads or (torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else None)
-    if on_cpu and not chosen:
-        chosen = threads = threads_of_jobs(members, cores())
-    if chosen and chosen * count > cores():
-        print(f"note: {count} processes of {chosen} threads share {cores()} cores", file=sys.stderr)
-    if count == 1:
-        return threads
-    os.environ.setdefault("OMP_NUM_THREADS", str(chosen or max(1, cores() // count)))
-    # The processes of one machine meet over its loopback address: its own name may be known to no server.
-    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
-    if loopback:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-    # Imported here because on macOS it prints a note.
-    from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    if chosen.isdigit() and int(chosen) and not (dist.is_torchelastic_launched() and chosen == "1"):
+        return int(chosen)
+    return max(1, cores() // members)
 
-    # Silence what torchrun and gloo report about a failure: the process that failed has said it in a line.
-    logging.disable(logging.ERROR)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
-    try:
-        options = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(count)]
-        torchrun.run(torchrun.parse_args([*options, *sys.argv]))
-    except ChildFailedError as error:
-        which, failure = error.get_first_failure()
-        if failure.exitcode < 0:  # killed, for instance for its memory: it could say nothing
-            cause = f"rank {which} was ended by signal {-failure.exitcode}"
-            raise RunError(f"{cause}; re-run the same command to resume") from None
-        sys.exit(failure.exitcode)
-    except SignalException as error:
-        sys.exit(128 + error.sigval)
-    sys.exit(0)
+
+def default_jobs(members: int, threads: int) -> int:
+    """The number of processes of this machine's CPU that train the members in the shortest time.
+
+    Of one thread each, also more than cores: what the system shares out by time ends sooner than rounds in which a core
+    has nothing to do. Several threads of a process wait for one another, so that such processes must not be too many.
+    """
+    return members if threads == 1 else max(1, min(members, cores() // threads))
+
+
+def on_cpu(device: str) -> bool:
+    """Whether a --device computes on the CPU."""
+    return device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
+
+
+def launched() -> bool:
+    """Whether this is one of several processes that train together: of torchrun, or of `utils.processes`."""
+    return dist.is_torchelastic_launched() or STORE in os.environ
 
 
 def join(device: torch.device, seeds: list[int], folder: Path) -> None:
-    """Where torchrun started this process: connect to the other ranks, choose this rank's GPU, and watch the others.
+    """Where this is one of several ranks: connect to the others, choose this rank's GPU, and under torchrun watch them.
 
     Args:
         device: where this rank computes.
@@ -185,7 +155,7 @@ def join(device: torch.device, seeds: list[int], folder: Path) -> None:
     Raises:
         RunError: if a rank has ended before all are connected.
     """
-    if not dist.is_torchelastic_launched() or dist.is_initialized():
+    if not launched() or dist.is_initialized():
         return
     try:
         _connect(device, seeds, folder)
@@ -203,21 +173,33 @@ def _connect(device: torch.device, seeds: list[int], folder: Path) -> None:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
         if int(os.environ["LOCAL_WORLD_SIZE"]) <= gpus:
             backend = "nccl"  # which refuses two ranks on one GPU
-    store, number, count = next(dist.rendezvous("env://", timeout=START))
-    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
-        # torchrun keeps one store for all its restarts, and what dead ranks wrote to it must not be read. On several
-        # machines the counts differ; docs/CLUSTER.md says what helps there.
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if STORE in os.environ:
+        # The processes of one machine meet over its loopback address: its own name may be known to no server.
+        loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+        if loopback:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+        store = dist.FileStore(os.environ[STORE], count)
+    else:
+        store, number, count = next(dist.rendezvous("env://", timeout=START))
+        if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+            # torchrun keeps one store for all its restarts, and what dead ranks wrote to it must not be read. On
+            # several machines the counts differ; docs/CLUSTER.md says what helps there.
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     # nccl guesses a GPU by the rank, and warns of it at each barrier, unless it is told.
     gpu = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else None
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=START, device_id=gpu)
-    names = []
-    for number in range(ranks()):
-        logs = [f"seed {seed}: {folder / f'seed_{seed}' / 'log.jsonl'}" for seed in seeds[number :: ranks()]]
-        names.append(f"rank {number} ({', '.join(logs) or 'no member'})")
-    print(names[rank()], flush=True)
-    _watch = Watch(names)
+    if STORE not in os.environ:  # else the process that started all of them sees at once when one has ended
+        names = [name_of(number, ranks(), seeds, folder) for number in range(ranks())]
+        print(names[rank()], flush=True)
+        _watch = Watch(names)
     _group = dist.new_group(timeout=FOREVER)
+
+
+def name_of(number: int, count: int, seeds: list[int], folder: Path) -> str:
+    """What messages call a rank: its number, its members and their logs."""
+    logs = [f"seed {seed}: {folder / f'seed_{seed}' / 'log.jsonl'}" for seed in seeds[number::count]]
+    return f"rank {number} ({', '.join(logs) or 'no member'})"
 
 
 def finish() -> None:
@@ -271,22 +253,22 @@ def broadcast(number: int) -> int:
     return int(tensor)
 
 
-def gather_scores(own: np.ndarray, members: int) -> np.ndarray:
-    """The scores of all members, on every rank.
+def gather(own: np.ndarray, members: int) -> np.ndarray:
+    """What belongs to the members, of all of them, on every rank.
 
     Args:
-        own: float32 [members of this rank, N].
+        own: float32 [members of this rank, ...].
         members: how many there are on all ranks.
 
     Returns:
-        float32 [members, N], in the order of the seeds.
+        float32 [members, ...], in the order of the seeds.
 
     Raises:
         RunError: if a rank has ended.
     """
     if not dist.is_initialized():
         return own
-    mine = torch.zeros(-(-members // ranks()), own.shape[1], device=_device())  # as many rows on every rank
+    mine = torch.zeros(-(-members // ranks()), *own.shape[1:], device=_device())  # as many rows on every rank
     mine[: len(own)] = torch.from_numpy(own)
     everyone = [torch.empty_like(mine) for _ in range(ranks())]
     _wait(dist.all_gather(everyone, mine, _group, async_op=True))

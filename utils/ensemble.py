@@ -10,11 +10,13 @@
         all of them with SAM
     every member is evaluated, alone and in the ensemble
 
-Under torchrun rank r of K trains the members r, r + K, ... A run that was stopped resumes from its files.
+Process r of K trains and evaluates the members r, r + K, ... A run that was stopped resumes from its files.
 """
 
+import filecmp
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,17 +59,12 @@ def train_ensemble(run: Run) -> dict | None:
         try:
             members = [Member(run, seed) for seed in settings.seed[distributed.rank() :: distributed.ranks()]]
             train_members(run, members)
+            summary = evaluate_members(run)
             distributed.finish()
         except Stopped as stop:
             raise Stopped(1 if distributed.lost() else stop.code) from None
         if distributed.rank():
             return None
-        folders = [run.folder / f"seed_{seed}" for seed in settings.seed]
-        summary = {
-            name: evaluate_members([folder / file for folder in folders], run.data, settings.batch_size)
-            for name, file in CHECKPOINTS.items()
-            if name != "averaged" or settings.average_from is not None
-        }
         write_json(run.folder / "summary.json", summary)
         return summary
 
@@ -114,7 +111,7 @@ def assign_samples(run: Run, members: list[Member]) -> None:
         scores = np.zeros((count, samples), dtype=np.float32)
     else:
         own = [member.score() for member in members]
-        scores = distributed.gather_scores(np.reshape(own, (-1, samples)).astype(np.float32), count)
+        scores = distributed.gather(np.reshape(own, (-1, samples)).astype(np.float32), count)
     if settings.match_size:
         rule = PARTITION_RULE[settings.match_size]
         sizes = sharpness_aware_masks(scores, settings.flat_ratio, rule, settings.unselected).sum(axis=1)
@@ -125,34 +122,67 @@ def assign_samples(run: Run, members: list[Member]) -> None:
         member.assign(masks[settings.seed.index(member.seed)])
 
 
-def evaluate_members(paths: list[Path], data: Data, at_once: int) -> dict:
-    """Accuracy (0 to 1) and loss of saved members and of their ensemble (mean of softmax) on validation and test.
+def evaluate_members(run: Run) -> dict:
+    """Accuracy (0 to 1) and loss of the saved members and of their ensemble (mean of softmax) on validation and test.
+
+    Each process evaluates its own members; what they predict is exchanged. A best checkpoint that holds the same bytes
+    as the last one is not evaluated again.
 
     Args:
-        paths: checkpoint files.
-        data: the images to evaluate on.
-        at_once: the most images in one pass.
+        run: settings, folder and data.
+
+    Returns:
+        By the names of `CHECKPOINTS`: {"members": one row each, "ensemble": one row}.
 
     Raises:
         InputError: if a checkpoint cannot be used or is of another data set.
+        RunError: if another rank has ended.
     """
-    images = {"val": data.val, "test": data.test}
-    members, log_probs = [], {split: [] for split in images}
-    for path in paths:
-        model, checkpoint = load_model(path, dataset=data.name, **data.network)
-        model = model.to(data.train.device, memory_format=torch.channels_last)
-        row = {"checkpoint": str(path), "seed": checkpoint.get("seed"), "epoch": checkpoint["epoch"]}
-        for split in images:
-            log_probs[split].append(F.log_softmax(predict(model, images[split], at_once=at_once)[0], dim=1))
-            row |= _rates(split, log_probs[split][-1], images[split].labels.cpu())
-        members.append(row)
-    ensemble = {}
-    for split in images:
-        stacked = torch.stack(log_probs[split])
-        ensemble |= _rates(split, ensemble_log_probs(stacked), images[split].labels.cpu())
-        if len(paths) > 1:
-            ensemble[f"{split}_disagreement"] = mean_over_pairs(disagreement(stacked.argmax(dim=2)))
-    return {"members": members, "ensemble": ensemble}
+    data, seeds, summary = run.data, run.settings.seed, {}
+    own = seeds[distributed.rank() :: distributed.ranks()]
+    shapes = [(-1, 1), *((-1, len(part), data.info.num_classes) for part in (data.val, data.test))]
+    before: dict[int, tuple[Path, list[np.ndarray]]] = {}  # of a seed, what was evaluated last
+    for kind, file in CHECKPOINTS.items():
+        if kind == "averaged" and run.settings.average_from is None:
+            continue
+        for seed in own:
+            path = run.folder / f"seed_{seed}" / file
+            if seed not in before or not _same_bytes(path, before[seed][0]):
+                before[seed] = path, saved_log_probs(path, data, run.settings.batch_size)
+        found = []
+        for i, shape in enumerate(shapes):
+            values = np.reshape([before[seed][1][i] for seed in own], shape).astype(np.float32)
+            found.append(torch.from_numpy(distributed.gather(values, len(seeds))))
+        epochs, *log_probs = found
+        members: list[dict[str, Any]] = [
+            {"checkpoint": str(run.folder / f"seed_{seed}" / file), "seed": seed, "epoch": int(epoch)}
+            for seed, epoch in zip(seeds, epochs, strict=True)
+        ]
+        ensemble = {}
+        for split, images, stacked in zip(("val", "test"), (data.val, data.test), log_probs, strict=True):
+            labels = images.labels.cpu()
+            for row, one in zip(members, stacked, strict=True):
+                row |= _rates(split, one, labels)
+            ensemble |= _rates(split, ensemble_log_probs(stacked), labels)
+            if len(members) > 1:
+                ensemble[f"{split}_disagreement"] = mean_over_pairs(disagreement(stacked.argmax(dim=2)))
+        summary[kind] = {"members": members, "ensemble": ensemble}
+    return summary
+
+
+def _same_bytes(path: Path, other: Path) -> bool:
+    try:
+        return filecmp.cmp(path, other, shallow=False)
+    except OSError:  # reading it says what is wrong
+        return False
+
+
+def saved_log_probs(path: Path, data: Data, at_once: int) -> list[np.ndarray]:
+    """Of a saved member its epoch, and its log-probabilities float32 [N, C] on validation and on test."""
+    model, checkpoint = load_model(path, dataset=data.name, **data.network)
+    model = model.to(data.train.device, memory_format=torch.channels_last)
+    logits = (predict(model, images, at_once=at_once)[0] for images in (data.val, data.test))
+    return [np.array(checkpoint["epoch"]), *(F.log_softmax(one, dim=1).numpy() for one in logits)]
 
 
 def _rates(split: str, log_probs: Tensor, labels: Tensor) -> dict:

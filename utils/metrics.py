@@ -12,9 +12,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import scipy  # its submodules are loaded when they are used: scipy.stats alone takes half a second
 import torch
-from scipy import stats
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 SMALLEST = 1e-100  # avoids 0 / 0
@@ -138,7 +137,7 @@ def calibration_mse(
     linear = 4 * max((share * squares / counts).sum().item(), (weight * variance).sum().item() / total) / samples
     spread = ((weight * (sums / counts).square()).sum().item() / total**2 - 1) / samples
     # (square - q)^2 = z^2 (at_zero + linear q + spread q^2)
-    z = stats.norm.ppf((1 + level) / 2) ** 2
+    z = scipy.special.ndtri((1 + level) / 2) ** 2
     a, b = 1 - z * min(max(spread, 0.0), 0.2), 2 * square + z * linear
     root = math.sqrt(max(b * b - 4 * a * (square**2 - z * at_zero), 0.0))
     return square, [max((b + sign * root) / (2 * a), 0.0) for sign in (-1, 1)]
@@ -190,7 +189,9 @@ def fit_temperature(log_probs: Tensor, labels: Tensor) -> float:
         return -scaled.gather(1, labels[:, None]).mean().item()
 
     # Convex in 1/T, and therefore with one minimum in log(1/T) as well.
-    found = minimize_scalar(loss, bounds=(-math.log(100), math.log(100)), method="bounded", options={"xatol": 1e-6})
+    found = scipy.optimize.minimize_scalar(
+        loss, bounds=(-math.log(100), math.log(100)), method="bounded", options={"xatol": 1e-6}
+    )
     return float(np.exp(-found.x))
 
 
@@ -287,12 +288,12 @@ def p_value(values: Tensor) -> float:
     mean, errors, degrees = _standard_errors(values.double())
     if not errors.any():
         return float(mean == 0)
-    return float((2 * stats.t.sf(abs(mean) / np.maximum(errors, SMALLEST), degrees)).max())
+    return float((2 * scipy.special.stdtr(degrees, -abs(mean) / np.maximum(errors, SMALLEST))).max())
 
 
 def _interval(values: Tensor, level: float) -> list[float]:
     mean, errors, degrees = _standard_errors(values)
-    half = float((stats.t.ppf((1 + level) / 2, degrees) * errors).max())
+    half = float((scipy.special.stdtrit(degrees, (1 + level) / 2) * errors).max())
     return [mean - half, mean + half]
 
 

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils import InputError, RunError, first_line
+from utils import InputError, RunError, first_line, processes
 from utils.checkpoint import NETWORK, load_model
 from utils.data import Data, ImageSet
 from utils.datasets import DATASETS, check_corrupted, find_corrupted, load_data, read_corrupted
-from utils.distributed import start_device
+from utils.distributed import default_jobs, default_threads, start_device
 from utils.files import array_of, json_text, load_json, parse_json, write_atomically, write_json
 from utils.run import CHECKPOINTS, FREE_SETTINGS, environment, find_checkpoints, read_settings, relative_paths, run_of
 from utils.training import predict
@@ -36,6 +36,8 @@ Progress = Callable[[int], object]  # called with the number of images that are 
 # The result with what an earlier content of its file has beside it, from both contents; or why it replaces that.
 Keep = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any] | str]
 NAMED = "named one by one"  # the value of "checkpoint" for files that are of no kind of `CHECKPOINTS`
+# Bytes that a process takes while it measures: before, and for each weight. They are a rough upper end.
+MEMORY_OF_PROCESS, MEMORY_OF_WEIGHT = 5e8, 60
 RESULT_FILES = ("diversity.json", "variance.json", "sharpness.json")
 LISTS = ("mode", "split", "norms")  # of what is measured: options that do not change a value
 VALUE_OPTIONS = ("average", "bins", "bootstrap", "corruptions", "severities")  # that do
@@ -238,6 +240,7 @@ class Predictions:
     ):
         self.members, self.folder, self.environment, self.features = members, folder, environment, features
         self.progress, self.at_once = progress, at_once
+        self.loaded: tuple[str, ImageSet] | None = None  # the part that was read last
         self.digests: dict[str, str] = {}  # of the images of each part that was asked for
         self.commits: dict[str, list[str | None]] = {}  # that made its logits
         self._said = False
@@ -248,32 +251,68 @@ class Predictions:
         Raises:
             InputError: if a logit is not finite.
         """
-        images = part.load()
-        key = self.digests[part.name] = images.digest()
+        images = self._images(part)
         self.commits[part.name] = []
-        found = [self._member(member, part.name, images, key) for member in self.members]
+        found = [self._member(member, part.name, images) for member in self.members]
+        self.loaded = None
         logits = torch.stack([torch.from_numpy(arrays["logits"]) for arrays in found])
         features = [torch.from_numpy(arrays["features"]) for arrays in found] if self.features else []
         return logits, images.labels.cpu(), features
 
-    def _member(self, member: SavedMember, part: str, images: ImageSet, key: str) -> dict[str, np.ndarray]:
-        path = self.folder / "predictions" / member.digest[:16] / f"{part}.npz"
+    def missing(self, parts: list[Part]) -> list[tuple[Part, SavedMember]]:
+        """What no file holds, as far as is seen without the images."""
+        return [(part, member) for part in parts for member in self.members if not self._is_there(part.name, member)]
+
+    def make(self, part: Part, member: SavedMember, progress: Progress) -> None:
+        """Make a member's file of a part."""
+        before, self.progress = self.progress, progress
+        self.commits.setdefault(part.name, [])
+        self._member(member, part.name, self._images(part))
+        self.progress = before
+
+    def _images(self, part: Part) -> ImageSet:
+        if self.loaded is None or self.loaded[0] != part.name:
+            self.loaded = part.name, part.load()
+            self.digests[part.name] = self.loaded[1].digest()
+        return self.loaded[1]
+
+    def _path(self, part: str, member: SavedMember) -> Path:
+        return self.folder / "predictions" / member.digest[:16] / f"{part}.npz"
+
+    def _is_there(self, part: str, member: SavedMember) -> bool:
+        path, made = self._path(part, member), made_by("logits", self.environment)
+        made.pop("commit")
+        record = _entry_of(path, "about")
+        if isinstance(record, dict) and all(record.get(k) == v for k, v in ({"weights": member.digest} | made).items()):
+            return not self.features or "features.npy" in zipfile.ZipFile(path).namelist()
+        if path.exists():
+            self._say_why(path, member)
+        return False
+
+    def _say_why(self, path: Path, member: SavedMember) -> None:
+        """Say once why a file is made anew."""
+        if self._said:
+            return
+        self._said = True
+        record = _entry_of(path, "about")
+        why = "by other weights"
+        if isinstance(record, dict) and record.get("weights") == member.digest:
+            why = why_stale("logits", record, self.environment) or "for other images, or damaged since"
+        print(f"note: {path}: logits made {why}; they and others like them are made anew", file=sys.stderr)
+
+    def _member(self, member: SavedMember, part: str, images: ImageSet) -> dict[str, np.ndarray]:
+        path = self._path(part, member)
         made = made_by("logits", self.environment)
         commit = json.dumps(made.pop("commit"))
-        about = json.dumps({"weights": member.digest, "images": key} | made)
+        about = json.dumps({"weights": member.digest, "images": self.digests[part]} | made)
         arrays = read_cache(path, about, (len(images), member.network["num_classes"]))
         if arrays is not None and (not self.features or "features" in arrays):
             self.progress(len(images))
             commit = _entry_of(path, "commit")
             self.commits[part].append(commit if isinstance(commit, str) else None)
             return arrays
-        if arrays is None and path.exists() and not self._said:
-            self._said = True
-            record = _entry_of(path, "about")
-            why = "by other weights"
-            if isinstance(record, dict) and record.get("weights") == member.digest:
-                why = why_stale("logits", record, self.environment) or "for other images, or damaged since"
-            print(f"note: {path}: logits made {why}; they and others like them are made anew", file=sys.stderr)
+        if arrays is None and path.exists():
+            self._say_why(path, member)
         member.model.to(images.device, memory_format=torch.channels_last)
         logits, features = predict(member.model, images, self.features, self.progress, self.at_once)
         if not logits.isfinite().all():
@@ -398,7 +437,8 @@ class Measurement:
             (save / ".writable").unlink()
         except (OSError, RunError) as error:
             raise InputError(f"--save {save}: cannot be written ({first_line(error)}); name another") from error
-        device = start_device(settings.device, settings.threads)
+        # Before processes are forked there is one thread; `share` takes the others.
+        device = start_device(settings.device, None if processes.may_fork() else settings.threads)
         noise = recorded.get("label_noise") or 0.0  # the labels that the members were trained on
         if not isinstance(noise, int | float) or not 0 <= noise <= 1:
             raise InputError(f"{run / 'args.json'}: its label_noise is not a share")
@@ -413,7 +453,7 @@ class Measurement:
         self._parts: dict[str, list[Part]] = {}
         at_once = recorded.get("batch_size")  # what the run's memory was enough for
         at_once = at_once if type(at_once) is int and at_once > 0 else 128
-        self.environment = environment(self.data.train.device)
+        self.environment = environment(self.data.train.device) | {"threads": self._threads(len(self.members))}
         self.predictions = Predictions(self.members, save, self.environment, features, self.bar.update, at_once)
 
     def parts(self, split: str) -> list[Part]:
@@ -424,6 +464,38 @@ class Measurement:
             images = len(getattr(self.data, "test" if split == "corrupted" else split))
             self.bar.total = (self.bar.total or 0) + images * len(self._parts[split]) * len(self.members)
         return self._parts[split]
+
+    def predict(self, splits: list[str]) -> None:
+        """Make the logits that are not kept, members and parts side by side."""
+        parts = [part for split in dict.fromkeys(splits) for part in self.parts(split)]
+        tasks = self.predictions.missing(parts)[::-1]  # validation, which is small, at the end
+
+        def work(task: int, report: Callable[..., object]) -> None:
+            self.predictions.make(*tasks[task], partial(report, "images"))
+
+        self.share(len(tasks), work, lambda kind, images: self.bar.update(images))
+        self.bar.total = (self.bar.total or 0) + self.bar.n  # they are read again, and counted
+
+    def share(self, tasks: int, work: Callable[..., object], hear: Callable[..., object]) -> None:
+        """Do tasks as `utils.processes.share`, a process a member; no processes after it."""
+        members, device = len(self.members), self.data.train.device
+        if processes.may_fork():
+            threads, count = self._threads(members), 1
+            if device.type == "cpu":
+                weights = sum(tensor.numel() for tensor in self.members[0].model.state_dict().values())
+                fit = processes.free_memory() / (MEMORY_OF_PROCESS + MEMORY_OF_WEIGHT * weights)
+                count = max(1, min(default_jobs(members, threads), int(fit)))
+            if min(count, tasks) > 1:
+                processes.share(tasks, count, lambda *task: (torch.set_num_threads(threads), work(*task)), hear)
+                tasks = 0
+            torch.set_num_threads(self._threads(1))
+        processes.share(tasks, 1, work, hear)
+
+    def _threads(self, members: int) -> int:
+        """Of each of the processes that compute for so many members side by side."""
+        if not processes.may_fork():
+            return torch.get_num_threads()
+        return self.settings.threads or default_threads(members)
 
     def _refuse_of_another_run(self) -> None:
         """Refuse a folder, named after the run, that holds the measurements of another run of that name."""

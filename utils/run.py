@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils import InputError, RunError, distributed, first_line
+from utils import InputError, RunError, distributed, first_line, processes
 from utils.data import Data
 from utils.files import broken_link, load_json, write_atomically, write_json
 from utils.partition import DRAWS, SCORE_FREE
@@ -428,15 +428,19 @@ class Signals:
     def __enter__(self) -> "Signals":
         self._before = {}
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+            # Ctrl-C reaches all processes of a terminal; the one that started this one passes it on as SIGTERM.
+            numbers = (signal.SIGTERM,) if processes.supervised() else (signal.SIGTERM, signal.SIGINT)
+            self._before = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if isinstance(error, Stopped):
-            name = signal.Signals(self._received).name.replace("SIGINT", "Ctrl-C")
-            print(f"stopped by {name}; all work is saved: re-run the same command to resume", file=sys.stderr)
+            if processes.supervised():
+                processes.tell("stopped")
+            else:
+                processes.say_stopped(self._received)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -463,17 +467,50 @@ class Signals:
 class Progress:
     """One bar for the whole run on a terminal, and a line for each epoch and member everywhere.
 
-    Of several processes rank 0 has the bar: it trains as many members as any, so that its time left is the run's.
+    The processes of --jobs send what they have done to the one that started them, which shows it. Under torchrun rank 0
+    has the bar: it trains as many members as any, so that its time left is the run's.
     """
 
     HEADER = "epoch   seed      lr  train loss  train acc  val loss  val acc  SAM share     time     left"
 
     def __init__(self) -> None:
-        self.done, self.total, self.bar = 0, 0.0, None
+        self.done, self.bar = 0, None
+        self.left: dict[int, float] = {}  # by process, in forward-backward passes of one image
+
+    def hear(self, process: int, kind: str, *values: Any) -> None:
+        """What a process of --jobs has done."""
+        if kind == "expect":
+            self._expect(process, *values)
+        elif kind == "advance":
+            self._advance(process, *values)
+        else:
+            self._print(*values)
 
     def expect(self, passes: float) -> None:
-        """How much is left, in forward-backward passes of one image."""
-        self.total = self.done + passes
+        """How much is left for this process, in forward-backward passes of one image."""
+        self._call("expect", passes)
+
+    def advance(self, passes: int) -> None:
+        """Count passes that were made."""
+        self._call("advance", passes)
+
+    def print(self, seed: int, line: dict) -> None:
+        """The line of a member's epoch, as log.jsonl holds it, with the time left."""
+        self._call("print", seed, line)
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def _call(self, kind: str, *values: Any) -> None:
+        if processes.supervised():
+            processes.tell(kind, *values)
+        else:
+            self.hear(0, kind, *values)
+
+    def _expect(self, process: int, passes: float) -> None:
+        self.left[process] = passes
         if self.bar is None:
             self.started = time.monotonic()
             form = "{desc} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left"
@@ -481,27 +518,21 @@ class Progress:
             self.bar = tqdm(disable=hidden, desc="training", unit="img", dynamic_ncols=True, bar_format=form)
             if passes and not distributed.rank():
                 self._write(self.HEADER)
-        self.bar.total = self.total
+        self.bar.total = self.done + sum(self.left.values())
         self.bar.refresh()
 
-    def advance(self, passes: int) -> None:
-        """Count passes that were made."""
+    def _advance(self, process: int, passes: int) -> None:
         self.done += passes
+        self.left[process] -= passes
         self.bar.update(passes)
 
-    def print(self, seed: int, line: dict) -> None:
-        """The line of a member's epoch, as log.jsonl holds it, with the time left."""
-        left = (time.monotonic() - self.started) / max(self.done, 1) * max(self.total - self.done, 0)
+    def _print(self, seed: int, line: dict) -> None:
+        left = (time.monotonic() - self.started) / max(self.done, 1) * max(sum(self.left.values()), 0)
         self._write(
             f"{line['epoch']:5d} {seed:6d} {line['lr']:7.4g}  {line['train_loss']:10.4f}  {line['train_acc']:8.2%}"
             f"  {line['val_loss']:8.4f}  {line['val_acc']:7.2%}  {line['sam_share']:8.1%}"
             f"  {line['seconds']:6.1f}s  {tqdm.format_interval(left):>7}"
         )
-
-    def close(self) -> None:
-        """Remove the bar."""
-        if self.bar is not None:
-            self.bar.close()
 
     @staticmethod
     def _write(text: str) -> None:

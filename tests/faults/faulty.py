@@ -1,7 +1,7 @@
 """main.py that gets a signal at a named point: FAULT="<function> <n> <before|after> <signal> [<rank> <file>]".
 
 The signal comes before or after the n-th call of the function, on one rank if it is given, and not where the file is:
-it is made then, so that a restarted process goes on.
+it is made then, so that a restarted process goes on. "spawn" at the end: no process is forked.
 """
 
 import os
@@ -13,15 +13,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 
 def arm(name: str, count: str, when: str, number: str, rank: str = "0", marker: str = "") -> None:
-    """Put the signal in place."""
-    if os.environ.get("RANK", "0") != rank or (marker and Path(marker).exists()):
-        return
+    """Put the signal in place; the rank is that of a process that is forked later, too."""
     owner, attribute = name.rsplit(".", 1)
     owner = pkgutil.resolve_name(owner)
     original, calls = getattr(owner, attribute), 0
 
     def faulty(*args, **kwargs):
         nonlocal calls
+        if os.environ.get("RANK", "0") != rank or (marker and Path(marker).exists()):
+            return original(*args, **kwargs)
         calls += 1
         if calls == int(count) and when == "before":
             shoot()
@@ -31,7 +31,7 @@ def arm(name: str, count: str, when: str, number: str, rank: str = "0", marker: 
         return result
 
     def shoot():
-        if marker:
+        if marker and marker != "-":
             Path(marker).touch()
         os.kill(os.getpid(), int(number))
 
@@ -39,8 +39,13 @@ def arm(name: str, count: str, when: str, number: str, rank: str = "0", marker: 
 
 
 if __name__ == "__main__":
-    arm(*os.environ["FAULT"].split())
+    fault = os.environ["FAULT"].removesuffix("spawn").split()
+    if fault:
+        arm(*fault)
     import main
+    from utils import processes
     from utils.cli import run
 
-    run(main.main, main.parse_args())
+    if os.environ["FAULT"].endswith("spawn"):  # as on a system on which nothing is forked
+        processes.may_fork = lambda: False
+    run(main.launch, main.parse_args())

@@ -1,0 +1,340 @@
+"""Processes of this machine side by side: started, heard and ended as one.
+
+On Linux they are forked from this process, and share what it has imported and read. That is safe as long as it has
+started neither a pool of threads nor a GPU: scripts begin with one thread (`begin`) and fork before they compute.
+Elsewhere, and where the work is on a GPU, each process starts the same command anew.
+"""
+
+import json
+import os
+import selectors
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+
+from utils import InputError, RunError, out_of_memory
+
+# The variable that holds where a process that started the same command anew sends its messages.
+PIPE = "SHARPBALANCE_PIPE"
+KILL_SECONDS = 60  # after which a process that was asked to end is killed
+ERRORS: dict[str, type[Exception]] = {error.__name__: error for error in (InputError, RunError, MemoryError)}
+
+_pipe: int | None = None  # of a process that was forked
+_may_fork = False
+
+
+def begin() -> None:
+    """Say that this process is a script's own: it may fork, so it keeps to one thread until it has."""
+    global _may_fork
+    _may_fork = sys.platform == "linux"
+    if _may_fork:
+        torch.set_num_threads(1)
+
+
+def may_fork() -> bool:
+    """Whether processes can be forked from this one."""
+    return _may_fork and _pipe is None
+
+
+def supervised() -> bool:
+    """Whether this is a process that `run` has started."""
+    return _pipe is not None or PIPE in os.environ
+
+
+def free_memory() -> int:
+    """Bytes that this process and its children may still take: of the machine, or of its control group."""
+    try:
+        lines = [line.split() for line in Path("/proc/meminfo").read_text().splitlines()]
+        free = next(1024 * int(words[1]) for words in lines if words[0] == "MemAvailable:")
+    except (OSError, StopIteration, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # Of version 2 and of version 1.
+    for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        folder = Path("/sys/fs/cgroup", *["memory"] * limit.endswith("bytes"))
+        try:
+            numbers = [int((folder / name).read_text()) for name in (limit, used)]
+        except (OSError, ValueError):  # no such group, or one without a limit
+            continue
+        free = min(free, max(0, numbers[0] - numbers[1]))
+    return free
+
+
+def tell(kind: str, *values: Any) -> None:
+    """Send a message to the process that started this one. If that has been killed, this one is asked to end."""
+    pipe = _pipe if _pipe is not None else int(os.environ[PIPE])
+    line = json.dumps([kind, *values]).encode() + b"\n"
+    try:
+        while line:
+            line = line[os.write(pipe, line) :]
+    except BrokenPipeError:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@dataclass
+class _Child:
+    """A process that was started."""
+
+    number: int
+    pid: int
+    pipe: int
+    text: bytes = b""
+    stopped: bool = False  # by a signal, after it had saved its state
+    error: Exception | None = None
+    status: int | None = None  # None while it runs
+
+    def ask(self) -> None:
+        """Ask it to end."""
+        if self.status is None:
+            os.kill(self.pid, signal.SIGTERM)
+
+
+@dataclass
+class _Group:
+    """The processes of one call of `run`, and the signals that have come since it began."""
+
+    children: list[_Child] = field(default_factory=list)
+    signals: list[int] = field(default_factory=list)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Pass a signal on: the processes ignore Ctrl-C, which reaches them all, and end on SIGTERM."""
+        self.signals.append(number)
+        for child in self.children:
+            child.ask()
+
+
+def run(
+    count: int,
+    work: Callable[[int], object] | None,
+    hear: Callable[..., object] = lambda number, kind, *values: None,
+    variables: dict[str, str] | None = None,
+    name: Callable[[int], str] = lambda number: f"process {number}",
+) -> None:
+    """Run work(0) to work(count - 1) side by side, each in a process of its own, until all have ended.
+
+    Where one fails the others are asked to end. SIGTERM and Ctrl-C are passed on; once all have ended, one line says
+    how to resume if all have saved their state, and this process ends with 128 + the signal's number.
+
+    Args:
+        count: how many.
+        work: what each does, called with its number; None to start this command anew, which calls `adopt`.
+        hear: called here with a process's number and what it gives to `tell`.
+        variables: of their environments, besides RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE.
+        name: what messages call a process.
+
+    Raises:
+        InputError, RunError, MemoryError: that of the process that failed first, or that it was ended by a signal.
+        KeyboardInterrupt: if Ctrl-C ended them before there was a state to save.
+    """
+    group = _Group()
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: signal.signal(number, group.handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for number in range(count):
+            whole = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+            group.children.append(_start(group, work, {k: str(v) for k, v in whole.items()} | (variables or {})))
+        if group.signals:  # before the last of them was there
+            group.handle(group.signals.pop(0), None)
+        failed = _listen(group.children, hear, group.signals)
+    finally:
+        for child in group.children:
+            child.ask()
+        for child in group.children:
+            _reap(child)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    _end(group, failed, name)
+
+
+def _end(group: _Group, failed: _Child | None, name: Callable[[int], str]) -> None:
+    """End as the processes did; return where all is done."""
+    if failed is not None and failed.error is not None:
+        raise failed.error
+    if group.signals and any(child.status for child in group.children):
+        first = group.signals[0]
+        if all(child.stopped or child.status == 0 for child in group.children):
+            say_stopped(first)
+        elif first == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + first)
+    if failed is not None:
+        if failed.status > 0:
+            sys.exit(failed.status)  # it has said why
+        problem = f"{name(failed.number)} was ended by signal {-failed.status}"
+        if failed.status == -signal.SIGKILL:
+            problem += ", as a system does that runs out of memory"
+        raise RunError(f"{problem}; re-run the same command to resume")
+
+
+def say_stopped(number: int) -> None:
+    """Say that a signal has ended the work and that nothing is lost."""
+    name = signal.Signals(number).name.replace("SIGINT", "Ctrl-C")
+    print(f"stopped by {name}; all work is saved: re-run the same command to resume", file=sys.stderr)
+
+
+def adopt(work: Callable[[int], object]) -> NoReturn:
+    """Do the work of a process that `run` has started by this command, and end."""
+    global _pipe
+    _pipe = int(os.environ.pop(PIPE))
+    os.set_inheritable(_pipe, False)
+    _work(int(os.environ["RANK"]), work)
+
+
+def _start(group: _Group, work: Callable[[int], object] | None, variables: dict[str, str]) -> _Child:
+    """Start a process. In that process this never returns."""
+    global _pipe
+    sys.stdout.flush()
+    sys.stderr.flush()
+    ours, theirs = os.pipe()
+    signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        pid = os.fork()
+        if pid:
+            os.close(theirs)
+            return _Child(int(variables["RANK"]), pid, ours)
+        try:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+            # What another process holds open would not end with this one.
+            for pipe in [ours, *(child.pipe for child in group.children)]:
+                os.close(pipe)
+            os.environ.update(variables)
+            if work is not None:
+                _pipe = theirs
+                _work(int(variables["RANK"]), work)
+            os.environ[PIPE] = str(theirs)
+            os.set_inheritable(theirs, True)
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+
+
+def _work(number: int, work: Callable[[int], object]) -> NoReturn:
+    """Do the work, report how it ended, and end without what an interpreter does at its exit."""
+    status, told = 0, None
+    try:
+        work(number)
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except (InputError, RunError) as error:
+        told = type(error).__name__, str(error)
+    except OSError as error:
+        told = "RunError", f"{error.filename or 'a file'}: {error.strerror or error}"
+    except (MemoryError, RuntimeError) as error:
+        if out_of_memory(error):
+            told = "MemoryError", "out of memory"
+        else:
+            traceback.print_exc()
+            status = 1
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    finally:
+        try:
+            if told:
+                tell("error", *told)
+                status = 2 if told[0] == "InputError" else 1
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(status)
+
+
+def _listen(children: list[_Child], hear: Callable[..., object], signals: list[int]) -> _Child | None:
+    """Hear the processes until all have ended. Returns the one that failed first; the others are then asked to end."""
+    failed, deadline = None, float("inf")
+    with selectors.DefaultSelector() as selector:
+        for child in children:
+            selector.register(child.pipe, selectors.EVENT_READ, child)
+        while selector.get_map():
+            for key, _ in selector.select(timeout=1):
+                child = key.data
+                if content := os.read(child.pipe, 2**16):
+                    _hear(child, content, hear)
+                    continue
+                selector.unregister(child.pipe)
+                _reap(child)
+                if child.status and failed is None and not signals:
+                    failed, deadline = child, time.monotonic() + KILL_SECONDS
+                    for other in children:
+                        other.ask()
+            if time.monotonic() > deadline:
+                for child in children:
+                    if child.status is None:
+                        os.kill(child.pid, signal.SIGKILL)
+    return failed or next((child for child in children if child.error), None)
+
+
+def _hear(child: _Child, content: bytes, hear: Callable[..., object]) -> None:
+    """Take in what a process has sent."""
+    *lines, child.text = (child.text + content).split(b"\n")
+    for line in lines:
+        try:
+            kind, *values = json.loads(line)
+        except ValueError:  # it was killed within a line
+            continue
+        if kind == "error":
+            child.error = ERRORS[values[0]](values[1])
+        elif kind == "stopped":
+            child.stopped = True
+        else:
+            hear(child.number, kind, *values)
+
+
+def _reap(child: _Child) -> None:
+    """Wait for the end of a process."""
+    if child.status is None:
+        _, status = os.waitpid(child.pid, 0)
+        child.status = os.waitstatus_to_exitcode(status)
+        os.close(child.pipe)
+
+
+def share(
+    tasks: int,
+    count: int,
+    work: Callable[[int, Callable[..., object]], object],
+    hear: Callable[..., object] = lambda kind, *values: None,
+) -> None:
+    """Do `tasks` tasks in `count` processes, each of which takes the next one when it is free.
+
+    Args:
+        tasks: how many.
+        count: of processes; with one, and where none can be forked, the tasks are done here.
+        work: called with the number of a task and a function that calls `hear` here.
+        hear: called here with what tasks report: a kind, and values that JSON holds.
+
+    Raises:
+        InputError, RunError, MemoryError: as `run`.
+    """
+    count = min(count, tasks)
+    if count < 2 or not may_fork():
+        for task in range(tasks):
+            work(task, hear)
+        return
+    queue, source = os.pipe()
+    os.write(source, b"".join(task.to_bytes(4, "big") for task in range(tasks)))
+    os.close(source)
+
+    def some(number: int) -> None:
+        while task := os.read(queue, 4):  # a whole one, or at their end nothing
+            work(int.from_bytes(task, "big"), tell)
+
+    try:
+        run(count, some, lambda number, kind, *values: hear(kind, *values))
+    finally:
+        os.close(queue)
