@@ -1,4 +1,4 @@
-"""The 15 corruptions of Hendrycks and Dietterich in 5 severities, on images of 8x8 to 64x64 pixels, grey or colour.
+"""The 15 corruptions of Hendrycks and Dietterich in 5 severities, on images of 8x8 to 256x256 pixels, grey or colour.
 
 D. Hendrycks and T. Dietterich, Benchmarking Neural Network Robustness to Common Corruptions and Perturbations, ICLR
 2019. This is our own implementation on numpy, scipy and Pillow. Its severities are the published constants: those of
@@ -25,8 +25,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
 SEVERITIES = (1, 2, 3, 4, 5)
-SIZES = (8, 64)
-CHUNK = 128  # images in float64 at once, so that memory does not grow with the number of images
+SIZES = (8, 256)
+CHUNK = 128 * 64**2  # pixels in float64 at once, so that memory does not grow with the number of images
 
 Draws = list[np.random.RandomState]
 
@@ -45,7 +45,7 @@ def corrupt(
     other images of the batch, on their order, or on the process that computes it.
 
     Args:
-        images: uint8 [N, H, W, C], H = W from 8 to 64, C = 1 (grey) or 3 (RGB).
+        images: uint8 [N, H, W, C], H = W from 8 to 256, C = 1 (grey) or 3 (RGB).
         name: a key of `CONSTANTS`.
         severity: 1 to 5.
         seed: 0 to 2^32 - 1; another seed gives other noise, snow, angles and so on.
@@ -78,8 +78,9 @@ def corrupt(
     constants = CONSTANTS[name][shape[1] > 32][int(severity) - 1]
     constants = constants if isinstance(constants, tuple) else (constants,)
     result = np.empty_like(images)
-    for start in range(0, len(images), CHUNK):
-        part = slice(start, start + CHUNK)
+    chunk = CHUNK // max(shape[1], 64) ** 2
+    for start in range(0, len(images), chunk):
+        part = slice(start, start + chunk)
         random = [_generator(seed, name, severity, index) for index in indices[part]]
         result[part] = _bytes(FUNCTIONS[name](images[part] / 255, random, *constants))
     return result

@@ -22,6 +22,10 @@ from utils import InputError, RunError, first_line
 MAX_JSON, MAX_FILE, MAX_TEXT = 2**28, 2**28, 2**24
 # What systems answer that cannot sync a folder: FUSE, network and Windows file systems, folders without read access.
 NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
+# What systems and tools leave behind: hidden files, ._* and .DS_Store of macOS, @eaDir and #recycle of file servers.
+JUNK = re.compile(
+    r"[.@#$].*|__MACOSX|__pycache__|Thumbs\.db|desktop\.ini|lost\+found|System Volume Information", re.IGNORECASE
+)
 NOT_FINITE = "not_finite"  # the key in our JSON files under which their infinities and nans are named
 
 
@@ -53,7 +57,7 @@ def open_atomically(path: str | Path, size: int, previous: Path | None = None) -
             except OSError:  # a file system without hard links
                 os.replace(path, previous)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         problem = f"{path}: could not be written ({error.strerror}; {size / 2**20:.1f} MiB are needed)"
@@ -61,7 +65,7 @@ def open_atomically(path: str | Path, size: int, previous: Path | None = None) -
         raise RunError(f"{problem}; {way_out}") from error
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
     """Make a rename survive a power cut, where the file system can: the content is on the disk already."""
     try:
         folder = os.open(path, os.O_RDONLY)
@@ -231,6 +235,16 @@ def broken_link(path: Path) -> str | None:
         if os.path.islink(place) and not os.path.exists(place):
             return f"{place} is a link to {os.readlink(place)}, which does not exist"
     return None
+
+
+def visible(folder: Path) -> list[Path]:
+    """What a folder holds, sorted, without hidden files and other junk.
+
+    Raises:
+        InputError: naming the folder, if it cannot be read.
+    """
+    with refusing(f"{folder}: cannot be read"):
+        return sorted(path for path in folder.iterdir() if not JUNK.fullmatch(path.name))
 
 
 def check_file(path: Path, limit: int | None = None, flag: str = "") -> None:
