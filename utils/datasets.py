@@ -170,9 +170,7 @@ def _load_folder(
         )
     rows = _folder_parts(path, images, *split)
     parts = [rows[part] for part in PARTS]
-    seen = np.isin(
-        images.records["digest"][rows["test"]].view("V32"), images.records["digest"][rows["train"]].view("V32")
-    )
+    seen = np.isin(images.pixel_digests(rows["test"]), images.pixel_digests(rows["train"]))
     if seen.any():
         note(f"{path}: {seen.sum()} of {len(rows['test'])} test images have the pixels of a training image")
     mean, std = images.normalisation(rows["train"])
@@ -209,7 +207,7 @@ def _folder_parts(
         reason = "has val/" if "val" in rows else "has no train/ and test/"
         raise InputError(f"--train_idx_path, --val_idx_path: {path} {reason}; leave both out")
     if "" in rows:
-        drawn = draw_parts(images.labels[rows[""]])
+        drawn = draw_parts(images.labels[rows[""]], images.pixel_digests(rows[""]))
         rows = {part: rows[""][index] for part, index in drawn.items()}
         counts = ", ".join(f"{len(rows[part])} {part}" for part in PARTS)
         note(f"{path}: has no train/ and test/: 10 % of each class are drawn for val and 20 % for test ({counts})")

@@ -83,6 +83,10 @@ class Images:
         means = tuple(total / (255 * count) for total in sums)
         return means, tuple(math.sqrt(variance) / (255 * count) for variance in variances)
 
+    def pixel_digests(self, rows: np.ndarray) -> np.ndarray:
+        """SHA-256 of each of some images."""
+        return self.records["digest"][rows].view("V32").ravel()
+
     def digest(self, *parts: np.ndarray) -> str:
         """SHA-256 of the pixels and labels of the images in each part."""
         digest = hashlib.sha256()
@@ -134,19 +138,26 @@ def read_images(path: Path, size: int, processes: int) -> Images:
     return Images(classes, pixels, labels, rows, records, unreadable, cache)
 
 
-def draw_parts(labels: np.ndarray) -> dict[str, np.ndarray]:
+def draw_parts(labels: np.ndarray, digests: np.ndarray) -> dict[str, np.ndarray]:
     """The sorted indices of training, validation and test images, drawn class by class from a fixed seed.
 
-    A class of n images gives the whole number nearest to 0.2 n to the test images, nearest to 0.1 n to validation.
+    Images of a class with the same pixels stay together. Of n different ones, the whole number nearest to 0.2 n goes to
+    the test images, that nearest to 0.1 n to validation.
+
+    Args:
+        labels: int64 [N].
+        digests: of the pixels, [N].
     """
     random, parts = np.random.RandomState(SPLIT_SEED), {part: [] for part in PARTS}
     for label in range(labels.max() + 1):
-        index = random.permutation(np.flatnonzero(labels == label))
-        for part, share in SHARES.items():
-            count = int(share * len(index) + 0.5)
-            parts[part].append(index[:count])
-            index = index[count:]
-        parts["train"].append(index)
+        index = np.flatnonzero(labels == label)
+        _, first, inverse = np.unique(digests[index], return_index=True, return_inverse=True)
+        order = random.permutation(np.sort(first))  # by the first image of each, in the order of the files
+        start = 0
+        for part, share in (*SHARES.items(), ("train", 1.0)):
+            end = start + int(share * len(order) + 0.5)
+            parts[part].append(index[np.isin(first[inverse], order[start:end])])
+            start = end
     return {part: np.sort(np.concatenate(drawn)) for part, drawn in parts.items()}
 
 
