@@ -6,6 +6,7 @@ whole batch is cropped, flipped and normalised on the device at once.
 
 import hashlib
 import math
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -14,6 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+READ_AHEAD = 100  # batches
 # One tag for each use of a generator, so that no two of them share a stream.
 TAGS = {"order": 0, "augmentation": 1}
 
@@ -77,7 +84,12 @@ class ImageSet:
         stored_height, stored_width, self.channels = images.shape[1:]
         self.height, self.width = preprocessing.size or stored_height, preprocessing.size or stored_width
         self.stored_size = stored_height
-        self._map, self._map_rows = (None, None) if rows is None else (np.asarray(images), rows)
+        self._map, self._map_rows, self._file = None, None, None
+        if rows is not None:
+            self._map, self._map_rows = np.asarray(images), rows
+            if isinstance(images.base, mmap.mmap) and hasattr(mmap, "MADV_WILLNEED"):
+                self._file, self._offset, self._waiting = images.base, images.offset, 0
+                self._file.madvise(mmap.MADV_RANDOM)  # the system would read 128 KiB around each image
         if rows is None:
             p = preprocessing.padding
             padded = F.pad(torch.from_numpy(images), (0, 0, p, p, p, p)).contiguous().to(self.device)
@@ -102,11 +114,31 @@ class ImageSet:
         """The chosen images as they are stored, uint8 on the device; the index into a memory map is on the CPU."""
         if self._map is None:
             return self.images[index]
-        chosen = self._map_rows[index if isinstance(index, slice) else index.numpy()]
-        images = torch.from_numpy(np.take(self._map, chosen, axis=0))
+        waits = _disk_waits()
+        images = torch.from_numpy(np.take(self._map, self._rows_in_map(index), axis=0))
+        if _disk_waits() > waits:
+            self._waiting = READ_AHEAD
         if self.device.type == "cuda":
             images = images.pin_memory()  # so that the host does not wait for the copy
         return images.to(self.device, non_blocking=True)
+
+    def _rows_in_map(self, index: Tensor | slice) -> np.ndarray:
+        return self._map_rows[index if isinstance(index, slice) else index.numpy()]
+
+    def _read_ahead(self, index: Tensor | slice) -> None:
+        """Have the system read the images of the next batch from the disk at once, while this one is trained on.
+
+        Where that is of use: for some batches after one that had to wait for the disk.
+        """
+        if self._file is None or not self._waiting:
+            return
+        self._waiting -= 1
+        rows, size = self._rows_in_map(index), self._map[0].nbytes
+        together = len(rows) and rows[-1] - rows[0] == len(rows) - 1  # of a split, in order
+        for row in rows[:1].tolist() if together else rows.tolist():
+            start = self._offset + row * size
+            first, length = start - start % mmap.PAGESIZE, size * (len(rows) if together else 1)
+            self._file.madvise(mmap.MADV_WILLNEED, first, start - first + length)
 
     def pixels(self, index: Tensor | slice) -> Tensor:
         """The chosen images without augmentation, uint8 [B, H, W, C] on the device; indices are on the CPU."""
@@ -184,6 +216,7 @@ class ImageSet:
         """All images once, in order and without augmentation: (images, labels) batch by batch."""
         for start in range(0, len(self), batch_size):
             part = slice(start, start + batch_size)
+            self._read_ahead(slice(part.stop, part.stop + batch_size))
             yield self.normalise(self.pixels(part)), self.labels[part]
 
     def epoch(self, seed: int, epoch: int, batch_size: int, done: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -215,7 +248,9 @@ class ImageSet:
         index = on_cpu.to(self.device)
         drawn = torch.from_numpy(draws).to(self.device)[:, index]
         mirrored = torch.from_numpy(mirror).to(self.device)[index]
-        for part in batch_slices(len(self), batch_size)[done:]:
+        parts = batch_slices(len(self), batch_size)[done:]
+        for part, following in zip(parts, [*parts[1:], slice(0)], strict=True):
+            self._read_ahead(on_cpu[following])
             chosen = index[part] if self._map is None else on_cpu[part]
             if p.random_scale:
                 images = self.crop_scaled(chosen, drawn[:, part], mirrored[part])
@@ -251,6 +286,11 @@ def _resampling(start: Tensor, length: Tensor, stored: int, size: int) -> Tensor
     inside = (pixels >= start[:, None, None]) & (pixels < (start + length)[:, None, None])
     weights = weights * inside
     return weights / weights.sum(dim=2, keepdim=True)
+
+
+def _disk_waits() -> int:
+    """How often this process has waited for a page of a file."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt if resource else 0
 
 
 def batch_slices(samples: int, batch_size: int) -> list[slice]:
