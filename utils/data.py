@@ -249,7 +249,7 @@ class ImageSet:
         drawn = torch.from_numpy(draws).to(self.device)[:, index]
         mirrored = torch.from_numpy(mirror).to(self.device)[index]
         parts = batch_slices(len(self), batch_size)[done:]
-        for part, following in zip(parts, [*parts[1:], slice(0)], strict=True):
+        for part, following in zip(parts, [*parts[1:], slice(0)], strict=False):
             self._read_ahead(on_cpu[following])
             chosen = index[part] if self._map is None else on_cpu[part]
             if p.random_scale:

@@ -174,8 +174,9 @@ def _load_folder(
     if seen.any():
         note(f"{path}: {seen.sum()} of {len(rows['test'])} test images have the pixels of a training image")
     mean, std = images.normalisation(rows["train"])
-    if not all(std):
+    if not any(std):
         raise InputError(f"--data_path {path}: all training images are of one colour; nothing can be learnt from them")
+    std = tuple(deviation or 1.0 for deviation in std)  # a channel may be empty, as of fluorescence
     info = folder_info(image_size, images.classes, mean, std)
     if inputs and inputs["classes"]:
         _check_same_classes(path, images.classes, inputs["classes"])
