@@ -750,3 +750,54 @@ def test_a_folder_of_many_files(tmp_path):
     assert time.monotonic() - started < 20
     assert [len(part) for part in found] == [50000, 50000]
     assert found[1][-1][0] == os.path.join("b", "049999.png")
+
+
+LARGE = """
+import resource, runpy, sys
+sys.argv = sys.argv[1:]
+resource.setrlimit(resource.RLIMIT_DATA, (2**31, 2**31))
+sys.path.insert(0, ".")
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_larger_than_memory(tmp_path):
+    """6 GB of decoded images under 2 GB of memory, killed while decoding and while training: the same bits.
+
+    Ten minutes and 13 GB of disk: bash scripts/test.sh -m slow tests/test_folder.py
+    """
+    place = tmp_path / "pictures"
+    first = files.write_image_folder(place, {name: 700 for name in ("a", "b")}, size=20)
+    for path in sorted(first.glob("*/*")):
+        for i in range(100):
+            os.link(path, path.with_name(f"{path.stem}_{i}.png"))
+    flags = ["--data", "folder", "--data_path", str(place), "--image_size", "120", "--model", "vit_t", "--width", "4"]
+    flags += ["--epochs", "2", "--initial_epochs", "1", "--sam", "--flat_ratio", "0.5", "--seed", "1", "--threads", "1"]
+    command = [sys.executable, "-c", LARGE, "main.py", *flags, "--batch_size", "128", "--save_every", "5"]
+
+    def start(run):
+        return subprocess.Popen([*command, "--save_path", str(tmp_path / run)], cwd=ROOT)
+
+    def records():
+        return next(iter((place / ".decoded").glob("*.part/records.npy")), None)
+
+    def wait(process, condition):
+        while not condition():
+            assert process.poll() is None
+            time.sleep(0.2)
+        process.kill()
+        process.wait()
+
+    process = start("killed")
+    wait(process, lambda: records() and np.load(records(), mmap_mode="r")["done"].mean() > 0.3)
+    done = np.load(records())["done"].sum()
+    process = start("killed")
+    wait(process, (tmp_path / "killed" / "seed_1" / "checkpoint_partial.pth.tar").exists)
+    assert done > 0.3 * 141400
+    assert np.load(next((place / ".decoded").glob("*/images.npy")), mmap_mode="r").nbytes > 6e9
+    process = start("killed")
+    wait(process, (tmp_path / "killed" / "seed_1" / "fisher.npy").exists)
+    for run in ("killed", "whole"):
+        assert start(run).wait() == 0
+    assert results(tmp_path / "killed") == results(tmp_path / "whole")
