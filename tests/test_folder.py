@@ -768,7 +768,7 @@ def test_larger_than_memory(tmp_path):
     Ten minutes and 13 GB of disk: bash scripts/test.sh -m slow tests/test_folder.py
     """
     place = tmp_path / "pictures"
-    first = files.write_image_folder(place, {name: 700 for name in ("a", "b")}, size=20)
+    first = files.write_image_folder(place, dict.fromkeys(("a", "b"), 700), size=20)
     for path in sorted(first.glob("*/*")):
         for i in range(100):
             os.link(path, path.with_name(f"{path.stem}_{i}.png"))
