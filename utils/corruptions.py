@@ -11,7 +11,8 @@ CIFAR-10-C for images of up to 32x32 pixels, those of Tiny-ImageNet-C above. Its
 
 At sizes other than 32x32 and 64x64, lengths that are a share of the image (zooms, warps, the grid of pixelate, the map
 of the fog) scale with it, and lengths in pixels (blurs, streaks of snow, exchanged neighbours) do not: at 8x8 a quarter
-of a blur of 0.3 to 1.5 pixels would change nothing.
+of a blur of 0.3 to 1.5 pixels would change nothing. So on large images blurs are mild: those of ImageNet-C, which are
+made for 224x224, are up to five times as wide.
 """
 
 import io
