@@ -773,8 +773,21 @@ def test_larger_than_memory(tmp_path):
         for i in range(100):
             os.link(path, path.with_name(f"{path.stem}_{i}.png"))
     flags = ["--data", "folder", "--data_path", str(place), "--image_size", "120", "--model", "vit_t", "--width", "4"]
-    flags += ["--epochs", "2", "--initial_epochs", "1", "--sam", "--flat_ratio", "0.5", "--seed", "1", "--threads", "1"]
-    command = [sys.executable, "-c", LARGE, "main.py", *flags, "--batch_size", "128", "--save_every", "5"]
+    flags += [
+        "--epochs",
+        "1",
+        "--batch_size",
+        "128",
+        "--lr",
+        "0.01",
+        "--seed",
+        "1",
+        "--threads",
+        "1",
+        "--save_every",
+        "5",
+    ]
+    command = [sys.executable, "-c", LARGE, "main.py", *flags]
 
     def start(run):
         return subprocess.Popen([*command, "--save_path", str(tmp_path / run)], cwd=ROOT)
@@ -796,8 +809,6 @@ def test_larger_than_memory(tmp_path):
     wait(process, (tmp_path / "killed" / "seed_1" / "checkpoint_partial.pth.tar").exists)
     assert done > 0.3 * 141400
     assert np.load(next((place / ".decoded").glob("*/images.npy")), mmap_mode="r").nbytes > 6e9
-    process = start("killed")
-    wait(process, (tmp_path / "killed" / "seed_1" / "fisher.npy").exists)
     for run in ("killed", "whole"):
         assert start(run).wait() == 0
     assert results(tmp_path / "killed") == results(tmp_path / "whole")
