@@ -15,7 +15,7 @@ from scipy import stats
 import utils.datasets
 from tests import files, reference
 from utils import InputError
-from utils.data import ImageSet, Preprocessing, batch_slices, random_boxes
+from utils.data import ImageSet, Preprocessing, batch_slices, generator, random_boxes
 from utils.datasets import load_data, mislabel
 from utils.files import load_array
 from utils.places import PLACES
@@ -161,6 +161,11 @@ def test_scaled_crops_belong_to_the_image_and_the_epoch():
     small, large = epoch_of(data, 13, 2, 7), epoch_of(data, 13, 2, 30)
     assert torch.equal(torch.cat([i for i, _, _ in small]), large[0][0])
     torch.testing.assert_close(torch.cat([x for _, x, _ in small]), large[0][1], rtol=0, atol=1 / 255 + 1e-6)
+    boxes = torch.from_numpy(random_boxes(generator(13, 2, "augmentation"), 30, 28))
+    crops = data.normalise(data.crop_scaled(torch.arange(30), boxes, torch.zeros(30, dtype=torch.bool)))
+    for i, image in zip(large[0][0], large[0][1], strict=True):
+        nearest = min((image - crop).abs().max() for crop in (crops[i], crops[i].flip(2)))
+        assert nearest <= 1 / 255 + 1e-6
     assert not same(large, epoch_of(data, 13, 3, 30))
     assert same(large, epoch_of(data, 13, 2, 30))
     assert torch.equal(next(data.in_order(30))[0], data.normalise(torch.from_numpy(images[:, 2:26, 2:26])))
