@@ -24,7 +24,7 @@ import torch.distributed as dist
 from models import MODELS, create_model
 from utils import InputError, cli, distributed, processes
 from utils.data import Data
-from utils.datasets import AUGMENTATIONS, DATASETS, load_data
+from utils.datasets import AUGMENTATIONS, expected_info, load_data
 from utils.ensemble import train_ensemble
 from utils.files import load_json
 from utils.partition import PARTITION_RULE, SCORE_FREE, UNSELECTED
@@ -37,6 +37,7 @@ RECIPES = {
     "tiny_imgnet": (64, 200, 128, 0.1),
     "fashion_mnist": (16, 30, 128, 0.1),
     "digits": (8, 30, 64, 0.1),
+    "folder": (16, 60, 64, 0.1),
 }
 USUAL_RHO = {False: 0.05, True: 0.5}  # of SAM, and of ASAM, whose rho is relative to the weights; from their papers
 READINGS = ("released", "paper")  # of --partition, the two of the method
@@ -64,6 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error("--overwrite: given with --resume; leave one of the two out")
     args = argparse.Namespace(**(parser.defaults() | recorded | given))
 
+    args.image_size = cli.image_size_of(parser, args.data, args.image_size)
     for name, value in zip(("width", "epochs", "batch_size", "lr"), RECIPES[args.data], strict=True):
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -88,7 +90,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.overwrite = False
         note(f"--overwrite: this job began the run in {args.save_path}, and goes on; remove it to start anew")
 
-    info = DATASETS[args.data]
+    info = expected_info(args.data, args.image_size)
     try:
         with torch.device("meta"):  # no memory, no random numbers
             create_model(args.model, info.num_classes, args.width, info.image_size, info.channels)
@@ -148,7 +150,7 @@ def check_method(parser: cli.Parser, args: argparse.Namespace, given: dict[str, 
         note(f"--initial_epochs {args.initial_epochs} has no effect without a --flat_ratio above 0")
     if args.unselected and drawn:
         note(f"--unselected {args.unselected} has no effect with --partition {args.partition}")
-    if args.augmentation == "flip" and not DATASETS[args.data].preprocessing.flip:
+    if args.augmentation == "flip" and not expected_info(args.data, 64).preprocessing.flip:
         note(f"images of {args.data} are never mirrored: --augmentation flip does nothing")
     if args.flat_ratio and len(args.seed) == 1 and not drawn:
         note("one member alone: there are no others whose samples it could take over")
@@ -301,7 +303,7 @@ def count_processes(args: argparse.Namespace) -> int:
 
 def memory_of_member(args: argparse.Namespace) -> float:
     """Roughly the bytes that a process of one member takes beyond what processes share."""
-    info, numbers = DATASETS[args.data], []
+    info, numbers = expected_info(args.data, args.image_size), []
     with torch.device("meta"):
         model = create_model(args.model, info.num_classes, args.width, info.image_size, info.channels).eval()
         image = torch.empty(1, info.channels, info.image_size, info.image_size)
@@ -335,8 +337,9 @@ def read_data(args: argparse.Namespace, device: torch.device) -> Data:
     """The data set of the run."""
     split = {"train_idx_path": args.train_idx_path, "val_idx_path": args.val_idx_path}
     training = {"label_noise": args.label_noise, "augmentation": args.augmentation}
+    training |= {"download": args.download, "image_size": args.image_size}
     with relative_paths(args.resume, data_path=args.data_path, **split):
-        return load_data(args.data, args.data_path, device, **split, download=args.download, **training)
+        return load_data(args.data, args.data_path, device, **split, **training)
 
 
 def announce(args: argparse.Namespace, count: int) -> None:

@@ -17,14 +17,16 @@ expect and why.
 import argparse
 import io
 import math
+import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import main as main_script
 import measure_diversity
@@ -43,9 +46,10 @@ from utils import cli
 from utils.checkpoint import pack_checkpoint
 from utils.data import Data, ImageSet
 from utils.datasets import DATASETS
-from utils.distributed import start_device
-from utils.files import load_json, write_atomically, write_json
+from utils.distributed import cores, start_device
+from utils.files import load_array, load_json, write_atomically, write_json
 from utils.fisher import per_sample_fisher
+from utils.folder import read_images
 from utils.hessian import HessianOperator
 from utils.member import Member
 from utils.partition import sharpness_aware_masks
@@ -151,6 +155,46 @@ def loading() -> Timed:
         "DataLoader": torchvision,
         "copy": lambda: [tensor.clone() for tensor in source],
     }
+
+
+def mapped() -> Timed:
+    """An epoch of augmented batches from a memory map that the system has in memory, against an ImageSet in memory."""
+    memory, file, epochs = synthetic(10_000), tempfile.NamedTemporaryFile(), iter(range(10**9))  # noqa: SIM115
+    np.save(file, memory.images.numpy())
+    rows, labels = np.arange(len(memory)), memory.labels.numpy()
+    ours = ImageSet(load_array(Path(file.name)), labels, memory.preprocessing, memory.device, rows)
+
+    def run(data: ImageSet) -> None:
+        assert file  # which lives as long as this function
+        for _ in data.epoch(13, next(epochs), 128):
+            pass
+
+    return {"memory-mapped": lambda: run(ours), "in memory": lambda: run(memory)}
+
+
+def decoding(images: int = 4800) -> Timed:
+    """A folder of JPEG and PNG of 400x300 to 64x64 pixels, against a bare loop, with Pillow, over one core's share."""
+    place, random = tempfile.TemporaryDirectory(), np.random.RandomState(0)
+    paths = [Path(place.name, "ab"[i % 2], f"{i:05d}.{('jpg', 'png')[i // 2 % 2]}") for i in range(images)]
+    for i, path in enumerate(paths):
+        path.parent.mkdir(exist_ok=True)
+        if i < 240:
+            picture = Image.fromarray(random.randint(0, 256, (30, 40, 3), dtype=np.uint8))
+            picture.resize((400, 300), Image.Resampling.BICUBIC).save(path)
+        else:
+            os.link(paths[i % 240], path)
+
+    def ours() -> None:
+        shutil.rmtree(Path(place.name, ".decoded"), ignore_errors=True)
+        with redirect_stderr(io.StringIO()):
+            read_images(Path(place.name), 64, cores())
+
+    def bare() -> None:
+        for path in paths[: images // cores()]:
+            with Image.open(path) as picture:
+                np.asarray(picture.crop((50, 0, 350, 300)).resize((64, 64), Image.Resampling.BILINEAR))
+
+    return {"read_images": ours, "Pillow loop": bare}
 
 
 def synthetic(images: int) -> ImageSet:
@@ -371,6 +415,8 @@ CASES: dict[str, tuple[Callable[[], Timed], dict[str, float | None]]] = {
     "optimizer": (optimizer, {"copy": 1.5}),
     "checkpoint": (checkpoint, {"writing": None}),
     "loading": (loading, {"DataLoader": 1 / 15, "copy": 4}),
+    "mapped": (mapped, {"in memory": 1 / 0.8}),
+    "decoding": (decoding, {"Pillow loop": 1 / 0.9}),
     "apgd-l2": (lambda: worst_case("apgd", "l2"), {"passes": 1.2}),
     "apgd-linf": (lambda: worst_case("apgd", "linf"), {"passes": 1.15}),
     "tight-l2": (lambda: worst_case("tight", "l2"), {"passes": 1.2}),
@@ -404,7 +450,7 @@ SCALING: dict[str, tuple[str, tuple[float, ...], Callable[[Any], Timed], str]] =
     "theory": ("dimension", (75, 150, 300), theory, "1 to 2"),
 }
 # What does not run on a GPU, or compares with a part that does not.
-CPU_ONLY = ("checkpoint", "loading", "diversity", "metrics", "partition", "theory")
+CPU_ONLY = ("checkpoint", "loading", "mapped", "decoding", "diversity", "metrics", "partition", "theory")
 SLOW = ("fisher64", "apgd-l2", "apgd-linf", "tight-l2", "tight-linf")  # width 64, half a minute and more each
 
 

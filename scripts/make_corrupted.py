@@ -2,10 +2,10 @@
 
     python scripts/make_corrupted.py --data digits
 
-Writes <to>/digits-C/ or <to>/Fashion-MNIST-C/ in the layout of CIFAR-10-C: <corruption>.npy, uint8 [5 N, H, W, C] with
-severities 1 to 5 in turn; labels.npy, int64 [5 N]; about.json, which identifies the images they were made from. The
-measuring scripts find the set in --data_path, which is where it goes without --to. Re-run the same command to resume
-after an interruption. The sets of CIFAR and TinyImageNet are published and are not made here.
+Writes <to>/digits-C/, <to>/Fashion-MNIST-C/ or <to>/folder-<size>-C/ in the layout of CIFAR-10-C: <corruption>.npy,
+uint8 [5 N, H, W, C] with severities 1 to 5 in turn; labels.npy, int64 [5 N]; about.json, which identifies the images
+they were made from. The measuring scripts find the set in --data_path, which is where it goes without --to. Re-run the
+same command to resume after an interruption. The sets of CIFAR and TinyImageNet are published and are not made here.
 """
 
 import argparse
@@ -15,13 +15,16 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from itertools import repeat
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import numpy as np
 import PIL
@@ -32,12 +35,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import InputError, RunError
-from utils.cli import Choices, Parser, add_flag, fail, number, path, run
-from utils.corruptions import corrupt
+from utils.cli import Choices, Parser, add_flag, add_image_size, fail, image_size_of, number, path, run
+from utils.corruptions import SIZES, corrupt
 from utils.data import ImageSet
-from utils.datasets import CORRUPTED, CORRUPTIONS, DATASETS, SEVERITIES, load_data
-from utils.files import load_json, open_atomically, refusing, write_array, write_atomically, write_json
-from utils.places import visible
+from utils.datasets import CORRUPTIONS, NAMES, SEVERITIES, corrupted_name, load_data
+from utils.files import load_json, open_atomically, refusing, visible, write_array, write_atomically, write_json
 
 PUBLISHED = {"cifar10": 2535967, "cifar100": 3555552, "tiny_imgnet": 8206060}  # records at zenodo.org
 CHUNK = 256  # images of one task
@@ -46,8 +48,9 @@ CHUNK = 256  # images of one task
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(__doc__)
-    parser.add_argument("--data", "--dataset", choices=DATASETS, default="digits", help="whose test images")
+    parser.add_argument("--data", "--dataset", choices=NAMES, default="digits", help="whose test images")
     parser.add_argument("--data_path", type=path, default=Path("data"), metavar="DIR", help="folder of the data sets")
+    add_image_size(parser)
     add_flag(parser, "download", "fetch a missing data set through torchvision")
     parser.add_argument("--to", type=path, metavar="DIR", help="where to make the set's folder (default: --data_path)")
     parser.add_argument("--corruptions", action=Choices, among=CORRUPTIONS, default=list(CORRUPTIONS), help="which")
@@ -58,21 +61,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.contact_sheet is not None and args.contact_sheet.suffix.lower() != ".png":
         parser.error(f"--contact_sheet: expected a name that ends in .png, got '{args.contact_sheet}'")
+    args.image_size = image_size_of(parser, args.data, args.image_size)
+    if args.data == "folder" and not SIZES[0] <= args.image_size <= SIZES[1]:
+        parser.error(f"--image_size: expected {SIZES[0]} to {SIZES[1]} pixels, got {args.image_size}")
     args.to = args.to or args.data_path
     return args
 
 
 def main(args: argparse.Namespace) -> None:
     """Make the set, or draw the contact sheet."""
-    name = CORRUPTED[args.data]
+    name = corrupted_name(args.data, args.image_size)
     if args.contact_sheet is None and args.data in PUBLISHED:
         source = f"https://zenodo.org/records/{PUBLISHED[args.data]}"
         raise InputError(f"--data {args.data}: {name} is published; unpack it from {source} in {args.data_path}")
-    test = load_data(args.data, args.data_path, download=args.download).test
-    images = test.images.numpy()[: args.images]
+    test = load_data(args.data, args.data_path, download=args.download, image_size=args.image_size).test
+    count = min(args.images or len(test), len(test))
     if args.contact_sheet is not None:
         picture = io.BytesIO()
-        contact_sheet(images[0]).save(picture, format="PNG")
+        contact_sheet(test.pixels(slice(1))[0].numpy()).save(picture, format="PNG")
         with refusing(f"--contact_sheet: {args.contact_sheet.parent} cannot be created"):
             args.contact_sheet.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(args.contact_sheet, picture.getvalue())
@@ -81,19 +87,19 @@ def main(args: argparse.Namespace) -> None:
     folder = args.to / name
     with refusing(f"--to: {folder} cannot be created"):
         folder.mkdir(parents=True, exist_ok=True)
-    _check_origin(folder, test, len(images))
-    shape = (len(SEVERITIES) * len(images), *images.shape[1:])
+    _check_origin(folder, test, count)
+    shape = (len(SEVERITIES) * count, test.height, test.width, test.channels)
     todo = [corruption for corruption in args.corruptions if not _is_done(folder / f"{corruption}.npy", shape)]
     started = time.monotonic()
     try:
-        _make(folder, images, todo, args.workers)
+        _make(folder, test, shape, todo, args.workers)
     except BrokenProcessPool as error:
         raise RunError("a worker was killed (out of memory?); re-run the same command with fewer --workers") from error
     except KeyboardInterrupt:
         fail("interrupted; re-run the same command to resume after the last finished corruption", status=130)
     speed, existed = len(todo) * shape[0] / (time.monotonic() - started), len(args.corruptions) - len(todo)
     notes = (f", {speed:.0f} images/s" if todo else "") + (f", {existed} existed" if existed else "")
-    print(f"wrote {len(todo)} corruptions of {len(images)} images to {folder}{notes}")
+    print(f"wrote {len(todo)} corruptions of {count} images to {folder}{notes}")
 
 
 def contact_sheet(image: np.ndarray) -> Image.Image:
@@ -147,17 +153,29 @@ def _is_done(path: Path, shape: tuple[int, ...], dtype: type = np.uint8) -> bool
     return array.shape == shape and array.dtype == dtype
 
 
-def _make(folder: Path, images: np.ndarray, corruptions: list[str], workers: int) -> None:
-    total = len(corruptions) * len(SEVERITIES) * len(images)
+def _make(folder: Path, test: ImageSet, shape: tuple[int, ...], corruptions: list[str], workers: int) -> None:
+    total = len(corruptions) * shape[0]
     with tqdm(total=total, disable=not sys.stderr.isatty(), unit="img", unit_scale=True, dynamic_ncols=True) as bar:
         if workers > 1:  # read by the workers when they start
             os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker)  # starts none before the first task
+        each = map if workers == 1 else partial(_map, pool, 2 * workers)
         try:
             for name in corruptions:
-                _write_blocks(folder / f"{name}.npy", images, map if workers == 1 else pool.map, bar)
+                _write_blocks(folder / f"{name}.npy", test, shape, each, bar)
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _map(pool: ProcessPoolExecutor, ahead: int, function: Callable, *arguments: Iterable) -> Iterator[Any]:
+    """As map, with a few tasks ahead: pool.map would read all images at once."""
+    waiting: deque[Future] = deque()
+    for task in zip(*arguments, strict=False):  # some have no end
+        waiting.append(pool.submit(function, *task))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def _start_worker() -> None:
@@ -171,16 +189,18 @@ def _start_worker() -> None:
     Thread(target=end_with_parent, daemon=True).start()
 
 
-def _write_blocks(path: Path, images: np.ndarray, each: Callable[..., Iterator[np.ndarray]], bar: tqdm) -> None:
+def _write_blocks(
+    path: Path, test: ImageSet, shape: tuple[int, ...], each: Callable[..., Iterator[np.ndarray]], bar: tqdm
+) -> None:
     """Write one corruption piece by piece, so that it is never whole in memory."""
     bar.set_description(path.stem)
-    parts = [range(len(images))[start : start + CHUNK] for start in range(0, len(images), CHUNK)]
-    pieces = [images[part.start : part.stop] for part in parts]
-    severities, count = [severity for severity in SEVERITIES for _ in parts], len(SEVERITIES)
-    shape = (count * len(images), *images.shape[1:])
+    count = shape[0] // len(SEVERITIES)
+    parts = [range(count)[start : start + CHUNK] for start in range(0, count, CHUNK)] * len(SEVERITIES)
+    pieces = (test.pixels(slice(part.start, part.stop)).numpy() for part in parts)
+    severities = np.repeat(SEVERITIES, len(parts) // len(SEVERITIES)).tolist()
     with open_atomically(path, math.prod(shape)) as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        for piece in each(corrupt, pieces * count, repeat(path.stem), severities, repeat(0), parts * count):
+        for piece in each(corrupt, pieces, repeat(path.stem), severities, repeat(0), parts):
             file.write(piece.tobytes())
             bar.update(len(piece))
 

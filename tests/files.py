@@ -73,3 +73,18 @@ def write_tiny_imagenet(folder, classes=3, per_class=4, val_folders=False, seed=
     if not val_folders:
         (folder / "val" / "val_annotations.txt").write_text("\n".join(rows) + "\n")
     return folder
+
+
+def write_image_folder(folder, counts, size=12, seed=0):
+    """PNG of random sizes about `size`; `counts` are the images of each <part>/<class> or <class>.
+
+    Classes differ in brightness, so that there is something to learn.
+    """
+    random = np.random.default_rng(seed)
+    for number, (name, count) in enumerate(sorted(counts.items(), key=lambda item: item[0].split("/")[-1])):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            shape = (*random.integers(size - 3, size + 4, 2), 3)
+            pixels = np.clip(40 + 60 * (number % 4) + random.integers(-30, 31, shape), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i:03d}.png")
+    return folder

@@ -305,3 +305,21 @@ def apgd_as_released(model, images, labels, rho, norm, stale=True, n_iters=20):
                     delta = before = best_delta
     place(torch.zeros_like(start))
     return best - first
+
+
+def scaled(image, size):
+    """A square image [S, S, C] scaled to [size, size, C] in float64: each pixel a mean with weights like a triangle.
+
+    The triangle is as wide, to either side, as a pixel of the larger of the two images.
+    """
+
+    def matrix(old, new):
+        rows = []
+        for i in range(new):
+            middle, reach = (i + 0.5) * old / new, max(old / new, 1)
+            weights = [max(0.0, 1 - abs(j + 0.5 - middle) / reach) for j in range(old)]
+            rows.append([weight / sum(weights) for weight in weights])
+        return np.array(rows)
+
+    height, width = image.shape[:2]
+    return np.einsum("ij,kl,jlc->ikc", matrix(height, size), matrix(width, size), image.astype(np.float64))

@@ -15,7 +15,7 @@ from scipy import stats
 import utils.datasets
 from tests import files, reference
 from utils import InputError
-from utils.data import ImageSet, Preprocessing, batch_slices
+from utils.data import ImageSet, Preprocessing, batch_slices, generator, random_boxes
 from utils.datasets import load_data, mislabel
 from utils.files import load_array
 from utils.places import PLACES
@@ -105,6 +105,70 @@ def test_distribution_is_torchvisions():
     keys = sorted(ours)
     assert sorted(theirs) == keys
     assert stats.chi2_contingency([[ours[k] for k in keys], [theirs[k] for k in keys]]).pvalue > 1e-3
+
+
+SCALED = Preprocessing((0.0,) * 3, (1.0,) * 3, flip=True, size=24, random_scale=True)
+
+
+def test_scaled_crops_equal_torchvisions():
+    """Its crop, scaled with antialiasing, of images in uint8: to one level, and mostly the same."""
+    from torchvision.transforms import functional as T
+
+    images, data = image_set(40, SCALED, size=28)
+    boxes = random_boxes(np.random.RandomState(0), 40, 28)
+    mirror = torch.arange(40) % 2 == 0
+    found = data.crop_scaled(torch.arange(40), torch.from_numpy(boxes), mirror)
+    for image, box, flip, out in zip(images, boxes.T.tolist(), mirror, found, strict=True):
+        expected = T.resized_crop(torch.from_numpy(image).permute(2, 0, 1), *box, [24, 24], antialias=True)
+        expected = (T.hflip(expected) if flip else expected).permute(1, 2, 0)
+        differences = (out.int() - expected.int()).abs()
+        assert differences.max() <= 1
+        assert (differences == 0).float().mean() > 0.9
+
+
+def test_scaled_crops_equal_the_twin():
+    """In float64, of whole squares that shrink and of parts that grow."""
+    images, data = image_set(8, SCALED, size=28)
+    for top, left, side in ((0, 0, 28), (3, 5, 9), (27, 27, 1), (1, 2, 26)):
+        boxes = torch.tensor([[top], [left], [side], [side]]).expand(4, 8)
+        found = data.crop_scaled(torch.arange(8), boxes, torch.zeros(8, dtype=torch.bool))
+        for image, out in zip(images, found.numpy(), strict=True):
+            expected = reference.scaled(image[top : top + side, left : left + side], 24)
+            assert np.abs(out - expected).max() <= 0.501
+
+
+def test_distribution_of_scaled_crops_is_torchvisions():
+    """Area, ratio and place, each by the test of Kolmogorov and Smirnov."""
+    from torchvision.transforms import RandomResizedCrop
+
+    torch.manual_seed(0)
+    arguments = torch.zeros(3, 60, 60), [0.08, 1.0], [3 / 4, 4 / 3]
+    theirs = np.array([RandomResizedCrop.get_params(*arguments) for _ in range(4000)]).T
+    ours = random_boxes(np.random.RandomState(1), 20000, 60)
+    assert (ours[:2] + ours[2:]).max() == 60
+    assert ours[:2].min() == 0
+    for of in (
+        lambda b: b[2] * b[3],
+        lambda b: b[2] / b[3],
+        lambda b: b[0] / (61 - b[2]),
+        lambda b: b[1] / (61 - b[3]),
+    ):
+        assert stats.ks_2samp(of(ours), of(theirs)).pvalue > 1e-3
+
+
+def test_scaled_crops_belong_to_the_image_and_the_epoch():
+    images, data = image_set(30, SCALED, size=28)
+    small, large = epoch_of(data, 13, 2, 7), epoch_of(data, 13, 2, 30)
+    assert torch.equal(torch.cat([i for i, _, _ in small]), large[0][0])
+    torch.testing.assert_close(torch.cat([x for _, x, _ in small]), large[0][1], rtol=0, atol=1 / 255 + 1e-6)
+    boxes = torch.from_numpy(random_boxes(generator(13, 2, "augmentation"), 30, 28))
+    crops = data.normalise(data.crop_scaled(torch.arange(30), boxes, torch.zeros(30, dtype=torch.bool)))
+    for i, image in zip(large[0][0], large[0][1], strict=True):
+        nearest = min((image - crop).abs().max() for crop in (crops[i], crops[i].flip(2)))
+        assert nearest <= 1 / 255 + 1e-6
+    assert not same(large, epoch_of(data, 13, 3, 30))
+    assert same(large, epoch_of(data, 13, 2, 30))
+    assert torch.equal(next(data.in_order(30))[0], data.normalise(torch.from_numpy(images[:, 2:26, 2:26])))
 
 
 def epoch_of(data, *arguments):

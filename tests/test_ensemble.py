@@ -94,7 +94,7 @@ def test_a_run_of_a_version_without_these_options_is_resumed(tmp_path):
     folder = run(tmp_path / "run", [*TINY, "--epochs", "2"])
     before = results(folder)
     settings = json.loads((folder / "args.json").read_text())
-    for name in ("match_size", "augmentation", "label_noise", "average_from"):
+    for name in ("image_size", "match_size", "augmentation", "label_noise", "average_from"):
         del settings[name]
     (folder / "args.json").write_text(json.dumps(settings))
     # What that version hashed: all settings that it had and that count, and the data.

@@ -30,6 +30,7 @@ import measure_diversity_variance
 import measure_sharpness
 import utils.cli
 import utils.datasets
+import utils.formats
 import utils.predictions
 from scripts import summarize
 from tests import files
@@ -442,7 +443,7 @@ def test_cifar(tmp_path):
 
     def check(mutate):
         with mutated(path, mutate) as content:
-            found = read(lambda: utils.datasets.cifar_batch(path, content, "labels", 10))
+            found = read(lambda: utils.formats.cifar_batch(path, content, "labels", 10))
         if found is not None:
             batch = pickle._Unpickler(io.BytesIO(content), encoding="latin1").load()
             assert (found[0].transpose(0, 3, 1, 2).reshape(-1, 3072) == batch["data"]).all()
@@ -457,7 +458,7 @@ def test_images(tmp_path):
 
     def check(mutate):
         with mutated(path, mutate):
-            pixels = read(lambda: utils.datasets.read_jpeg(path))
+            pixels = read(lambda: utils.formats.read_jpeg(path))
         assert pixels is None or (pixels.shape == (64, 64, 3) and pixels.dtype == np.uint8)
 
     fuzz(check)

@@ -48,7 +48,7 @@ TINY = {
         *("--eval_batch_size", "5", "--batch_num", "2", "--n_iters", "2", "--n_draws", "4", "--hessian_samples", "40"),
         *("--probes", "6", "--top_k", "2", "--ntk_samples", "6"),
     ],
-    "scripts/make_corrupted.py": ["--corruptions", "contrast", "--to", "elsewhere", "--data_path", "data"],
+    "scripts/make_corrupted.py": ["--corruptions", "contrast", "--to", "elsewhere"],  # see `tiny`
     "scripts/summarize.py": [],
     "scripts/plot.py": [],  # but `theory` simulated anew, which tests/test_notebook.py does
     "scripts/benchmark.py": ["--repeats", "3", "--only"],  # see `tiny`
@@ -120,13 +120,18 @@ def tiny(script, argv):
     """The arguments that make a command cheap."""
     if script == "scripts/benchmark.py":
         return [*argv, *TINY[script], "partition by N" if "--scaling" in argv else "partition"]
+    place = [] if "folder" in argv else ["--data_path", "data"]
+    if script == "scripts/make_corrupted.py":
+        return [*argv, *TINY[script], *place]
     if script != "main.py":
         return [*argv, *TINY.get(script, [])]
     args = load(script).parse_args(argv)
     if "--resume" in argv:
         return argv
+    if "folder" in argv:  # the fixture has put another run where it goes
+        place = ["--save_path", f"runs/of_{args.data_path}"]
     epochs = ["--epochs", "2", "--initial_epochs", "1"] if args.flat_ratio else ["--epochs", "1"]
-    return [*argv, "--width", "2", *epochs, "--batch_size", "64", "--seed", "13 17", "--data_path", "data"]
+    return [*argv, "--width", "2", *epochs, "--batch_size", "64", "--seed", "13 17", *place]
 
 
 def parse(script, argv):
@@ -191,6 +196,8 @@ def clone(tmp_path_factory, stub):
     files.write_cifar(folder / "data" / "cifar100", "cifar100", images=40)
     files.write_fashion_mnist(folder / "data" / "fashion-mnist")
     files.write_tiny_imagenet(folder / "data" / "tiny-imagenet-200", per_class=8)
+    for name in ("pictures", "clipart"):
+        files.write_image_folder(folder / name, {"ape": 12, "bee": 12, "cat": 12}, size=30)
     shutil.copytree(ROOT / "results", folder / "results")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -252,7 +259,7 @@ def test_shell_scripts_call_python_with_options_that_it_has(script, inside, stub
 
 
 @pytest.mark.parametrize(("document", "language", "code"), SNIPPETS)
-def test_snippets(document, language, code):
+def test_snippets(document, language, code, inside):
     """Python as printed, and examples with their output."""
     torch.manual_seed(0)
     if language == "python":

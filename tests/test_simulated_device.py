@@ -29,6 +29,7 @@ from models import create_model
 from sam import SAM
 from scripts import benchmark
 from tests.test_ensemble import results
+from utils.data import ImageSet, Preprocessing
 from utils.fisher import per_sample_fisher
 from utils.hessian import top_eigenpairs
 from utils.run import Progress, Stopped
@@ -200,6 +201,26 @@ def test_a_step_that_is_skipped_is_that_of_the_cpu(value, bad, base):
         found.append(seen)
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
+
+
+@simulated
+@pytest.mark.parametrize("form", [{"padding": 4}, {"size": 24, "random_scale": True}])
+def test_memory_mapped_images(form, tmp_path):
+    """The batches of the CPU, and nothing to wait for within an epoch."""
+    random = np.random.default_rng(0)
+    np.save(tmp_path / "x.npy", random.integers(0, 256, (40, 28, 28, 3), dtype=np.uint8))
+    stored = np.load(tmp_path / "x.npy", mmap_mode="r")
+    rows, labels = random.permutation(40)[:30], random.integers(0, 10, 30)
+    preprocessing = Preprocessing((0.5, 0.4, 0.3), (0.2, 0.3, 0.25), flip=True, **form)
+    here, there = (ImageSet(stored, labels, preprocessing, device, rows) for device in ("cpu", "sim"))
+    there._waiting = 2
+    sim.reads.clear()
+    batches = list(there.epoch(13, 0, 8))
+    assert sim.reads == []
+    for one, two in zip(here.epoch(13, 0, 8), batches, strict=True):
+        torch.testing.assert_close(one, tuple(tensor.cpu() for tensor in two), rtol=0, atol=0)
+    assert here.digest() == there.digest()
+    torch.testing.assert_close(here.batch(rows[:3] % 30)[0], there.batch(rows[:3] % 30)[0].cpu(), rtol=0, atol=0)
 
 
 @simulated

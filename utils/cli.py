@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from models import MODELS
 from utils import InputError, RunError, out_of_memory, printable, processes
-from utils.datasets import CORRUPTIONS, DATASETS, SEVERITIES, SPLITS
+from utils.datasets import CORRUPTIONS, NAMES, SEVERITIES, SPLITS
 from utils.files import broken_link
 
 UNSET = object()
@@ -295,13 +295,28 @@ def add_data_options(parser: Parser, measuring: bool = False) -> None:
     group = parser.add_argument_group("data and device")
     known = " (default: what the checkpoint or the run says)" if measuring else ""
     data, data_path = (None, None) if measuring else ("digits", Path("data"))
-    group.add_argument("--data", "--dataset", choices=DATASETS, default=data, help="data set" + known)
+    group.add_argument("--data", "--dataset", choices=NAMES, default=data, help="data set" + known)
     add_option(group, "data_path", "folder that holds the data sets" + known, path, "DIR", default=data_path)
+    if not measuring:
+        add_image_size(group)
     add_option(group, "train_idx_path", ".npy of the indices to train on, in the official order", path, "FILE")
     add_option(group, "val_idx_path", ".npy of the indices to validate on", path, "FILE")
     add_flag(group, "download", "fetch a missing data set through torchvision (not tiny_imgnet)")
     add_option(group, "device", "auto, cpu, cuda, cuda:N or mps", device, "DEVICE", default="auto")
     add_option(group, "threads", "CPU threads of a member (default: cores over members, 1 or more)", THREADS, "N")
+
+
+def add_image_size(group: Any) -> None:
+    """The size of a user's own images."""
+    text = "with --data folder: height and width of the inputs; the shorter side of an image is scaled to it, the "
+    add_option(group, "image_size", text + "middle cut out (default: 64)", number(int, 8, 1024), "N")
+
+
+def image_size_of(parser: Parser, data: str, given: int | None) -> int | None:
+    """The value of --image_size, which no published set has."""
+    if given is not None and data != "folder":
+        parser.error(f"--image_size: given with --data {data}, whose images have a size of their own; leave it out")
+    return given or (64 if data == "folder" else None)
 
 
 def add_measure_options(parser: Parser, parts: bool = True) -> None:

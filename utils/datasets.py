@@ -1,10 +1,7 @@
-"""Published data sets: readers, validation split, label noise, and the corrupted copies of the test sets."""
+"""Published data sets and the user's folder: validation split, label noise, and the corrupted copies of test sets."""
 
 import functools
-import gzip
 import hashlib
-import io
-import re
 import sys
 import warnings
 from collections.abc import Iterable
@@ -15,23 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 
 from utils import InputError, places
 from utils.corruptions import CONSTANTS, SEVERITIES
 from utils.data import Data, DatasetInfo, ImageSet, Preprocessing
-from utils.distributed import rank
-from utils.files import (
-    NOT_DOWNLOADED,
-    ArrayUnpickler,
-    check_file,
-    load_array,
-    load_json,
-    read_bytes,
-    read_text,
-    refusing,
-)
-from utils.places import FILES, PLACES, idx_file, named, plain, subfolders, visible
+from utils.distributed import cores, rank
+from utils.files import load_array, load_json, read_bytes, read_text, refusing, visible
+from utils.folder import FOLDER_CORRUPTED, PARTS, Images, draw_parts, read_images, stored_size
+from utils.formats import check_labels, cifar_batch, read_idx, read_jpeg
+from utils.places import FILES, PLACES, idx_file, named, plain, subfolders
 
 # torchvision takes more than a second to import; the functions that need it import it.
 
@@ -50,6 +39,7 @@ DATASETS = {
     # A mirrored digit is another sign, and in 8 pixels a shift by one is large.
     "digits": DatasetInfo(10, 8, Preprocessing((0.3053,), (0.3763,), padding=1)),
 }
+NAMES = (*DATASETS, "folder")
 
 # The corrupted copies of the test sets: those that are published, and those that scripts/make_corrupted.py makes.
 CORRUPTED = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C", "tiny_imgnet": "Tiny-ImageNet-C"}
@@ -71,9 +61,6 @@ VALIDATION_SHARE = 0.1
 SPLIT_SEED = 0
 NOISE_SEED = 1
 
-# Upper limits, above what the published files need: of an unpacked IDX file (45 MiB) and of a 64x64 image (16 KiB).
-MAX_IDX, MAX_IMAGE = 2**27, 2**20
-
 
 def load_data(
     name: str,
@@ -84,15 +71,17 @@ def load_data(
     download: bool = False,
     label_noise: float = 0.0,
     augmentation: str = "standard",
+    image_size: int | None = None,
+    inputs: dict[str, list] | None = None,
 ) -> Data:
     """Read a data set and hold out its validation images.
 
     10 % of the training images, drawn without regard to their classes from a fixed seed, are validation. The test
     images are the published test set (TinyImageNet: the official val folder). digits has none: half of its images,
-    drawn from the same seed, are its test set.
+    drawn from the same seed, are its test set. A folder of the user may have parts of its own (`utils.folder`).
 
     Args:
-        name: a key of `DATASETS`.
+        name: one of `NAMES`.
         data_path: the folder of the data set, or one that has it in one of its usual subfolders.
         device: where the images are kept.
         train_idx_path, val_idx_path: .npy files of int64 indices into the official training images; both or none.
@@ -100,10 +89,17 @@ def load_data(
         label_noise: share of the training labels that `mislabel` replaces by wrong ones.
         augmentation: of training batches. standard: a crop of the padded image, and a flip where the data set allows
             it; flip: the flip alone; none: neither.
+        image_size: of a folder: height and width of the inputs.
+        inputs: of a folder, where saved members are measured: classes, means and deviations of their checkpoints.
 
     Raises:
         InputError: naming the path or flag, for missing, damaged or contradictory files.
     """
+    if name == "folder":
+        if download:
+            raise InputError("--download: given with --data folder, which is nowhere to be fetched; leave it out")
+        split = train_idx_path, val_idx_path
+        return _load_folder(Path(data_path), device, split, label_noise, augmentation, image_size or 64, inputs)
     info = DATASETS[name]
     if name == "digits":
         arrays, files = _read_digits(), []
@@ -123,15 +119,119 @@ def load_data(
         digest.update(train_labels)
         record |= {"label_noise": label_noise, "mislabelled": int(mislabelled.sum())}
     record |= {"sha256_of_arrays_and_split": digest.hexdigest(), "files": files}
-    training, unaugmented = info.preprocessing, replace(info.preprocessing, padding=0, flip=False)
-    if augmentation != "standard":
-        training = replace(unaugmented, flip=training.flip and augmentation == "flip")
+    training, unaugmented = _preprocessing(info, augmentation)
     train = ImageSet(images[train_index], train_labels, training, device)
     val = ImageSet(images[val_index], labels[val_index], unaugmented, device)
     test = ImageSet(test_images, test_labels, unaugmented, device)
     if name in COUNTS:
         _compare_with_published(name, arrays, files)
     return Data(name, info, train, val, test, mislabelled, record)
+
+
+def _preprocessing(info: DatasetInfo, augmentation: str) -> tuple[Preprocessing, Preprocessing]:
+    """Of training images, and of others."""
+    training, unaugmented = info.preprocessing, replace(info.preprocessing, padding=0, flip=False, random_scale=False)
+    if augmentation != "standard":
+        training = replace(unaugmented, flip=training.flip and augmentation == "flip")
+    return training, unaugmented
+
+
+def expected_info(name: str, image_size: int | None) -> DatasetInfo:
+    """What is known of a data set before it is read."""
+    return folder_info(image_size) if name == "folder" else DATASETS[name]
+
+
+def folder_info(
+    image_size: int,
+    classes: Iterable[str] = ("", ""),
+    mean: Iterable[float] = (0.5,) * 3,
+    std: Iterable[float] = (0.5,) * 3,
+) -> DatasetInfo:
+    """Facts of a folder of images; before it is read, its classes, means and deviations are stand-ins."""
+    form = {"size": image_size, "random_scale": True} if stored_size(image_size) > image_size else {"padding": 4}
+    preprocessing = Preprocessing(tuple(mean), tuple(std), flip=True, **form)
+    return DatasetInfo(len(tuple(classes)), image_size, preprocessing, tuple(classes))
+
+
+def _load_folder(
+    path: Path,
+    device: torch.device | str,
+    split: tuple[str | Path | None, str | Path | None],
+    label_noise: float,
+    augmentation: str,
+    image_size: int,
+    inputs: dict[str, list] | None,
+) -> Data:
+    """A folder of images as `load_data`; its images stay in the memory map."""
+    images = read_images(path, stored_size(image_size), cores())
+    if images.unreadable:
+        some = [f"{name} ({why})" for name, why in images.unreadable.items()]
+        note(
+            f"{path}: {len(some)} of {len(images.labels)} files are left out, since they cannot be read: {_some(some)}"
+        )
+    rows = _folder_parts(path, images, *split)
+    parts = [rows[part] for part in PARTS]
+    seen = np.isin(images.pixel_digests(rows["test"]), images.pixel_digests(rows["train"]))
+    if seen.any():
+        note(f"{path}: {seen.sum()} of {len(rows['test'])} test images have the pixels of a training image")
+    mean, std = images.normalisation(rows["train"])
+    if not any(std):
+        raise InputError(f"--data_path {path}: all training images are of one colour; nothing can be learnt from them")
+    std = tuple(deviation or 1.0 for deviation in std)  # a channel may be empty, as of fluorescence
+    info = folder_info(image_size, images.classes, mean, std)
+    if inputs and inputs["classes"]:
+        _check_same_classes(path, images.classes, inputs["classes"])
+        if inputs["mean"] != list(mean) or inputs["std"] != list(std):
+            note(f"{path}: not the images that the members were trained on; means and deviations are those of training")
+            info = folder_info(image_size, images.classes, inputs["mean"], inputs["std"])
+    train_labels, mislabelled = mislabel(images.labels[rows["train"]], info.num_classes, label_noise)
+    digest = hashlib.sha256(images.digest(*parts).encode() + repr((images.classes, mean, std)).encode())
+    record = {"dataset": "folder"} | {part: len(rows[part]) for part in PARTS} | {"image_size": image_size}
+    if label_noise:
+        digest.update(train_labels)
+        record |= {"label_noise": label_noise, "mislabelled": int(mislabelled.sum())}
+    files = [{"path": str(path), "classes": images.classes, "left_out": dict(list(images.unreadable.items())[:100])}]
+    record |= {"sha256_of_arrays_and_split": digest.hexdigest(), "files": files}
+    training, unaugmented = _preprocessing(info, augmentation)
+    train = ImageSet(images.pixels, train_labels, training, device, rows["train"])
+    val, test = (
+        ImageSet(images.pixels, images.labels[rows[part]], unaugmented, device, rows[part]) for part in ("val", "test")
+    )
+    return Data("folder", info, train, val, test, mislabelled, record)
+
+
+def _folder_parts(
+    path: Path, images: Images, train: str | Path | None, val: str | Path | None
+) -> dict[str, np.ndarray]:
+    """The rows of the training, validation and test images of a folder."""
+    rows = images.parts
+    if ("" in rows or "val" in rows) and (train is not None or val is not None):
+        reason = "has val/" if "val" in rows else "has no train/ and test/"
+        raise InputError(f"--train_idx_path, --val_idx_path: {path} {reason}; leave both out")
+    if "" in rows:
+        drawn = draw_parts(images.labels[rows[""]], images.pixel_digests(rows[""]))
+        rows = {part: rows[""][index] for part, index in drawn.items()}
+        counts = ", ".join(f"{len(rows[part])} {part}" for part in PARTS)
+        note(f"{path}: has no train/ and test/: 10 % of each class are drawn for val and 20 % for test ({counts})")
+    elif "val" not in rows:
+        index = split_indices(len(rows["train"]), train, val)
+        rows = rows | {part: rows["train"][chosen] for part, chosen in zip(("train", "val"), index, strict=True)}
+    few = [part for part in PARTS if len(rows[part]) < 1 + (part == "train")]
+    if few:
+        raise InputError(f"--data_path {path}: too few images, none are left for {few[0]}; add some")
+    counts = np.bincount(images.labels[rows["train"]], minlength=len(images.classes))
+    if not counts.all():
+        empty = [images.classes[label] for label in np.flatnonzero(counts == 0)]
+        raise InputError(f"--data_path {path}: no training images of {_some(empty)}; add some, or remove the class")
+    return rows
+
+
+def _check_same_classes(path: Path, found: list[str], expected: list[str]) -> None:
+    """Refuse a folder whose classes are not those that saved members were trained on."""
+    differ = sorted(set(found) ^ set(expected))
+    if differ:
+        problem = f"--data_path {path}: its {len(found)} classes are not the {len(expected)} of the checkpoint"
+        raise InputError(f"{problem} (they differ in {_some(differ)}); give the folder of the training images")
 
 
 def mislabel(labels: np.ndarray, classes: int, share: float) -> tuple[np.ndarray, np.ndarray]:
@@ -262,51 +362,12 @@ def _read_cifar(folder: Path, info: DatasetInfo) -> tuple[Arrays, list[dict]]:
     return tuple(arrays), files
 
 
-def cifar_batch(path: Path, content: bytes, key: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [N, 32, 32, 3] and labels int64 [N] of a CIFAR batch; `key` is that of the labels."""
-    _refuse_other(path, content)
-    with refusing(f"{path}: not a CIFAR batch", "nothing in it was executed"):
-        try:
-            batch = ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
-        except EOFError as error:
-            raise ValueError("it ends too early") from error
-        except KeyError as error:  # no entry in its table of operations
-            raise ValueError(f"operation {error} of pickle") from error
-    if not isinstance(batch, dict):
-        raise InputError(f"{path}: expected a dict, got a {type(batch).__name__}")
-    images, labels = (batch.get(k, batch.get(k.encode())) for k in ("data", key))
-    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != 3072:
-        found = f"{images.dtype} {list(images.shape)}" if isinstance(images, np.ndarray) else type(images).__name__
-        raise InputError(f"{path}: expected 'data' to be uint8 [images, 3072], got {found}")
-    whole = labels.dtype.kind in "iu" if isinstance(labels, np.ndarray) else isinstance(labels, list | tuple)
-    if whole and isinstance(
-        labels, list | tuple
-    ):  # of lists in lists, numpy would make more numbers than the file has bytes
-        whole = all(type(label) is int and abs(label) < 2**31 for label in labels)
-    if not whole or np.shape(labels) != (len(images),) or not len(images):
-        found = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, np.ndarray) else type(labels).__name__
-        found += f" of {len(labels)}" if isinstance(labels, list | tuple) else ""
-        problem = f"{path}: expected one whole number in '{key}' for each of the {len(images)} images"
-        raise InputError(f"{problem}, got {found if labels is not None else 'no such entry'}")
-    labels = np.array(labels)
-    _check_labels(path, labels, classes)
-    pixels = np.ascontiguousarray(images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-    return pixels, labels.astype(np.int64)
-
-
-def _refuse_other(path: Path, content: bytes) -> None:
-    """Refuse what often lies where a file of a data set is expected, by its name."""
-    for start, what in (NOT_DOWNLOADED | {rb"\Z": "empty"}).items():
-        if re.match(start, content[:512]):
-            raise InputError(f"{path}: {what}")
-
-
 def _read_fashion_mnist(folder: Path, info: DatasetInfo) -> tuple[Arrays, list[dict]]:
     arrays, files = [], []
     for name, magic, item in zip(FILES["fashion_mnist"], (2051, 2049) * 2, ((28, 28), ()) * 2, strict=True):
         path = idx_file(folder, name) or folder / name
         content = read_bytes(path)
-        array, md5 = _read_idx(path, content, magic, item)
+        array, md5 = read_idx(path, content, magic, item)
         files.append(_fingerprint(path, content, None) | {"md5_is_the_published_one": md5 in IDX_MD5})
         if item:
             border = (info.image_size - array.shape[1]) // 2
@@ -314,34 +375,9 @@ def _read_fashion_mnist(folder: Path, info: DatasetInfo) -> tuple[Arrays, list[d
             continue
         if len(array) != len(arrays[-1]):
             raise InputError(f"{path}: expected one label for each of {len(arrays[-1])} images, got {len(array)}")
-        _check_labels(path, array, info.num_classes)
+        check_labels(path, array, info.num_classes)
         arrays.append(array.astype(np.int64))
     return tuple(arrays), files
-
-
-def _read_idx(path: Path, content: bytes, magic: int, item: tuple[int, ...]) -> tuple[np.ndarray, str]:
-    """An IDX file: big-endian magic number, count and item shape as 32-bit numbers, then the bytes; its md5, unpacked.
-
-    Whether it is packed is seen from its first bytes: browsers unpack files and leave their names as they are.
-    """
-    _refuse_other(path, content)
-    packed = content[:2] == b"\x1f\x8b"
-    stream = gzip.GzipFile(fileobj=io.BytesIO(content)) if packed else io.BytesIO(content)
-    with refusing(f"{path}: not a readable IDX file"):
-        start = stream.read(8 + 4 * len(item))
-        header = np.frombuffer(start, dtype=">u4")
-        if header.tolist()[:1] != [magic] or tuple(header[2:]) != item or not header[1]:
-            raise ValueError(f"expected the header {[magic, 'count', *item]}, got {header.tolist()}")
-        size = int(header[1]) * int(np.prod(item))
-        # A packed file may hold a thousand times its own size.
-        if size > (min(MAX_IDX, 1024 * len(content)) if packed else len(content)):
-            raise ValueError(f"its header promises {size} bytes, more than the file can hold")
-        body = stream.read(size + 1)
-        if len(body) != size:
-            raise ValueError(f"its header promises {size} bytes, {'more' if len(body) > size else len(body)} follow")
-    md5 = hashlib.md5(start, usedforsecurity=False)
-    md5.update(body)
-    return np.frombuffer(body, dtype=np.uint8).reshape(-1, *item), md5.hexdigest()
 
 
 def _read_tiny(folder: Path, info: DatasetInfo) -> tuple[Arrays, list[dict]]:
@@ -436,26 +472,12 @@ def _read_jpegs(files: list[tuple[Path, int]]) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(images), np.array([label for _, label in files])
 
 
-def _open_image(path: Path) -> Image.Image:
-    try:
-        return Image.open(path, formats=("JPEG", "PNG"))  # for some others Pillow starts programs
-    except UnidentifiedImageError as error:
-        raise ValueError("neither JPEG nor PNG") from error
+def corrupted_name(name: str, image_size: int | None = None) -> str:
+    """The name of the folder of a set's corrupted copies; of the user's own images that depends on their size."""
+    return CORRUPTED.get(name) or FOLDER_CORRUPTED.format(image_size)
 
 
-def read_jpeg(path: Path) -> np.ndarray:
-    """An image of TinyImageNet, JPEG or PNG, uint8 [64, 64, 3]."""
-    size = DATASETS["tiny_imgnet"].image_size
-    check_file(path, MAX_IMAGE)
-    with refusing(f"{path}: not a readable image"), _open_image(path) as image:
-        if image.size != (size, size):
-            raise ValueError(f"expected {size}x{size} pixels, got {image.size[0]}x{image.size[1]}")
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"expected 8 bits a channel, got mode {image.mode}")
-        return np.asarray(image.convert("RGB"))
-
-
-def find_corrupted(name: str, data_path: Path, required: bool = False) -> Path | None:
+def find_corrupted(name: str, data_path: Path, required: bool = False, image_size: int | None = None) -> Path | None:
     """The folder of the corrupted copies of a test set, in `data_path` or beside the data set; None without one.
 
     Of an archive that is not unpacked it says so.
@@ -463,7 +485,8 @@ def find_corrupted(name: str, data_path: Path, required: bool = False) -> Path |
     Raises:
         InputError: if it is `required` and not there.
     """
-    spelling = plain(CORRUPTED[name])
+    title = corrupted_name(name, image_size)
+    spelling = plain(title)
     beside = [data_path, *(places.folders(name, data_path) if name in PLACES else ()), data_path.parent]
     found = named(beside, spelling)
     found += named(found, spelling)  # unpacked into a folder of its name
@@ -476,7 +499,7 @@ def find_corrupted(name: str, data_path: Path, required: bool = False) -> Path |
         way_out = way_out if packed else "remove it, or unpack the archive into it"
         raise InputError(f"{found[0]}: expected .npy files or folders of corruptions, got neither; {way_out}")
     if required:
-        raise InputError(f"--split corrupted: no {CORRUPTED[name]}/ in {data_path} or beside the data set; {way_out}")
+        raise InputError(f"--split corrupted: no {title}/ in {data_path} or beside the data set; {way_out}")
     if packed:
         note(f"{way_out}: without it only clean images are measured")
     return None
@@ -528,7 +551,8 @@ def read_corrupted(folder: Path, data: Data, name: str, severity: int) -> ImageS
         images, labels = corrupted_arrays(folder, data, name)
         count = len(labels) // len(SEVERITIES)
         rows = slice((severity - 1) * count, severity * count)
-        return ImageSet(np.array(images[rows]), np.array(labels[rows]), data.test.preprocessing, data.test.device)
+        index = np.arange(rows.start, rows.stop)
+        return ImageSet(images, np.array(labels[rows]), data.test.preprocessing, data.test.device, index)
     files = _corrupted_files(folder / name / str(severity), data)
     return ImageSet(*_read_jpegs(files), data.test.preprocessing, data.test.device)
 
@@ -560,7 +584,7 @@ def corrupted_arrays(folder: Path, data: Data, name: str) -> tuple[np.ndarray, n
         raise InputError(f"{path}: expected {len(labels)} images as in {labels_path}, got a fifth, one severity alone")
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
         raise InputError(f"{labels_path}: expected {len(images)} integers, got {labels.dtype} {list(labels.shape)}")
-    _check_labels(labels_path, labels, data.info.num_classes)
+    check_labels(labels_path, labels, data.info.num_classes)
     fifths, expected = labels.reshape(severities, -1), data.test.labels.cpu().numpy()
     if (fifths != fifths[0]).any() or np.array_equal(labels, expected):
         problem = f"{labels_path}: expected {severities} times the same labels, severity by severity"
@@ -568,11 +592,6 @@ def corrupted_arrays(folder: Path, data: Data, name: str) -> tuple[np.ndarray, n
     if fifths.shape[1] == len(expected) and (fifths != expected).any():
         raise InputError(f"{labels_path}: expected {severities} times the labels of the test set, in its order")
     return images, labels.astype(np.int64)
-
-
-def _check_labels(path: Path, labels: np.ndarray, classes: int) -> None:
-    if labels.min() < 0 or labels.max() >= classes:
-        raise InputError(f"{path}: expected labels from 0 to {classes - 1}, got {labels.min()} to {labels.max()}")
 
 
 def _fingerprint(path: Path, content: bytes, published: str | None) -> dict:

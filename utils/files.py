@@ -27,6 +27,10 @@ NOT_DOWNLOADED = {
     rb"version https://git-lfs": "a git-lfs pointer, not the file itself; fetch that by git lfs pull",
     rb"\s*<(?i:!doctype|html|head|\?xml|!--)": "a web page; download the file itself, by its direct link",
 }
+# What systems and tools leave behind: hidden files, ._* and .DS_Store of macOS, @eaDir and #recycle of file servers.
+JUNK = re.compile(
+    r"[.@#$].*|__MACOSX|__pycache__|Thumbs\.db|desktop\.ini|lost\+found|System Volume Information", re.IGNORECASE
+)
 NOT_FINITE = "not_finite"  # the key in our JSON files under which their infinities and nans are named
 
 
@@ -58,7 +62,7 @@ def open_atomically(path: str | Path, size: int, previous: Path | None = None) -
             except OSError:  # a file system without hard links
                 os.replace(path, previous)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         problem = f"{path}: could not be written ({error.strerror}; {size / 2**20:.1f} MiB are needed)"
@@ -66,7 +70,7 @@ def open_atomically(path: str | Path, size: int, previous: Path | None = None) -
         raise RunError(f"{problem}; {way_out}") from error
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
     """Make a rename survive a power cut, where the file system can: the content is on the disk already."""
     try:
         folder = os.open(path, os.O_RDONLY)
@@ -236,6 +240,16 @@ def broken_link(path: Path) -> str | None:
         if os.path.islink(place) and not os.path.exists(place):
             return f"{place} is a link to {os.readlink(place)}, which does not exist"
     return None
+
+
+def visible(folder: Path) -> list[Path]:
+    """What a folder holds, sorted, without hidden files and other junk.
+
+    Raises:
+        InputError: naming the folder, if it cannot be read.
+    """
+    with refusing(f"{folder}: cannot be read"):
+        return sorted(path for path in folder.iterdir() if not JUNK.fullmatch(path.name))
 
 
 def check_file(path: Path, limit: int | None = None, flag: str = "") -> None:

@@ -292,7 +292,7 @@ def compute_sets(folders: list[Path], path: Path) -> None:
     pictures = []
     for title, index in ends.items():
         names = [f"{labels[i]}: {masks[:, i].sum()} of {len(masks)}" for i in index]
-        pictures.append({"title": title, "images": train.images[index].tolist(), "names": names})
+        pictures.append({"title": title, "images": train.pixels(torch.from_numpy(index)).tolist(), "names": names})
     note = (
         f"{setting_of(run.content)}; 1 ensemble of {len(masks)} members, scored before epoch "
         f"{trained['initial_epochs'] + 1}. A member picks its {count} {rule} images ($k$ = {trained['flat_ratio']:g}) "

@@ -253,6 +253,7 @@ class Member:
             "dataset": data.name,
             "width": settings.width,
             **data.network,
+            **data.inputs,
         }
 
     def _load(self, checkpoint: dict[str, Any]) -> None:

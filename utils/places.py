@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from utils import InputError, first_line
-from utils.files import refusing
+from utils.files import refusing, visible
 
 # Below --data_path, in the order in which they are tried.
 PLACES = {
@@ -46,20 +46,6 @@ OTHER_FORMS = {".bin": "is of the binary version", ".mat": "is of the Matlab ver
 OTHER_FORMS |= {end: f"is of the {end} form" for end in (".parquet", ".npz", ".arrow", ".tfrecord", ".h5", ".pt")}
 ARCHIVE = re.compile(r"\.(zip|7z|rar|tgz|tbz2?|tar(\.\w+)?)$", re.IGNORECASE)
 PACKED = r"(?:fixed|\d)*(?:tar|zip|7z|rar|tgz)"  # how names of archives end, as `plain` spells them
-# What systems and tools leave behind: hidden files, ._* and .DS_Store of macOS, @eaDir and #recycle of file servers.
-JUNK = re.compile(
-    r"[.@#$].*|__MACOSX|__pycache__|Thumbs\.db|desktop\.ini|lost\+found|System Volume Information", re.IGNORECASE
-)
-
-
-def visible(folder: Path) -> list[Path]:
-    """What a folder holds, sorted, without hidden files and other junk.
-
-    Raises:
-        InputError: naming the folder, if it cannot be read.
-    """
-    with refusing(f"{folder}: cannot be read"):
-        return sorted(path for path in folder.iterdir() if not JUNK.fullmatch(path.name))
 
 
 def subfolders(folder: Path) -> list[Path]:

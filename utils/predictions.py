@@ -26,7 +26,7 @@ from tqdm import tqdm
 from utils import InputError, RunError, first_line, processes
 from utils.checkpoint import NETWORK, load_model
 from utils.data import Data, ImageSet
-from utils.datasets import DATASETS, check_corrupted, find_corrupted, load_data, read_corrupted
+from utils.datasets import DATASETS, NAMES, check_corrupted, find_corrupted, load_data, read_corrupted
 from utils.distributed import default_jobs, default_threads, start_device
 from utils.files import array_of, json_text, load_json, parse_json, write_atomically, write_json
 from utils.run import CHECKPOINTS, FREE_SETTINGS, environment, find_checkpoints, read_settings, relative_paths, run_of
@@ -35,6 +35,7 @@ from utils.training import predict
 Progress = Callable[[int], object]  # called with the number of images that are done
 # The result with what an earlier content of its file has beside it, from both contents; or why it replaces that.
 Keep = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any] | str]
+INPUTS = ("classes", "mean", "std")  # what a checkpoint holds of its images, besides their size
 NAMED = "named one by one"  # the value of "checkpoint" for files that are of no kind of `CHECKPOINTS`
 # Bytes that a process takes while it measures: before, and for each weight. They are a rough upper end.
 MEMORY_OF_PROCESS, MEMORY_OF_WEIGHT = 5e8, 60
@@ -80,6 +81,7 @@ class SavedMember:
     seed: int | None
     epoch: int | None
     network: dict
+    inputs: dict
     digest: str
 
     def describe(self) -> dict:
@@ -113,16 +115,29 @@ def load_members(paths: list[Path], at_least: int = 1, why: str = "", **known: o
             digest.update(name.encode())
             digest.update(tensor.contiguous().numpy())
         network = {name: checkpoint[name] for name in ("dataset", *NETWORK)}
+        inputs = _inputs_of(checkpoint)
         for other in members:
-            for name, value in network.items():
-                if other.network[name] != value:
-                    differ = f"{path} has {name} {value}, {other.path} has {other.network[name]}"
+            theirs = other.network | other.inputs
+            for name, value in (network | inputs).items():
+                if theirs[name] != value:
+                    differ = f"{path} has {name} {value!s:.60}, {other.path} has {theirs[name]!s:.60}"
                     raise InputError(f"--resume: {differ}; the members of an ensemble are of one kind")
             if other.digest == digest.hexdigest():
                 raise InputError(f"--resume: {path} and {other.path} hold the same weights; give each member once")
         seed, epoch = checkpoint.get("seed"), checkpoint["epoch"]
-        members.append(SavedMember(path, model, seed, epoch, network, digest.hexdigest()))
+        members.append(SavedMember(path, model, seed, epoch, network, inputs, digest.hexdigest()))
     return members
+
+
+def _inputs_of(checkpoint: dict[str, Any]) -> dict[str, list | None]:
+    """What a checkpoint of ours holds of `INPUTS`; None for each where it is not what we write."""
+    found = {name: checkpoint.get(name) for name in INPUTS}
+    classes, *numbers = found.values()
+    known = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    for values in numbers:
+        known = known and isinstance(values, list) and len(values) == checkpoint["in_channels"]
+        known = known and all(isinstance(x, float) and 0 <= x <= 1 for x in values)
+    return found if known and all(found["std"]) else dict.fromkeys(INPUTS)
 
 
 def trained_settings(paths: list[Path]) -> dict[str, Any] | None:
@@ -208,7 +223,7 @@ def parts_of(
     """
     if split != "corrupted":
         return [Part(split, lambda: getattr(data, split))]
-    folder = find_corrupted(data.name, data_path, required=True)
+    folder = find_corrupted(data.name, data_path, required=True, image_size=data.info.image_size)
     check_corrupted(folder, data, corruptions, severities)
     return [
         Part(f"{name}-{severity}", partial(read_corrupted, folder, data, name, severity), name, severity)
@@ -408,14 +423,14 @@ class Measurement:
         recorded = read_settings(run) if run else {}
         self.trained = trained_settings(paths)
         data = settings.data or recorded.get("data")
-        size = DATASETS[data].image_size if str(data) in DATASETS else None
+        size = DATASETS[data].image_size if str(data) in DATASETS else recorded.get("image_size")
         known = {"model": settings.model, "width": settings.width, "dataset": data, "image_size": size}
         self.members = load_members(paths, at_least, why, **known)
         data = self.members[0].network["dataset"]
         if data is None:
             raise InputError(f"--data: {paths[0]} does not say which data set its network was trained on; name it")
-        if not isinstance(data, str) or data not in DATASETS:
-            raise InputError(f"{paths[0]}: expected a data set of {', '.join(DATASETS)}, got {str(data)[:40]!r}")
+        if not isinstance(data, str) or data not in NAMES:
+            raise InputError(f"{paths[0]}: expected a data set of {', '.join(NAMES)}, got {str(data)[:40]!r}")
         places = {}
         for name in ("data_path", "train_idx_path", "val_idx_path"):
             place = recorded.get(name) if getattr(settings, name) is None else getattr(settings, name)
@@ -443,12 +458,14 @@ class Measurement:
         if not isinstance(noise, int | float) or not 0 <= noise <= 1:
             raise InputError(f"{run / 'args.json'}: its label_noise is not a share")
         with relative_paths(run, **places):
-            self.data = load_data(data, device=device, download=settings.download, label_noise=noise, **places)
+            more = {"image_size": self.members[0].network["image_size"], "inputs": self.members[0].inputs}
+            self.data = load_data(data, device=device, download=settings.download, label_noise=noise, **places, **more)
         for name, value in self.data.network.items():
             other = self.members[0].network[name]
             if other != value:
                 raise InputError(f"--data {data}: its {name} is {value}, the network of {paths[0]} has {other}")
-        self.splits = settings.split or ["test", *(["corrupted"] if find_corrupted(data, places["data_path"]) else [])]
+        copies = find_corrupted(data, places["data_path"], image_size=self.data.info.image_size)
+        self.splits = settings.split or ["test", *(["corrupted"] if copies else [])]
         self.bar = tqdm(disable=not sys.stderr.isatty(), unit="img", unit_scale=True, dynamic_ncols=True, delay=2)
         self._parts: dict[str, list[Part]] = {}
         at_once = recorded.get("batch_size")  # what the run's memory was enough for

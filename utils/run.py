@@ -48,7 +48,13 @@ MEMBER_FILES = (*CHECKPOINTS.values(), PREVIOUS, PARTIAL, "log.jsonl", "fisher.n
 FREE_SETTINGS = ("data_path", "train_idx_path", "val_idx_path", "download", "device", "threads", "jobs", "save_path")
 FREE_SETTINGS += ("save_every", "draws", "resume", "checkpoint", "overwrite", "evaluate")
 # Settings that earlier versions lack, and what these versions did. They count where they differ from it.
-OLD_DEFAULTS = {"match_size": None, "augmentation": "standard", "label_noise": 0.0, "average_from": None}
+OLD_DEFAULTS = {
+    "image_size": None,
+    "match_size": None,
+    "augmentation": "standard",
+    "label_noise": 0.0,
+    "average_from": None,
+}
 # What of the environment a run may go on without, though the last bits of floats, or the code, differ then.
 MACHINE, CODE = ("torch", "device", "cpu"), "commit"
 LATE_SECONDS = 90  # NFS holds for 30 to 60 seconds that a file is not there
@@ -60,6 +66,7 @@ class Settings:
 
     data: str
     data_path: Path
+    image_size: int | None
     train_idx_path: Path | None
     val_idx_path: Path | None
     download: bool

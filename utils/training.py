@@ -4,7 +4,6 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -197,7 +196,7 @@ def train_epoch(
             "rng_cuda": torch.cuda.get_rng_state(data.device) if data.device.type == "cuda" else None,
         }
 
-    for index, images, labels in islice(data.epoch(seed, epoch, batch_size), steps, None):
+    for index, images, labels in data.epoch(seed, epoch, batch_size, done=steps):
         mask = sam_mask[index]
         loss, correct = sharpbalance_step(model, optimizer, images, labels, mask, bn_perturbed, amp)
         loss_sum += loss * len(index)
