@@ -7,6 +7,7 @@ import json
 import lzma
 import pickle
 import random
+import struct
 import sys
 import tarfile
 import zipfile
@@ -151,6 +152,17 @@ def test_numbers_of_numpy_are_their_values(tmp_path):
         found = load_checkpoint(tmp_path / "x")["value"]
         assert found == value
         assert type(found) in (int, float, bool)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("place", ["numpy.core.multiarray", "numpy._core.multiarray"])
+def test_numbers_of_either_numpy(place, order, tmp_path):
+    """Version 2 moved the function that makes them."""
+    state = _text(order) + b"NNN" + _int(-1) + _int(-1) + _int(0)
+    kind = _call("numpy.dtype", _text("f8"), b"\x89", b"\x88") + b"(" + _int(3) + state + b"tb"
+    eight = _call("_codecs.encode", _text(struct.pack(f"{order}d", 2.0).decode()), _text("latin1"))
+    content = _state(_tensor(2, [2]))[:-1] + _text("best") + _call(f"{place}.scalar", kind, eight) + b"s."
+    assert load_checkpoint(write(_archive(content), tmp_path / "x"))["best"] == 2
 
 
 @pytest.mark.parametrize(
@@ -394,8 +406,15 @@ def test_names_of_many_parts(tmp_path):
         _call("numpy.core.multiarray._reconstruct", _int(1)),
         _call("argparse.Namespace", _int(1)),
         _call("argparse.ArgumentParser"),
+        _call("builtins.getattr", _text("a"), _text("upper")),
+        _call("builtins.eval", _text("1")),
+        _call("importlib.import_module", _text("os")),
+        _call("functools.partial", _text("a")),
     ],
-    ids=["punycode", "utf-32", "2 GB", "objects", "text for a kind", "a number for bytes", "array", "with", "parser"],
+    ids=[
+        *("punycode", "utf-32", "2 GB", "objects", "text for a kind", "a number for bytes", "array", "with", "parser"),
+        *("getattr", "eval", "import", "partial"),
+    ],
 )
 def test_calls_beside_the_weights(value, tmp_path):
     """None of torch's own functions, or of those that stand in for numpy's, can be misused."""

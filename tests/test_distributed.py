@@ -157,6 +157,17 @@ def test_overwrite_acts_once_under_torchrun(whole, tmp_path):
     assert "--overwrite" not in output
 
 
+def test_a_torchrun_is_not_another_one_of_the_same_number(monkeypatch):
+    """Its number may be given, as --rdzv-id; the process that waits for its ranks, which restarts share, is its own."""
+    monkeypatch.setattr(distributed.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    found = []
+    for parent in (10, 10, 11):
+        monkeypatch.setattr(distributed.os, "getppid", lambda parent=parent: parent)
+        found.append(distributed.job()[-1])
+    assert found[0] == found[1] != found[2]
+
+
 def free_port():
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
@@ -286,3 +297,28 @@ def test_a_rank_that_is_not_training_yet_ends_with_a_status(monkeypatch, capsys)
         watch._stop("Connection closed by peer")
     assert watch.lost
     assert capsys.readouterr().err.startswith("rank 1: rank 0 (seed 13) has ended or does not answer")
+
+
+@pytest.mark.parametrize(
+    ("error", "reached", "who"),
+    [
+        ("[Rank 0]: Ranks 1, 2 failed to pass monitoredBarrier in 30000 ms", (), "b, c"),
+        ("Connection closed by peer", (1,), "c"),
+        ("Connection closed by peer", (1, 2), "another rank"),
+    ],
+)
+def test_a_rank_that_is_training_is_asked_to_save_its_state(error, reached, who, monkeypatch, capsys):
+    """And is left the time for it. Rank 0 names those that have ended, also where the barrier does not."""
+    done = []
+    monkeypatch.setattr(distributed, "rank", lambda: 0)
+    monkeypatch.setattr(distributed, "ranks", lambda: 3)
+    monkeypatch.setattr(distributed.os, "kill", lambda process, number: done.append((process, number)))
+    monkeypatch.setattr(distributed.time, "sleep", done.append)
+    monkeypatch.setattr(distributed.os, "_exit", done.append)
+    monkeypatch.setattr(distributed.signal, "getsignal", lambda number: print)
+    watch = object.__new__(distributed.Watch)
+    watch.names, watch.lost, watch._reaches = ["a", "b", "c"], False, lambda other: other in reached
+    watch._stop(error)
+    assert watch.lost
+    assert done == [(os.getpid(), signal.SIGTERM), 15, 1]
+    assert capsys.readouterr().err.startswith(f"rank 0: {who} has ended or does not answer; this rank stops: re-run")

@@ -165,6 +165,7 @@ def test_centred_logits_do_not_see_what_softmax_ignores(shape, seed):
         assert values[0] == pytest.approx(values[1], abs=1e-12)
     if shape[1] > 1:
         assert abs(linear_cka(*moved[:2]) - linear_cka(*logits[:2])) > 0.05
+    assert torch.equal(centred(logits.float()), centred(logits.float().double()))
     classes = logits.mean(dim=2, keepdim=True)
     whole = ensemble_variance(centred(logits)) + 10 * ensemble_variance(classes)
     assert ensemble_variance(logits) == pytest.approx(whole, rel=1e-12)

@@ -25,7 +25,7 @@ from tests import files, reference
 from utils import cli
 from utils.checkpoint import load_model, save_checkpoint
 from utils.datasets import CORRUPTIONS, load_data
-from utils.metrics import bootstrap_counts, unpack_counts
+from utils.metrics import bootstrap_counts, calibration_mse, unpack_counts, unpack_values
 from utils.sharpness import NORMS, worst_case_sharpness
 
 SCRIPTS = {
@@ -105,6 +105,15 @@ def outputs(paths, images):
     return torch.stack(probs)
 
 
+def values_by_image(probs, labels, temperature):
+    """NLL before and after a temperature, and Brier score, of probabilities [N, C]: [N] each."""
+    images, onehot = range(len(labels)), torch.nn.functional.one_hot(labels, probs.shape[1])
+    cooled = torch.softmax(probs.log() / temperature, dim=1)
+    nll, calibrated = (-p[images, labels].log() for p in (probs, cooled))
+    brier = (probs - onehot).square().sum(dim=1)
+    return {"ensemble_nll": nll, "ensemble_nll_calibrated": calibrated, "ensemble_brier": brier}
+
+
 def test_diversity_equals_the_slow_forms(saved, tmp_path):
     paths = saved[1]
     result = call("diversity", "--resume", *paths, "--data_path", tmp_path, "--save", tmp_path / "m")["result"]
@@ -155,6 +164,17 @@ def test_diversity_equals_the_slow_forms(saved, tmp_path):
     assert (counts["ensemble"] == (mean.argmax(dim=1) == labels).numpy()).all()
     differ = sum((predictions[i] != predictions[j]).long() for i, j in itertools.combinations(range(3), 2))
     assert (counts["differing_pairs"] == differ.numpy()).all()
+    values = {name: unpack_values(text) for name, text in test["values_of_samples"].items()}
+    expected = values_by_image(mean, labels, result["temperatures"]["ensemble"])
+    assert values.keys() == expected.keys()
+    for name, column in expected.items():
+        assert values[name] == pytest.approx(column.numpy(), rel=1e-3, abs=1e-4)
+        assert test["rates"][name] == pytest.approx(column.mean().item(), rel=1e-5)
+    calibrated = test["ensemble"]["calibrated"]
+    assert calibrated["nll"] == pytest.approx(expected["ensemble_nll_calibrated"].mean().item(), rel=1e-5)
+    cooled = torch.softmax(mean.log() / result["temperatures"]["ensemble"], dim=1)
+    assert calibrated["brier"] == pytest.approx(reference.brier(cooled, labels), rel=1e-5)
+    assert calibrated["ece"] == pytest.approx(reference.ece(cooled, labels, 15), abs=2e-3)
     # Temperatures were fitted on validation, where no other one is better.
     val = load_data("digits", tmp_path).val
     logits = outputs(paths, val)[0].log()
@@ -256,9 +276,11 @@ def test_corrupted_by_part_severity_and_mean(saved, tmp_path):
     labels = torch.from_numpy(np.load(data_path / "digits-C" / "labels.npy")[90:120])
     info = load_data("digits", data_path).info.preprocessing
     normal = torch.from_numpy((images / 255 - np.array(info.mean)) / np.array(info.std)).permute(0, 3, 1, 2).float()
+    outputs_of_fog = []
     for path, row in zip(paths, one["members"], strict=True):
         with torch.no_grad():
             probs = torch.softmax(load_model(path)[0](normal).double(), dim=1)
+        outputs_of_fog.append(probs)
         assert row["accuracy"] == reference.accuracy(probs, labels)
         assert row["nll"] == pytest.approx(reference.nll(probs, labels), rel=1e-5)
     by_severity = [corrupted["by_severity"][str(s)]["ensemble"]["nll"] for s in range(1, 6)]
@@ -269,12 +291,26 @@ def test_corrupted_by_part_severity_and_mean(saved, tmp_path):
     rates, pairs = corrupted["mean"]["rates"], unpack_counts(counts["differing_pairs"])
     assert pairs.sum() / (75 * 3 * len(pairs)) == pytest.approx(rates["disagreement"], rel=1e-12)
     assert unpack_counts(counts["ensemble"]).mean() / 75 == pytest.approx(rates["ensemble_accuracy"], rel=1e-12)
-    assert not any("right_of_samples" in part for part in corrupted["parts"].values())
+    assert not any({"right_of_samples", "values_of_samples"} & part.keys() for part in corrupted["parts"].values())
+    for name, text in corrupted["mean"]["values_of_samples"].items():
+        assert unpack_values(text).mean() == pytest.approx(rates[name], rel=1e-3)
+    # The root of the mean, which has no interval: parts share their images.
+    square = corrupted["mean"]["ensemble"]["calibration_mse"]
+    assert corrupted["mean"]["rmsce"] == pytest.approx(math.sqrt(square), rel=1e-12)
+    assert square == pytest.approx(np.mean([p["ensemble"]["calibration_mse"] for p in corrupted["parts"].values()]))
+    assert "ensemble_rmsce" in one["intervals_95"]
+    assert "ensemble_rmsce" not in corrupted["mean"]["intervals_95"]
     # A part of the set, and the figures that one pass gave are found again by the other script.
     part = ["--data_path", data_path, "--split", "corrupted", "--corruptions", "fog,snow", "--severities", "4"]
     again = call("diversity", "--resume", *paths, "--save", tmp_path / "part", *part)["result"]["corrupted"]
     assert set(again["parts"]) == {"fog-4", "snow-4"}
     assert again["parts"]["fog-4"]["ensemble"] == one["ensemble"]
+    part[5] = "fog"
+    again = call("diversity", "--resume", *paths, "--save", tmp_path / "fog", *part)["result"]
+    mean, temperature = torch.stack(outputs_of_fog).mean(dim=0), again["temperatures"]["ensemble"]
+    for name, column in values_by_image(mean, labels, temperature).items():
+        found = unpack_values(again["corrupted"]["mean"]["values_of_samples"][name])
+        assert found == pytest.approx(column.numpy(), rel=2e-3, abs=1e-3)
     # The file tells which corrupted images these were: others have another digest.
     shutil.copytree(data_path, tmp_path / "other")
     fog = np.load(data_path / "digits-C" / "fog.npy")
@@ -355,10 +391,12 @@ def test_other_weights_or_images_are_measured_anew(saved, tmp_path):
     first = call("diversity", "--resume", *paths, *common)["result"]
     other = [*paths[:2], save_member(tmp_path / "x" / "model_best.pth.tar", 9)]
     assert call("diversity", "--resume", *other, *common)["result"] != first
-    np.save(tmp_path / "train.npy", np.arange(800))
-    np.save(tmp_path / "val.npy", np.arange(800, 898))
+    np.save(tmp_path / "train.npy", np.arange(700))
+    np.save(tmp_path / "val.npy", np.arange(700, 700 + len(load_data("digits", tmp_path).val)))  # as many
     split = ["--train_idx_path", tmp_path / "train.npy", "--val_idx_path", tmp_path / "val.npy"]
-    assert call("diversity", "--resume", *paths, *common, *split)["result"] != first
+    found = call("diversity", "--resume", *paths, *common, *split)["result"]
+    assert found != first
+    assert found == call("diversity", "--resume", *paths, *common, *split, "--save", tmp_path / "new")["result"]
     assert call("diversity", "--resume", *paths, *common)["result"] == first
 
 
@@ -388,11 +426,16 @@ def test_cka(saved, tmp_path):
 def test_the_mean_of_logits(saved, tmp_path):
     paths = saved[1]
     common = ["--resume", *paths, "--mode", "predict", "--save", tmp_path, "--data_path", tmp_path]
-    result = call("diversity", *common, "--average", "logits")["result"]["test"]
+    result = call("diversity", *common, "--average", "logits", "--bins", 3)["result"]["test"]
     images = load_data("digits", tmp_path).test
-    logs = outputs(paths, images).log()
-    expected = reference.nll(torch.softmax(logs.mean(dim=0), dim=1), images.labels)
-    assert result["ensemble"]["nll"] == pytest.approx(expected, rel=1e-5)
+    probs = torch.softmax(outputs(paths, images).log().mean(dim=0), dim=1)
+    assert result["ensemble"]["nll"] == pytest.approx(reference.nll(probs, images.labels), rel=1e-5)
+    # The root of the calibration error, and of its interval, of the same bins.
+    confidence, prediction = probs.max(dim=1)
+    square, edges = calibration_mse(confidence, prediction == images.labels, 3)
+    assert square > 0
+    assert result["rmsce"] == pytest.approx(math.sqrt(square), rel=0.02)
+    assert result["intervals_95"]["ensemble_rmsce"] == pytest.approx(list(map(math.sqrt, edges)), rel=0.02)
 
 
 def test_one_member_can_be_scored(saved, tmp_path):
@@ -728,9 +771,14 @@ def test_draws_of_the_calibration_error():
     args = measure_diversity.parse_args(["--resume", "x", "--mode", "predict,disagreement", "--bins", "5"])
     weights = torch.cat(list(bootstrap_counts(40, 6))).double() / 40
     temperatures = {"members": [1.0, 1.0], "ensemble": 1.0}
-    _, columns, gaps = measure_diversity.measure_part(args, logits, labels, [], temperatures)
+    result, columns, gaps = measure_diversity.measure_part(args, logits, labels, [], temperatures)
     draws = measure_diversity.resample(6, columns, gaps)
     confidence, prediction = torch.softmax(logits, 2).mean(0).max(1)
+    edges = calibration_mse(confidence, prediction == labels, 5)[1]
+    assert edges != pytest.approx(calibration_mse(confidence, prediction == labels)[1], rel=0.05)
+    part = utils.predictions.Part("test", list)
+    whole = measure_diversity.mean_of_parts([part], {"test": measure_diversity.PartResult(result, columns, draws)})
+    assert whole["intervals_95"]["ensemble_rmsce"] == pytest.approx(list(map(math.sqrt, edges)))
     for weight, drawn in zip(weights, draws["ensemble_ece"], strict=True):
         error = 0.0
         for low in range(5):
@@ -738,3 +786,43 @@ def test_draws_of_the_calibration_error():
             error += abs((weight * ((prediction == labels).double() - confidence))[inside].sum().item())
         assert drawn.item() == pytest.approx(error, rel=1e-9)
     assert draws["disagreement"].shape == (6,)
+
+
+def test_counts_and_values_of_many_parts():
+    """Sums and means over parts; a count that 16 bits do not hold, and parts of different images, have none."""
+
+    def part(name, samples=3):
+        columns = {
+            "member_accuracy": 0.98,
+            "disagreement": 1.0,
+            "ensemble_accuracy": 1.0,
+            "ensemble_nll": 2.0 + len(name),
+        }
+        columns = {name: torch.full((samples,), value, dtype=torch.float64) for name, value in columns.items()}
+        return measure_diversity.PartResult({}, columns, {})
+
+    parts = [utils.predictions.Part("x" * (1 + i % 2), list) for i in range(75)]
+    found = {"x": part("x"), "xx": part("xx")}
+    for members, names in ((3, {"members", "ensemble", "differing_pairs"}), (50, {"members", "ensemble"})):
+        kept = measure_diversity.of_samples(parts, found, members)
+        assert kept["right_of_samples"].keys() == names
+        assert unpack_counts(kept["right_of_samples"]["members"]).tolist() == [round(0.98 * members * 75)] * 3
+        value = 2 + (38 * 1 + 37 * 2) / 75
+        assert unpack_values(kept["values_of_samples"]["ensemble_nll"]) == pytest.approx([value] * 3, rel=5e-4)
+    found["xx"] = part("xx", samples=4)
+    assert measure_diversity.of_samples(parts, found, 3) == {"right_of_samples": {}, "values_of_samples": {}}
+
+
+def test_a_calibration_error_without_its_bias_is_not_below_zero():
+    """Its square is at times; of several parts the mean of squares counts."""
+    found = {
+        name: measure_diversity.PartResult(
+            {"ensemble": {"ece": 0.1, "calibration_mse": square}, "rmsce_interval": [0.0, 0.1]},
+            {},
+            {"ensemble_ece": torch.full((3,), 0.1)},
+        )
+        for name, square in (("a", -0.03), ("b", 0.07))
+    }
+    parts = [utils.predictions.Part(name, list) for name in found]
+    assert measure_diversity.mean_of_parts(parts[:1], found)["rmsce"] == 0
+    assert measure_diversity.mean_of_parts(parts, found)["rmsce"] == pytest.approx(math.sqrt(0.02))

@@ -79,6 +79,9 @@ def test_a_kill_between_best_and_last(first, again, best, accuracies, tmp_path, 
     log = [json.loads(line) for line in (tmp_path / "run" / "seed_13" / "log.jsonl").read_text().splitlines()]
     assert [line["val_acc"] for line in log] == first + again
     assert None not in [line["seconds"] for line in log]
+    # A finished run that is started again keeps all three.
+    run(tmp_path / "run", ONE)
+    assert epochs(tmp_path / "run") == {BEST: best, LAST: 4, PREVIOUS: 3}
 
 
 def test_the_best_checkpoint_stands_in_for_a_damaged_last_one(accuracies, tmp_path, capsys):

@@ -185,6 +185,38 @@ def test_calibration_error_by_its_definition():
     assert calibration_mse(torch.tensor([0.5]), torch.tensor([1.0]))[0] == 0
 
 
+@pytest.mark.parametrize("level", [0.95, 0.8])
+def test_interval_of_the_calibration_error_by_its_definition(level):
+    """Its edges are as far from the estimate as the quantile times the standard error there, bin by bin."""
+    random, reached = np.random.default_rng(0), set()
+    z = stats.norm.ppf((1 + level) / 2) ** 2
+    for case in range(60):
+        samples = (9, 30, 300)[case % 3]
+        confidence = random.beta(5, 1, samples) if case % 2 else random.random(samples)
+        shift = 0.4 * (confidence < 0.7) if case % 4 < 2 else 0.1
+        correct = random.random(samples) < confidence - shift
+        value, edges = calibration_mse(torch.from_numpy(confidence), torch.from_numpy(correct), 5, level)
+        bins, rows = np.minimum((5 * confidence).astype(int), 4), []
+        for b in range(5):
+            gap = (correct - confidence)[bins == b]
+            if len(gap) > 1:
+                rows.append((len(gap), gap.mean(), gap.var(ddof=1), (gap**2).mean()))
+        count, mean, variance, square = np.array(rows).T
+        share, weight = count / samples, count / samples * mean**2
+        at_zero = 2 * (share**2 * square**2 / (count * (count - 1))).sum()
+        slopes = [(share * square).sum(), (weight * variance).sum() / weight.sum()]
+        spread = ((weight * mean**2).sum() / weight.sum() ** 2 - 1) / samples
+        reached |= {("slope", int(np.argmax(slopes))), ("spread", int(np.searchsorted([0, 0.2], spread)))}
+        for sign, edge in zip((-1, 1), edges, strict=True):
+            if edge > 0:
+                assert sign * (edge - value) > 0
+                error = at_zero + 4 * max(slopes) / samples * edge + min(max(spread, 0), 0.2) * edge**2
+                assert (edge - value) ** 2 == pytest.approx(z * error, rel=1e-9)
+            else:  # then 0 is within reach
+                assert value**2 <= z * at_zero
+    assert reached >= {("slope", 0), ("slope", 1), ("spread", 1), ("spread", 2)}
+
+
 @pytest.mark.parametrize(("samples", "draws", "seed"), [(1, 5, 0), (200, 1000, 0), (3000, 1500, 3), (40_000, 450, 0)])
 def test_bootstrap_means_are_those_of_all_resamples_at_once(samples, draws, seed):
     """Blocks, kept or not, of the same resamples as one matrix [B, N] of weights, which may take gigabytes."""

@@ -208,6 +208,19 @@ def test_logits_of_other_code_or_another_device_are_made_anew(change, members, m
     assert capsys.readouterr().err == ""
 
 
+def test_only_the_same_versions_are_the_same():
+    """Not one that is missing from a record, and not a newer one."""
+    here = {"device": "cpu", "commit": "x"}
+    record = utils.predictions.made_by("predict", here)
+    assert utils.predictions.why_stale("predict", record, here) is None
+    for name in ("logits", "predict"):
+        versions, now = record["versions"], VERSIONS[name]
+        for change, was in (({}, "None"), ({name: now - 1}, now - 1), ({name: now + 1}, now + 1)):
+            other = {k: v for k, v in versions.items() if k != name} | change
+            why = utils.predictions.why_stale("predict", record | {"versions": other}, here)
+            assert why == f"by version {was} of {name}, which is now {now}"
+
+
 @pytest.mark.parametrize("entry", [None, np.array("3"), np.array('{"weights": 1}'), np.zeros(3), np.array("{")])
 def test_caches_of_earlier_versions(entry, members, monkeypatch, capsys):
     """They name no version, or are damaged."""
@@ -238,6 +251,18 @@ def test_modes_that_an_earlier_version_measured_are_not_kept(members, monkeypatc
             write_json(f"m/{script}.json", before | {"made_by": damage})
             result = call(script, *common, "--mode", second, *more)["result"]
             assert not {"kl", "variance_of_logits"} & result["val" if script == "diversity" else "test"].keys()
+
+
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_one_split_of_another_version_is_enough(split, members, capsys):
+    common = ["--resume", *members[0], "--save", "m", "--bootstrap", 0, "--split"]
+    content = call("diversity", *common, "test,val", "--mode", "predict")
+    content["made_by"][split]["predict"]["versions"]["predict"] = 0
+    write_json("m/diversity.json", content)
+    result = call("diversity", *common, "test", "--mode", "KL")["result"]
+    assert "replaces what was measured by version 0 of predict, which is now" in capsys.readouterr().err
+    assert "val" not in result
+    assert not {"ensemble", "members"} & result["test"].keys()
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -16,7 +16,7 @@ from tests.test_ensemble import ROOT
 from tests.test_summarize import SAM, write
 from utils import cli
 from utils.metrics import crossed_interval
-from utils.results import METHODS, Ensemble, p_value_of
+from utils.results import METHODS, Ensemble, gap_between, interval_of, p_value_of
 
 
 def test_p_value():
@@ -33,6 +33,30 @@ def test_p_value():
     # Where one of them is not known by image, over ensembles.
     values = [images.mean().item(), 0.002, images.mean().item()]
     assert p_value_of([images, 0.002, images]) == p_value_of(values)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 50), (6, 50), (50, 2), (300, 2)])
+def test_a_p_value_is_the_level_at_which_the_interval_ends_at_zero(shape):
+    random = np.random.default_rng(len(shape))
+    for _ in range(5):
+        table = 0.2 + random.normal(size=shape) + random.normal(size=shape[-1])
+        gaps = table.tolist() if len(shape) == 1 else list(torch.from_numpy(table))
+        p = p_value_of(gaps)
+        assert 0 < p < 1
+        edges = interval_of(gaps, 1 - p)[1]
+        assert min(map(abs, edges)) == pytest.approx(0, abs=1e-9)
+    assert p_value_of([torch.zeros(shape[-1])] * 3) == p_value_of([0.0, 0.0]) == 1
+    assert p_value_of([torch.ones(shape[-1])] * 3) == p_value_of([0.5, 0.5]) == 0
+
+
+def test_a_difference_by_image_is_of_the_same_images():
+    """Of other numbers of images, as corrupted sets may have, that of the means."""
+    one, other, small = (Ensemble(Path(), "x", (1,), {"ensemble": value}) for value in (0.75, 0.5, 0.25))
+    for ensemble, images in ((one, 4), (other, 4), (small, 1)):
+        ensemble.by_sample = {"ensemble": torch.full((images,), ensemble.values["ensemble"])}
+    assert gap_between(one, other, "ensemble").tolist() == [0.25] * 4
+    assert gap_between(one, small, "ensemble") == 0.5
+    assert gap_between(one, small, "eir") is None
 
 
 def test_holm():
@@ -214,6 +238,11 @@ def test_report(results, capsys):
 
 def squeezed(text):
     return re.sub(" +", " ", text)
+
+
+def test_looks_are_said_where_there_were_several():
+    assert report.looks({}) == report.looks({"looks": [5]}) == ""
+    assert report.looks({"looks": [3, 5]}).startswith(" Test images were looked at with 3 and again with 5 ensembles; ")
 
 
 def test_one_value_that_was_chosen_without_others():

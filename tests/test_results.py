@@ -300,6 +300,28 @@ def test_unknown_is_not_equal(name, tmp_path, capsys):
     assert checked(folders[:1], capsys) == ""
 
 
+PROTOCOL = {"diversity.json": "average bins split corruptions severities"}
+PROTOCOL["sharpness.json"] = "rho0 adaptive n_iters maximiser eval_batch_size batch_num subset_seed split params"
+
+
+@pytest.mark.parametrize(("file", "name"), [(file, name) for file, names in PROTOCOL.items() for name in names.split()])
+def test_what_is_compared_was_measured_alike(file, name, tmp_path, capsys):
+    folders = three_alike(tmp_path)
+    for folder in folders:
+        change(folder, file, "protocol", name, "one")
+    assert checked(folders, capsys) == ""
+    change(folders[1], file, "protocol", name, "another")
+    assert re.search(rf"--{name}( of the sharpness)? differs \(another, one\); measure both", checked(folders, capsys))
+
+
+def test_files_of_other_names_may_be_of_any_epoch(tmp_path, capsys):
+    folders = three_alike(tmp_path)
+    for folder in folders[1:]:
+        change(folder, "diversity.json", "protocol", "checkpoint", "named one by one")
+    note = f"note: not recorded, so that it may differ: --checkpoint (of {folders[1]} and 1 more)\n"
+    assert checked(folders, capsys) == note
+
+
 def test_corrupted_sets_of_other_sizes(tmp_path, capsys):
     """Their digests are not known, their sizes are."""
     folders = three_alike(tmp_path)

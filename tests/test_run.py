@@ -351,6 +351,10 @@ def test_overwrite_acts_once_in_a_job(variable, stopped, monkeypatch, capsys):
         assert not overwrite(stopped)
     monkeypatch.setenv(variable, "78")
     assert not overwrite(stopped)
+    # A run that this job began, but not by --overwrite.
+    call([*FLAGS, "--save_path", stopped / "new"])
+    assert not overwrite(stopped / "new")
+    shutil.rmtree(stopped / "new")
     monkeypatch.delenv(variable)
     assert not overwrite(stopped)
 

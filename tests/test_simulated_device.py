@@ -172,6 +172,37 @@ def test_scores_and_a_step_of_other_networks(model):
 
 
 @simulated
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("bad", ["at w", "at w + eps"])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
+def test_a_step_that_is_skipped_is_that_of_the_cpu(value, bad, base):
+    """There it is taken, and taken back without waiting: weights, momentum and counts are the same, bit for bit."""
+    found = []
+    for device in ("cpu", "sim"):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(device)
+        images, labels = torch.randn(6, 4).to(device), (torch.arange(6) % 3).to(device)
+        optimizer = SAM(network.parameters(), base, rho=0.5, lr=0.01, momentum=0.9)
+        seen = []
+        for step in range(5):
+            for name in ("at w", "at w + eps"):
+                nn.functional.cross_entropy(network(images), labels).backward()
+                poison = torch.full((), value if name == bad and step in (0, 2, 3) else 0.0)
+                sim.reads.clear()
+                network[2].bias.grad[1] += poison  # also before there is any state
+                (optimizer.first_step if name == "at w" else optimizer.second_step)(zero_grad=True)
+                assert sim.reads == []
+                seen += [p.detach().cpu().clone() for p in network.parameters()]
+            if step:  # before it the CPU has no state, and the device has one of zeros
+                seen += [s[k].cpu().clone() for s in optimizer.state.values() for k in sorted(s) if k != "step"]
+            seen.append(optimizer.skipped.cpu())
+        assert [t.tolist() for t in seen if t.dtype == torch.int64] == [[1, 1], [1, 0], [2, 1], [3, 2], [3, 0]]
+        found.append(seen)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+@simulated
 def test_the_benchmark_runs_there(monkeypatch):
     synthetic = benchmark.synthetic
     monkeypatch.setattr(benchmark, "synthetic", lambda images: synthetic(max(images // 64, 2)))

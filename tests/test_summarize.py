@@ -21,10 +21,12 @@ from utils.metrics import (
     corrected_interval,
     crossed_interval,
     pack_counts,
+    pack_values,
     paired_bootstrap,
     percentile_interval,
     t_interval,
     unpack_counts,
+    unpack_values,
 )
 from utils.results import copy_results, read_ensemble
 
@@ -143,6 +145,81 @@ def test_several_ensembles_are_one_row_and_pairs_have_the_same_seeds(tmp_path, c
     text = (tmp_path / "t" / "table.md").read_text()
     assert len(re.findall(r"^\|[-|]+\|$", text, re.MULTILINE)) == 3
     assert re.search("One ensemble: .* Several: ", text)
+
+
+def test_values_by_image_give_intervals_over_both(tmp_path, capsys):
+    """Of the NLL before and after the temperature, on clean images and as means over corrupted ones."""
+    random, names = np.random.default_rng(0), ("ensemble_nll", "ensemble_nll_calibrated")
+    folders, values = [], {}
+    for i, settings in enumerate([SAM] * 3 + [SHARPBALANCE] * 3):
+        folder = write(tmp_path / str(i), settings, (i % 3, 9), 0.8)
+        content = json.loads((folder / "diversity.json").read_text())
+        clean = content["result"]["test"]
+        corrupted = json.loads(json.dumps(clean)) | {"parts": 75, "samples": 200.0, "right_of_samples": {}}
+        content["result"]["corrupted"], content["data"]["sha256_of_corrupted"] = {"mean": corrupted}, "c"
+        for place, row in (("", clean), ("corrupted_", corrupted)):
+            drawn = {name: random.exponential(j + 1 + bool(place), IMAGES) for j, name in enumerate(names)}
+            row["values_of_samples"] = {name: pack_values(column) for name, column in drawn.items()}
+            for name, text in row["values_of_samples"].items():
+                values.setdefault(place + name, []).append(torch.from_numpy(unpack_values(text)))
+            nll, calibrated = (drawn[name].mean() for name in names)
+            row["ensemble"] |= {"nll": nll, "calibrated": {"nll": calibrated, "ece": 0.01}}
+            row |= {"rmsce": 0.04 if place else 0.03, "rmsce_interval": [0.01, 0.05]}
+        write_json(folder / "diversity.json", content)
+        folders.append(folder)
+    call(*folders, "--format", "csv")
+    table, differences = (list(csv.reader(part.splitlines())) for part in capsys.readouterr().out.split("\n\n")[:2])
+    for title, value in {
+        "ensemble ECE %, calibrated": 1,
+        "ensemble RMSCE %": 3,
+        "ensemble RMSCE % (corrupted)": 4,
+    }.items():
+        assert table[1][table[0].index(title)].startswith(f"{value}.00 ± 0.00")
+    titles = {"ensemble NLL": names[0], "ensemble NLL, calibrated": names[1]}
+    titles |= {f"{title} (corrupted)": f"corrupted_{name}" for title, name in titles.items()}
+    for title, name in titles.items():
+        column, stacked = table[0].index(title), torch.stack(values[name])
+        for row, part in (
+            (table[1], stacked[:3]),
+            (table[2], stacked[3:]),
+            (differences[1], stacked[3:] - stacked[:3]),
+        ):
+            low, high = crossed_interval(part)
+            assert row[column].endswith(f" [{low:.4f}, {high:.4f}]")
+            assert float(row[column].split()[0]) == pytest.approx(part.mean().item(), abs=2e-3)
+    call(*folders)
+    only = re.search(r"with the images as they are: (.*); else over new", " ".join(capsys.readouterr().out.split()))[1]
+    assert "NLL" not in only
+    assert "ensemble ECE %" in only
+
+
+def test_the_note_names_what_is_over_ensembles_alone(tmp_path, capsys):
+    """Of a value that one ensemble of one method does not have by image, and that all ensembles have."""
+    groups = {"sam": SAM, "sharp": SHARPBALANCE}
+    folders = [write(tmp_path / f"{n}{i}", s, (i, 9), 0.8 + i / 50, 2.0) for n, s in groups.items() for i in range(2)]
+
+    def over(ensembles):
+        call(*ensembles)
+        return re.search(r"95 % interval (over .*?)\. method ", " ".join(capsys.readouterr().out.split()))[1]
+
+    def change(folder, *names):
+        content = json.loads((folder / "diversity.json").read_text())
+        for name in names:
+            del content["result"]["test"]["right_of_samples"][name]
+        write_json(folder / "diversity.json", content)
+
+    alone = "over new ensembles, with the images as they are: "
+    rest = "ensemble NLL, ensemble ECE %, sharpness (worst, l2)"
+    assert over(folders) == f"{alone}{rest}; else over new ensembles and new test images"
+    change(folders[3], "ensemble")
+    expected = f"{alone}ensemble acc. %, gain, points, EIR, DER, {rest}; else over new ensembles and new test images"
+    assert over(folders) == over(folders[::-1]) == expected
+    # What some ensembles lack has no interval in their row, and what is never known by image leaves nothing else.
+    for folder in folders:
+        change(folder, "members", "differing_pairs", *["ensemble"] * (folder != folders[3]))
+    (folders[0] / "sharpness.json").unlink()
+    rest = "ensemble NLL, ensemble ECE %"
+    assert over(folders) == f"{alone}member acc. %, ensemble acc. %, gain, points, EIR, DER, disagreement %, {rest}"
 
 
 def test_latex(tmp_path, capsys):
@@ -360,6 +437,15 @@ def test_counts_survive():
             unpack_counts(text)
 
 
+def test_values_survive():
+    """To 0.05 %; what is too large for 16 bits is the largest that they hold."""
+    values = 10 ** np.random.default_rng(0).uniform(-3, 4, 1000)
+    found = unpack_values(pack_values(values))
+    assert found.dtype == np.float64
+    assert found == pytest.approx(values, rel=5e-4)
+    assert unpack_values(pack_values(np.array([1e6, -np.inf, 0.0]))).tolist() == [65504, -65504, 0]
+
+
 def covers(intervals, truth):
     hits = sum(low <= truth <= high for low, high in intervals)
     return stats.binomtest(hits, len(intervals), 0.95).pvalue > 1e-3
@@ -417,19 +503,30 @@ def test_intervals_over_ensembles_and_images_cover(ensembles, images, ratio):
         assert stats.binomtest(hits, draws, 0.97).pvalue > 1e-3 or hits < 0.97 * draws, hits
 
 
-def test_interval_over_ensembles_and_images_by_its_definition():
-    random = np.random.default_rng(0)
-    table = 0.1 * random.normal(size=(6, 1)) + random.normal(size=(1, 50)) + 2 * random.normal(size=(6, 50))
+@pytest.mark.parametrize(
+    ("ensembles", "row", "column", "largest", "widest"),
+    [(6, 0.1, 1, 0, 0), (6, 1, 0, 1, 0), (6, 0, 1, 2, 0), (2, 0.3, 1, 0, 1)],
+)
+def test_interval_over_ensembles_and_images_by_its_definition(ensembles, row, column, largest, widest):
+    """Where each of the three variances is the largest, and where an interval over one population is the widest."""
+    random = np.random.default_rng(41)
+    table = row * random.normal(size=(ensembles, 1)) + column * random.normal(size=(1, 50))
+    table += 2 * random.normal(size=(ensembles, 50))
     low, high = crossed_interval(torch.from_numpy(table))
-    a, b = table.mean(axis=1), table.mean(axis=0)
+    a, b, whole = table.mean(axis=1), table.mean(axis=0), (ensembles - 1) * 49
     residuals = table - a[:, None] - b + table.mean()
-    parts = [a.var(ddof=1) / 6, b.var(ddof=1) / 50, (residuals**2).sum() / (5 * 49) / 300]
-    variance = max(parts[0] + parts[1] - parts[2], *parts[:2])
-    degrees = variance**2 / (parts[0] ** 2 / 5 + parts[1] ** 2 / 49 + parts[2] ** 2 / (5 * 49))
-    halves = [stats.t.ppf(0.975, degrees) * math.sqrt(variance)]
-    halves += [stats.t.ppf(0.975, n - 1) * math.sqrt(part) for n, part in zip((6, 50), parts[:2], strict=True)]
+    parts = [a.var(ddof=1) / ensembles, b.var(ddof=1) / 50, (residuals**2).sum() / whole / (50 * ensembles)]
+    variances = [parts[0] + parts[1] - parts[2], *parts[:2]]
+    assert np.argmax(variances) == largest
+    degrees = max(variances) ** 2 / (parts[0] ** 2 / (ensembles - 1) + parts[1] ** 2 / 49 + parts[2] ** 2 / whole)
+    halves = [stats.t.ppf(0.975, degrees) * math.sqrt(max(variances))]
+    sizes = zip((ensembles, 50), parts[:2], strict=True)
+    halves += [stats.t.ppf(0.975, n - 1) * math.sqrt(part) for n, part in sizes]
+    assert np.argmax(halves) == widest
     assert (low + high) / 2 == pytest.approx(table.mean())
     assert (high - low) / 2 == pytest.approx(max(halves))
+    # The two populations are treated alike.
+    assert crossed_interval(torch.from_numpy(table.T)) == pytest.approx([low, high])
     assert crossed_interval(torch.ones(2, 3)) == [1, 1]
 
 

@@ -1,3 +1,4 @@
+import contextlib
 import copy
 
 import numpy as np
@@ -10,6 +11,7 @@ import utils.training
 from models import create_model, evaluating
 from sam import SAM
 from tests import reference
+from utils import RunError
 from utils.data import ImageSet, Preprocessing
 from utils.training import learning_rate, predict, sharpbalance_step, train_epoch
 
@@ -231,6 +233,26 @@ def test_skipped_steps_count_over_a_break(capsys):
     del where[-1]["skipped"]  # as files of older versions have it
     train_epoch(model, optimizer, data, mask, 13, 0, 8, position=where[-1])
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("skipped", "ends"), [((2, 3, 4), True), ((3, 4), False), ((0, 1, 2), False), ((1, 2, 4), False)]
+)
+def test_an_epoch_ends_the_run_where_its_last_steps_were_all_skipped(skipped, ends, monkeypatch, capsys):
+    """The last `MAX_SKIPPED`, here 3 of 5, in a row up to the end."""
+    monkeypatch.setattr(utils.training, "MAX_SKIPPED", 3)
+    model, calls = resnet(torch.float32), []
+    optimizer = SAM(model.parameters(), rho=0.1, **HYPER)
+    model.linear.bias.register_hook(lambda g: calls.append(1) or (g / 0 if (len(calls) - 1) // 2 in skipped else g))
+    words = (
+        f"member with seed 13, epoch 0: {len(skipped)} of 5 steps were skipped, since their gradients are not finite"
+    )
+    with pytest.raises(RunError, match=f"{words}, the last 3 in a row; ") if ends else contextlib.nullcontext():
+        train_epoch(model, optimizer, small_set(), torch.ones(37, dtype=torch.bool), 13, 0, 8)
+    assert capsys.readouterr().err == ("" if ends else f"warning: {words}\n")
+    # Where the loss itself is not finite, that is what is said, by the caller.
+    model.linear.bias.data.fill_(torch.nan)
+    assert np.isnan(train_epoch(model, optimizer, small_set(), torch.ones(37, dtype=torch.bool), 13, 1, 8)[0])
 
 
 def test_a_frozen_parameter_stays():
