@@ -1,6 +1,8 @@
 """The notebook runs, what git holds of it is small, and its figures can be drawn without it."""
 
+import contextlib
 import copy
+import io
 import json
 import math
 import subprocess
@@ -13,7 +15,7 @@ import pytest
 from scipy.optimize import brentq
 
 from scripts import plot
-from utils import cli, plots, theory_plots
+from utils import cli, plots, theory_plots, verification
 from utils.plots import shades
 from utils.results import METHODS
 from utils.verification import (
@@ -93,8 +95,27 @@ def test_what_git_holds_of_the_notebook():
             assert cell["execution_count"] is None
             assert "def " not in "".join(cell["source"])  # functions live in utils/
             outputs += cell["outputs"]
-    assert len(outputs) == 7
-    assert all(set(output["data"]) == {"image/png"} for output in outputs)
+    pictures = [output for output in outputs if output["output_type"] == "display_data"]
+    assert len(pictures) == 7
+    assert all(set(output["data"]) == {"image/png"} for output in pictures)
+
+
+def test_tables_of_the_notebook_are_those_of_the_result_file(monkeypatch):
+    """What its cells print of results/theory/theory.json is what git holds below them."""
+    grids = json.loads((ROOT / "results/theory/theory.json").read_text())["grids"]
+    monkeypatch.setattr(verification, "simulate_all", lambda *_: grids)
+    monkeypatch.chdir(ROOT)
+    names, tables = {}, 0
+    for cell in json.loads(NOTEBOOK.read_text())["cells"]:
+        source = "".join(line for line in cell["source"] if not line.startswith("%"))
+        if cell["cell_type"] != "code" or source.startswith("figures["):
+            continue
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(source, names)
+        kept = "".join(line for output in cell["outputs"] for line in output["text"])
+        assert kept == printed.getvalue()
+        tables += kept.count("variance") > 0
+    assert tables >= 5
 
 
 @pytest.mark.parametrize("method", ["random", "paper", "released"])
