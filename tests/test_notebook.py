@@ -247,7 +247,7 @@ def test_the_script_draws_the_same_figures(grids, tmp_path, monkeypatch, capsys)
 
 def test_the_tradeoff_shows_the_numbers_of_its_methods(grids):
     """Each curve, its colour, and its entry in the legend, at the mean iterate and at the members."""
-    figure = theory_plots.theory_tradeoff(grids)
+    figure = theory_plots.theory_tradeoff(grids, 2)
     for axis, key in zip(figure.axes, ("sharpness", "member_sharpness"), strict=True):
         handles, labels = axis.get_legend_handles_labels()
         lines = {label: handle.lines[0] for handle, label in zip(handles, labels, strict=True)}
