@@ -323,7 +323,7 @@ def claims_table(claims: tuple[Claim, ...], measured: Measured, seeds: list[str]
         digits = 2 if claim.unit in FACTORS else 3
         edges = "[{:.{d}f}, {:.{d}f}]".format(*interval, d=digits) if interval else "-"
         edges += f" ({population})" * (interval is not None and population != results.BOTH)
-        shown = f"{mean:+.{digits}f} {claim.unit}".strip() if math.isfinite(mean) else "not finite or not known"
+        shown = f"{mean:+.{digits}f} {claim.unit}".strip() if math.isfinite(mean) else "not finite"
         row, margin = [claim.name, claim.text, shown, edges], f"{claim.margin:g} {claim.unit}".strip()
         word = verdict(gap, corrected, claim.margin)
         rows.append(row + [f"{p:.4f}", f"{corrected:.3f}", margin, f"**{word}**"] * decide)
