@@ -328,6 +328,15 @@ def test_each_task_of_a_launcher_starts_the_whole_run(tasks, stopped, monkeypatc
     call(["--resume", stopped])
 
 
+def test_a_process_of_jobs_knows_the_tasks_of_a_launcher(monkeypatch):
+    """Its own WORLD_SIZE is none of them."""
+    monkeypatch.setenv(distributed.STORE, "store")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not distributed.started_many_times()
+    monkeypatch.setenv("SLURM_NTASKS", "3")
+    assert distributed.started_many_times()
+
+
 def overwrite(folder):
     """Start with --overwrite; whether an epoch that was there before is still there."""
     mark = folder / "seed_1" / "sam_mask.npy"

@@ -73,8 +73,9 @@ def job() -> list[str]:
 
 def started_many_times() -> bool:
     """Whether a launcher that is not torchrun started this command for several tasks, each of which trains it all."""
-    several = any(os.environ.get(name, "1") not in ("", "0", "1") for name in TASKS)
-    return several and not launched()
+    names = TASKS[:-1] if STORE in os.environ else TASKS  # WORLD_SIZE is then ours, see `utils.processes`
+    several = any(os.environ.get(name, "1") not in ("", "0", "1") for name in names)
+    return several and not dist.is_torchelastic_launched()
 
 
 def start_device(name: str, threads: int | None) -> torch.device:
