@@ -208,9 +208,14 @@ def to_float64(tensor: Tensor) -> Tensor:
 
 
 def refuse_train_mode(model: nn.Module, what: str) -> None:
-    """Raise ValueError if a module is in train mode, where batch statistics and dropout belong to the function."""
+    """Raise ValueError if a module is in train mode, where batch statistics and dropout belong to the function.
+
+    So they do, in every mode, of a BatchNorm without running statistics.
+    """
     if any(module.training for module in model.modules()):
         raise ValueError(f"{what} is measured in eval mode: call model.eval() first")
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None for m in model.modules()):
+        raise ValueError(f"{what} is that of one sample, and a BatchNorm without running statistics mixes samples")
 
 
 def matching_parameters(model: nn.Module, params: str | None) -> list[nn.Parameter]:
