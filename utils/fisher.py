@@ -162,7 +162,7 @@ def _units(model: nn.Module, images: Tensor, labels: Tensor, trainable: set[int]
 
 def _try_units(model: nn.Module, owners: Units, images: Tensor, labels: Tensor, trainable: set[int]) -> Units | str:
     """The units of a network of others, compared with backward passes of a few samples, or why there are none."""
-    units = _follow(model, owners, images[:1], labels[:1])
+    units = _follow(model, owners, images[:2], labels[:2])
     if isinstance(units, str):
         return units
     exact = _by_samples(model, images, labels)
@@ -175,21 +175,25 @@ def _try_units(model: nn.Module, owners: Units, images: Tensor, labels: Tensor, 
     return f"the layers of {type(model).__name__} do not add up to it"
 
 
-def _follow(model: nn.Module, owners: Units, image: Tensor, label: Tensor) -> Units | str:
-    """The units of a network, found by passing one image through it, or why there are none."""
-    calls: dict[nn.Module, int] = {}
+def _follow(model: nn.Module, owners: Units, images: Tensor, labels: Tensor) -> Units | str:
+    """The units of a network, found by passing one image and then two through it, or why there are none."""
+    calls: dict[nn.Module, list[int]] = {module: [] for module in model.modules()}  # rows of input and output
 
-    def count(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        whole = args and isinstance(args[0], Tensor) and args[0].dim() and _single(output) is not None
-        calls[module] = calls.get(module, 0) + (1 if whole else 2)
+    def note(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        tensors = [args[0] if args else None, _single(output)]
+        calls[module] += [len(t) if isinstance(t, Tensor) and t.dim() else 0 for t in tensors]
 
-    handles = [module.register_forward_hook(count, with_kwargs=True) for module in model.modules()]
+    handles = [module.register_forward_hook(note, with_kwargs=True) for module in calls]
     try:
         with torch.enable_grad():
-            loss = F.cross_entropy(model(image), label)
+            loss = F.cross_entropy(model(images[:1]), labels[:1])
+        with torch.no_grad():
+            model(images)
     finally:
         for handle in handles:
             handle.remove()
+    # Called once with one image, and with two once more, on twice as many rows.
+    whole = {m for m, rows in calls.items() if len(rows) == 4 and all(rows) and rows[2:] == [2 * n for n in rows[:2]]}
     named = {f"{name}.{n}" if name else n: (name, n) for name, names in owners.items() for n in names}
     gradients = torch.autograd.grad(loss, [model.get_parameter(full) for full in named], allow_unused=True)
     units: dict[str, list[str]] = {}
@@ -197,11 +201,11 @@ def _follow(model: nn.Module, owners: Units, image: Tensor, label: Tensor) -> Un
         if gradient is None:  # a head for training only, for instance
             continue
         place = owner
-        while calls.get(model.get_submodule(place)) != 1 and place:
+        while place and model.get_submodule(place) not in whole:
             place = place.rpartition(".")[0]
         if not place and owner:
             module = model.get_submodule(owner)
-            how = "is called twice in one forward pass" if calls.get(module) else "is used without being called"
+            how = "is called twice in one forward pass" if len(calls[module]) > 4 else "is not called with the samples"
             return f"{type(module).__name__} {how}"
         units.setdefault(place, []).append(full.removeprefix(f"{place}.") if place else full)
     return {place: tuple(names) for place, names in units.items()}
@@ -275,8 +279,8 @@ def _by_samples(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         with torch.enable_grad():
             loss = F.cross_entropy(model(images[i : i + 1].detach()), labels[i : i + 1])
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        norms = torch._foreach_norm([g for g in found if g is not None])
-        scores[i] = torch.stack(norms).square().sum()
+        # Not by norms, which lose the third digit of a hundred million numbers in float32.
+        scores[i] = torch.stack([g.square().sum() for g in found if g is not None]).sum()
     return scores
 
 
@@ -362,10 +366,11 @@ def _conv2d(module: nn.Conv2d, x: Tensor, g: Tensor, wants: set[str]) -> Terms:
     if "bias" in wants:
         yield g.sum((1, 2)).square().sum(1)
     if "weight" in wants:
+        # Groups are convolutions of their own: [B, H, W, G C] -> [B G, H, W, C].
+        x, g = (t.unflatten(3, (module.groups, -1)).movedim(3, 1).flatten(0, 1) for t in (x, g))
         step = max(1, _chunk_numbers(x) // (x[0].numel() + g[0].numel()))
-        for group in zip(x.chunk(module.groups, 3), g.chunk(module.groups, 3), strict=True):
-            chunks = zip(*(tensor.split(step) for tensor in group), strict=True)
-            yield torch.cat([_conv2d_weight(module, x_chunk, g_chunk) for x_chunk, g_chunk in chunks])
+        norms = [_conv2d_weight(module, *chunks) for chunks in zip(x.split(step), g.split(step), strict=True)]
+        yield torch.cat(norms).view(-1, module.groups).sum(1)
 
 
 def _zero_padding(module: nn.Conv2d) -> tuple[int, int, int, int]:
