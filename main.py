@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from models import MODELS, create_model
+from models import check_model, is_external
 from utils import InputError, cli, distributed
 from utils.datasets import AUGMENTATIONS, DATASETS, load_data
 from utils.ensemble import train_ensemble
@@ -35,6 +35,8 @@ RECIPES = {
     "fashion_mnist": (16, 30, 128, 0.1),
     "digits": (8, 30, 64, 0.1),
 }
+# What differs by the optimizer.
+OPTIMIZERS = {"sgd": {"weight_decay": 5e-4}, "adamw": {"lr": 1e-3, "weight_decay": 0.05}}
 USUAL_RHO = {False: 0.05, True: 0.5}  # of SAM, and of ASAM, whose rho is relative to the weights; from their papers
 READINGS = ("released", "paper")  # of --partition, the two of the method
 CHECKPOINT_TITLES = {"last": "end of training", "best": "best validation accuracy", "averaged": "mean of the weights"}
@@ -49,7 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     given, recorded = parser.parse_given(argv), {}
     if "resume" in given:
         # Options that are given stand; the run's folder refuses those that contradict it.
-        words, folder = words_of(parser, given["resume"]), given["resume"]
+        words, folder = words_of(parser, given["resume"], given), given["resume"]
         parser.around = f"{folder / 'args.json'}: ", f"; it was changed, or made by another version{commit_of(folder)}"
         recorded = parser.parse_given(words)
         parser.around = "", ""
@@ -58,7 +60,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error("--overwrite: given with --resume; leave one of the two out")
     args = argparse.Namespace(**(parser.defaults() | recorded | given))
 
-    for name, value in zip(("width", "epochs", "batch_size", "lr"), RECIPES[args.data], strict=True):
+    recipe = dict(zip(("width", "epochs", "batch_size", "lr"), RECIPES[args.data], strict=True))
+    recipe |= {"width": 64} if is_external(args.model) else {}
+    for name, value in (recipe | OPTIMIZERS[args.optimizer]).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     check_method(parser, args, given)
@@ -84,15 +88,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     info = DATASETS[args.data]
     try:
-        with torch.device("meta"):  # no memory, no random numbers
-            create_model(args.model, info.num_classes, args.width, info.image_size, info.channels)
+        check_model(args.model, info.num_classes, args.width, info.image_size, info.channels)
     except ValueError as error:
         parser.error(f"--{error}")
     return args
 
 
-def words_of(parser: cli.Parser, folder: Path) -> list[str]:
-    """The settings of a run as the words of a command line, so that they are checked as those are."""
+def words_of(parser: cli.Parser, folder: Path, given: dict[str, Any]) -> list[str]:
+    """The settings of a run as the words of a command line, so that they are checked as those are.
+
+    But for the network where it is given: the file that makes it may have moved.
+    """
     if not (folder / "args.json").is_file():
         parser.error(f"--resume: expected a run folder with args.json, got {folder}")
     try:
@@ -100,9 +106,9 @@ def words_of(parser: cli.Parser, folder: Path) -> list[str]:
         check_known(folder, settings)
     except InputError as error:
         parser.error(str(error))
-    words = []
+    words, skipped = [], {"resume", "checkpoint", "overwrite", "evaluate", "draws", *({"model"} & given.keys())}
     for name, value in settings.items():
-        if value is not None and name not in ("resume", "checkpoint", "overwrite", "evaluate", "draws"):
+        if value is not None and name not in skipped:
             text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
             words.append(f"--{name}={text}")
     return words
@@ -131,6 +137,10 @@ def check_method(parser: cli.Parser, args: argparse.Namespace, given: dict[str, 
         parser.error("--match_size: given without --partition random or same, whose sets it sizes")
     if args.average_from is not None and args.average_from >= args.epochs:
         parser.error(f"--average_from: expected less than --epochs {args.epochs}, got {args.average_from}")
+    if args.warmup_epochs >= args.epochs:
+        parser.error(f"--warmup_epochs: expected less than --epochs {args.epochs}, got {args.warmup_epochs}")
+    if "momentum" in given and args.optimizer == "adamw":
+        note(f"--momentum {args.momentum} has no effect with --optimizer adamw")
     if args.flat_ratio and args.initial_epochs is not None and args.initial_epochs >= args.epochs:
         way_out = "else samples are never assigned; leave --flat_ratio out for SAM on all samples"
         limit = f"expected at most {args.epochs - 1} with --epochs {args.epochs}, got {args.initial_epochs}"
@@ -159,7 +169,7 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
     cli.add_data_options(parser)
     group = parser.add_argument_group("network")
-    cli.add_choice(group, "model", "network of every member", MODELS, default="resnet18")
+    cli.add_network_option(group)
     cli.add_option(group, "width", f"64 is the published size of every network ({_by_data(0)})", cli.COUNT, "N")
     add_ensemble_options(parser.add_argument_group("ensemble"))
     add_optimization_options(parser.add_argument_group("optimization"))
@@ -203,11 +213,23 @@ def add_optimization_options(group: Any) -> None:
     """The recipe of each member."""
     cli.add_option(group, "epochs", f"passes over the training set ({_by_data(1)})", cli.COUNT, "N")
     cli.add_option(group, "batch_size", f"samples per step ({_by_data(2)})", cli.number(int, 2), "N")
-    cli.add_option(group, "lr", f"initial learning rate ({_by_data(3)})", cli.POSITIVE, "R")
+    text = "takes the step with the summed gradient; adamw with torch's betas"
+    cli.add_choice(group, "optimizer", text, OPTIMIZERS, default="sgd")
+    text = f"initial learning rate ({_by_data(3)}; 0.001 with adamw)"
+    cli.add_option(group, "lr", text, cli.POSITIVE, "R")
     cli.add_option(group, "momentum", "momentum of SGD", cli.SHARE, "R", default=0.9)
-    cli.add_option(group, "weight_decay", "weight decay, on all parameters", cli.POSITIVE, "R", default=5e-4)
+    text = "weight decay, on all parameters (default: 0.0005; 0.05 with adamw)"
+    cli.add_option(group, "weight_decay", text, cli.POSITIVE, "R")
     text = "learning rate: times 0.1 at 1/2 and 3/4 of the epochs, or a cosine to 0"
     cli.add_choice(group, "schedule", text, ("step", "cosine"), default="step")
+    text = "epochs in which the learning rate first rises linearly; the cosine begins after them"
+    cli.add_option(group, "warmup_epochs", text, cli.NATURAL, "N", default=0)
+    text = "share of the uniform distribution in the training targets; sharpness scores are without it"
+    cli.add_option(group, "label_smoothing", text, cli.SHARE, "P", default=0.0)
+    text = "scale the summed gradient down to this norm before each step; SAM's perturbation is not affected"
+    cli.add_option(group, "clip_norm", text, cli.number(float, 0, open_low=True), "R")
+    text = "start every member from the weights in this file; a head of another size is drawn from the member's seed"
+    cli.add_option(group, "init_from", text, cli.weights, "FILE")
     text = "of training images; standard: crop and, except on digits, flip"
     cli.add_choice(group, "augmentation", text, AUGMENTATIONS, default="standard")
     text = "share of the training labels that are replaced by wrong ones, always the same"
@@ -263,7 +285,8 @@ def main(args: argparse.Namespace) -> None:
         data = load_data(args.data, args.data_path, device, **split, download=args.download, **training)
     settings = settings_of(args)
     if not distributed.rank():
-        what = f"{len(args.seed)} x {args.model} (width {args.width}) on {args.data}"
+        size = "" if is_external(args.model) else f" (width {args.width})"
+        what = f"{len(args.seed)} x {args.model}{size} on {args.data}"
         print(f"{settings.method} of {what}, in {args.save_path}")
     summary = train_ensemble(Run(settings, data, args.overwrite))
     distributed.leave()

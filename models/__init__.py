@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from models.external import create_external, full_name, is_external, try_external
+from models.external import create_external, is_external, nearest, pinned_name, try_external
 from models.resnet import BLOCKS, ResNet
 from models.resnet_tiny import TinyResNet
 from models.vit import PATCHES, VisionTransformer
@@ -47,8 +47,7 @@ def create_model(name: str, num_classes: int, width: int = 64, image_size: int =
     Raises:
         ValueError: for an unknown name or a size that the network does not support; the message names the argument.
     """
-    if name not in MODELS and not is_external(name):
-        raise ValueError(f"model: expected one of {', '.join(MODELS)}, {EXTERNAL}, got '{name}'")
+    _check_name(name)
     if num_classes < 2:
         raise ValueError(f"num_classes: expected 2 or more, got {num_classes}")
     if width < 1:
@@ -78,6 +77,23 @@ def create_model(name: str, num_classes: int, width: int = 64, image_size: int =
     if image_size % PATCHES:
         raise ValueError(f"image_size: expected a multiple of {PATCHES} for {name}, got {image_size}")
     return VisionTransformer(num_classes, width, image_size, in_channels)
+
+
+def _check_name(name: str) -> None:
+    if name not in MODELS and not is_external(name):
+        near = nearest(name, MODELS)
+        found = f"got '{name[:100]}'" + (f"; nearest: {near}" if near else "")
+        raise ValueError(f"model: expected one of {', '.join(MODELS)}, {EXTERNAL}, {found}")
+
+
+def full_name(name: str) -> str:
+    """The name of a network; that of a user's file with its absolute path and the digest of its content.
+
+    Raises:
+        ValueError: if it is not of a known form, or if the file cannot be read or has another content.
+    """
+    _check_name(name)
+    return pinned_name(name)
 
 
 def check_model(name: str, num_classes: int, width: int = 64, image_size: int = 32, in_channels: int = 3) -> None:

@@ -12,7 +12,7 @@ import re
 import sys
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 LIBRARIES = ("torchvision", "timm")
 FACTORY = re.compile(r"(?P<file>.+\.py):(?P<factory>[^:@]*)(?:@(?P<digest>[0-9a-f]{16}))?", re.DOTALL)
-INSTALL_TIMM = "timm is not installed; install it by pip install timm"
 
 
 def is_external(name: str) -> bool:
@@ -31,7 +30,7 @@ def is_external(name: str) -> bool:
     return name.partition(":")[0] in LIBRARIES or FACTORY.fullmatch(name) is not None
 
 
-def full_name(name: str) -> str:
+def pinned_name(name: str) -> str:
     """The name with a file's absolute path and digest; other names as they are.
 
     Raises:
@@ -111,6 +110,14 @@ def _unknown(library: str, name: str, known: list[str]) -> ValueError:
     return ValueError(f"model: {library} has no classifier '{name[:60]}'; nearest: {nearest}")
 
 
+def nearest(name: str, known: Sequence[str]) -> str:
+    """What the user of an unknown name may have meant, among `known` and torchvision's classifiers."""
+    from torchvision import models
+
+    near = difflib.get_close_matches(name, [*known, *models.list_models(module=models)], n=3)
+    return ", ".join(other if other in known else f"torchvision:{other}" for other in near)
+
+
 def _torchvision(name: str, num_classes: int, image_size: int, in_channels: int) -> nn.Module:
     from torchvision import models
 
@@ -137,7 +144,8 @@ def _timm(name: str, num_classes: int, image_size: int, in_channels: int) -> nn.
     try:
         import timm
     except ImportError as error:
-        raise ValueError(f"model: {INSTALL_TIMM}") from error
+        reason = "" if error.name == "timm" else f" as it is here ({_words(error)})"
+        raise ValueError(f"model: timm cannot be imported{reason}; install it by pip install timm") from error
     # A name with a : or / would be fetched from a hub, or read from a folder.
     if not re.fullmatch(r"\w+(\.\w+)?", name, re.ASCII) or not timm.is_model(name):
         raise _unknown("timm", name, timm.list_models())
@@ -218,13 +226,20 @@ def _try(
         raise ValueError(f"model: {name} has no parameter to train")
     if not all(isinstance(value, Tensor) for value in model.state_dict().values()):
         raise ValueError(f"model: {name} has a state_dict that holds more than tensors, which checkpoints cannot")
-    for batch, training in ((2, True), (1, False)):
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None for m in model.modules()):
+        raise ValueError(f"model: {name} has a BatchNorm without running statistics, so that no sample stands alone")
+    try:
+        model.to(memory_format=torch.channels_last).train()
+    except RuntimeError as error:
+        raise ValueError(f"model: {name} cannot be put into channels_last memory: {_words(error)}") from error
+    for batch, training in ((2, True), (1, False), (1, False)):
         images = torch.zeros(batch, in_channels, image_size, image_size, device=device)
         images = images.to(memory_format=torch.channels_last)
         try:
-            with torch.no_grad(), warnings.catch_warnings():
+            with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                model.to(memory_format=torch.channels_last).train(training)
+                if model.training != training:
+                    model.train(training)
                 out = model(images)
         except Exception as error:
             what = f"{in_channels} x {image_size} x {image_size} images in channels_last memory"
@@ -236,3 +251,8 @@ def _try(
         if out.shape != (batch, num_classes) or not out.is_floating_point():
             got = f"{out.dtype} {list(out.shape)}"
             raise ValueError(f"model: {name}: expected float logits [{batch}, {num_classes}], got {got}")
+        try:
+            out.sum().backward()
+        except RuntimeError as error:  # the second time in eval mode: LeViT and others store attention biases there
+            why = "its gradient cannot be taken" + ("" if training else " twice in eval mode, as sharpness requires")
+            raise ValueError(f"model: {name}: {why}: {_words(error)}") from error

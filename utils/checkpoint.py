@@ -13,6 +13,7 @@ import pickletools
 import re
 import warnings
 import zipfile
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models import MODELS, create_model
+from models import MODELS, create_model, full_name, is_external
 from models.resnet import BLOCKS
 from models.vit import PATCHES
 from utils import InputError, first_line
-from utils.files import read_bytes, refusing, write_atomically
+from utils.files import PINNED, read_bytes, refusing, unpinned, without_folder, write_atomically
 
 # The arguments of `create_model` that a checkpoint of ours holds, in their order, and all that it always holds. Others
 # hold weights and little else of use here.
@@ -140,7 +141,7 @@ def _check(path: str | Path, content: bytes, ours: bool) -> None:
         raise DamagedError(f"{path}: damaged: its bytes do not match the checksum that they were written with")
 
 
-def load_checkpoint(path: str | Path, ours: bool = False) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, ours: bool = False, names: Container[str] = ()) -> dict[str, Any]:
     """Read a checkpoint of ours or of others, on the CPU, without executing anything in it.
 
     The result holds the weights under `state_dict`, wherever they were, and what stood beside them. Their names are
@@ -152,6 +153,8 @@ def load_checkpoint(path: str | Path, ours: bool = False) -> dict[str, Any]:
         path: the file, of torch.save or in the safetensors format.
         ours: whether it must have a checksum, as every file that `save_checkpoint` writes; a checksum that is there is
             always compared.
+        names: those of the network that the weights are for, where that is known: they are not freed of anything more
+            once some are among these. Checkpoints of ours have the network's own names in any case.
 
     Raises:
         InputError: naming the file, if it is missing.
@@ -167,7 +170,7 @@ def load_checkpoint(path: str | Path, ours: bool = False) -> dict[str, Any]:
             raise _RefusedError(f"expected a checkpoint of torch, got {_other_file(content)}")
         else:
             checkpoint = _read_archive(path, content, ours)
-        checkpoint = _unwrapped(checkpoint)
+        checkpoint = _unwrapped(checkpoint, names)
     except DamagedError:
         raise
     except _RefusedError as error:
@@ -368,7 +371,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _unwrapped(content: Any) -> dict[str, Any]:
+def _unwrapped(content: Any, names: Container[str] = ()) -> dict[str, Any]:
     """What `load_checkpoint` returns of the content of a file."""
     found = _states(content, (), set())
 
@@ -384,7 +387,8 @@ def _unwrapped(content: Any) -> dict[str, Any]:
         raise _RefusedError(f"not a checkpoint: expected named tensors, as in a state_dict, got {what}")
     if len(places) > 1 and (rank(places[0]) == rank(places[1]) or not set(places[0]) & set(STATE_KEYS)):
         raise _RefusedError(f"it holds weights under {', '.join(shown[:8])}; save those alone that are meant")
-    state, unread = _short_names(found[places[0]])
+    own = places[0] == ("state_dict",) and all(name in content for name in REQUIRED)
+    state, unread = (found[places[0]], []) if own else _short_names(found[places[0]], names)
     beside = {key: value for key, value in content.items() if key != places[0][0]} if places[0] else {}
     return {**beside, "state_dict": state, "unread": shown[1:9] + unread[:8]}
 
@@ -405,12 +409,17 @@ def _states(value: Any, keys: tuple[str, ...], seen: set[int]) -> dict[tuple[str
     return found
 
 
-def _short_names(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors by their names in the network itself, and the names of those that belong to something else."""
+def _short_names(state: dict[str, Tensor], own: Container[str] = ()) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors by their names in the network itself, and the names of those that belong to something else.
+
+    `own` holds names that are the network's, if it is known.
+    """
     named = {name: name.split(".") for name in state if not name.endswith(NO_WEIGHTS)}
     named = {name: [part for part in parts[:-1] if part not in WRAPPERS] + parts[-1:] for name, parts in named.items()}
     unread = []
     for _ in range(MAX_DEPTH):
+        if any(".".join(parts) in own for parts in named.values()):
+            break
         heads = {parts[0] for parts in named.values()}
         holder = next((head for head in HOLDERS if head in heads), None)
         if len(heads) == 1 and max(len(parts) for parts in named.values()) > 2:
@@ -443,12 +452,13 @@ def load_model(path: str | Path, **known: Any) -> tuple[nn.Module, dict[str, Any
     checkpoint = load_checkpoint(path)
     if not all(name in checkpoint for name in REQUIRED):
         checkpoint = _described(path, checkpoint, known)
-    network = [checkpoint[name] for name in NETWORK]
     with refusing(f"{path}: describes a network that cannot be built"):
         for name, kind in KINDS.items():
             if type(checkpoint.get(name)) not in (kind, type(None)):
                 raise ValueError(f"its {name} is a {type(checkpoint[name]).__name__}")
-        with torch.device("meta"):  # takes no memory, whatever size the file claims
+        _set_file(checkpoint, known)
+        network = [checkpoint[name] for name in NETWORK]
+        with torch.device("cpu" if PINNED.fullmatch(network[0]) else "meta"):  # which takes no memory
             model = create_model(*network)
     for name, value in known.items():
         inferred = name == "image_size" and "note" in checkpoint
@@ -458,6 +468,20 @@ def load_model(path: str | Path, **known: Any) -> tuple[nn.Module, dict[str, Any
     model = create_model(*network)
     fill_model(model, checkpoint["state_dict"], path)
     return model.eval(), checkpoint
+
+
+def _set_file(checkpoint: dict[str, Any], known: dict[str, Any]) -> None:
+    """Where a user's file makes the network: take the place that the caller knows, and see that it is safe to execute.
+
+    Only a file whose content the checkpoint names is executed, and of its own only one at an absolute path.
+    """
+    name, given = checkpoint["model"], known.get("model")
+    if given is not None and is_external(given):
+        known["model"] = given = full_name(given)
+        if without_folder(given) == without_folder(name):
+            checkpoint["model"] = name = given
+    if is_external(name) and name != full_name(name):
+        raise ValueError(f"expected the absolute path of a file and its digest, got '{name[:200]}'")
 
 
 def _described(path: str | Path, checkpoint: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
@@ -492,6 +516,54 @@ def fill_model(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> 
     """
     _check_state(model, state, path)
     model.load_state_dict(state)
+
+
+def start_from(model: nn.Module, source: str) -> str:
+    """Fill a network, as far as they fit, with weights that were saved of this one or of one with another head.
+
+    Tensors are matched by name. Of another size may be those whose first dimension is the number of classes (the head):
+    they stay as they were drawn, as does everything that the file lacks. The first convolution of a network for grey
+    images takes the sum over the channels of one for colour, which is the same function of a grey image.
+
+    Args:
+        model: the network, freshly drawn, on the CPU.
+        source: a file, of ours or of others, named as `utils.files.pinned` does.
+
+    Returns:
+        A line that says what was loaded and what was not.
+
+    Raises:
+        InputError: naming the file, if less than half of the network's weights outside the head are in it.
+    """
+    path, own = unpinned(source), model.state_dict()
+    state = dict(load_checkpoint(path, names=own)["state_dict"])
+    fitting, other_size = {}, []
+    for name in [name for name in own if name in state]:
+        found, shape = state.pop(name), own[name].shape
+        if found.dim() == 4 and found.shape != shape == (*found.shape[:1], 1, *found.shape[2:]):
+            found = found.sum(dim=1, keepdim=True)
+        if found.shape == shape and found.is_floating_point() == own[name].is_floating_point():
+            fitting[name] = found
+        else:
+            other_size.append(f"{name} {list(found.shape)} for {list(shape)}")
+    weights = dict(model.named_parameters())
+    head = {n for n, p in weights.items() if n not in fitting and any(o.startswith(f"{n} ") for o in other_size)}
+    body = sum(p.numel() for name, p in weights.items() if name not in head)
+    loaded = sum(p.numel() for name, p in weights.items() if name in fitting)
+    if 2 * loaded < body or not loaded:
+        what = f"{len(fitting)} of the {len(own)} tensors of this network are in it, {loaded:,} of {body:,} weights"
+        some = ", ".join(list(state)[:3]) or "none"
+        raise InputError(f"--init_from {path}: {what}; others in it: {some}; give weights of the same network")
+    model.load_state_dict(fitting, strict=False)
+    missing = [name for name in own if name not in fitting and not any(o.startswith(f"{name} ") for o in other_size)]
+    text = f"{path}: {len(fitting)} of {len(own)} tensors loaded"
+    for what, names in (("drawn anew, of another size there", other_size), ("drawn anew, missing there", missing)):
+        text += f"; {what}: {_some(names)}" if names else ""
+    return text + (f"; not in this network: {_some(list(state))}" if state else "")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def _check_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:

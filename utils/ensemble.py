@@ -64,7 +64,7 @@ def train_ensemble(run: Run) -> dict | None:
             return None
         folders = [run.folder / f"seed_{seed}" for seed in settings.seed]
         summary = {
-            name: evaluate_members([folder / file for folder in folders], run.data, settings.batch_size)
+            name: evaluate_members([f / file for f in folders], run.data, settings.batch_size, settings.model)
             for name, file in CHECKPOINTS.items()
             if name != "averaged" or settings.average_from is not None
         }
@@ -125,13 +125,14 @@ def assign_samples(run: Run, members: list[Member]) -> None:
         member.assign(masks[settings.seed.index(member.seed)])
 
 
-def evaluate_members(paths: list[Path], data: Data, at_once: int) -> dict:
+def evaluate_members(paths: list[Path], data: Data, at_once: int, network: str | None = None) -> dict:
     """Accuracy (0 to 1) and loss of saved members and of their ensemble (mean of softmax) on validation and test.
 
     Args:
         paths: checkpoint files.
         data: the images to evaluate on.
         at_once: the most images in one pass.
+        network: the name of the network; None is what the checkpoints say.
 
     Raises:
         InputError: if a checkpoint cannot be used or is of another data set.
@@ -139,7 +140,7 @@ def evaluate_members(paths: list[Path], data: Data, at_once: int) -> dict:
     images = {"val": data.val, "test": data.test}
     members, log_probs = [], {split: [] for split in images}
     for path in paths:
-        model, checkpoint = load_model(path, dataset=data.name, **data.network)
+        model, checkpoint = load_model(path, model=network, dataset=data.name, **data.network)
         model = model.to(data.train.device, memory_format=torch.channels_last)
         row = {"checkpoint": str(path), "seed": checkpoint.get("seed"), "epoch": checkpoint["epoch"]}
         for split in images:
