@@ -253,6 +253,6 @@ def _try(
             raise ValueError(f"model: {name}: expected float logits [{batch}, {num_classes}], got {got}")
         try:
             out.sum().backward()
-        except RuntimeError as error:  # the second time in eval mode: LeViT and others store attention biases there
+        except RuntimeError as error:  # the second time in eval mode: LeViT and others store tensors of the first there
             why = "its gradient cannot be taken" + ("" if training else " twice in eval mode, as sharpness requires")
-            raise ValueError(f"model: {name}: {why}: {_words(error)}") from error
+            raise ValueError(f"model: {name}: {why}: {_words(error)[:80]}") from error

@@ -518,7 +518,7 @@ def fill_model(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> 
     model.load_state_dict(state)
 
 
-def start_from(model: nn.Module, source: str) -> str:
+def start_from(model: nn.Module, source: str, num_classes: int) -> str:
     """Fill a network, as far as they fit, with weights that were saved of this one or of one with another head.
 
     Tensors are matched by name. Of another size may be those whose first dimension is the number of classes (the head):
@@ -528,6 +528,7 @@ def start_from(model: nn.Module, source: str) -> str:
     Args:
         model: the network, freshly drawn, on the CPU.
         source: a file, of ours or of others, named as `utils.files.pinned` does.
+        num_classes: its number of logits.
 
     Returns:
         A line that says what was loaded and what was not.
@@ -547,8 +548,7 @@ def start_from(model: nn.Module, source: str) -> str:
         else:
             other_size.append(f"{name} {list(found.shape)} for {list(shape)}")
     weights = dict(model.named_parameters())
-    head = {n for n, p in weights.items() if n not in fitting and any(o.startswith(f"{n} ") for o in other_size)}
-    body = sum(p.numel() for name, p in weights.items() if name not in head)
+    body = sum(p.numel() for name, p in weights.items() if name in fitting or len(p) != num_classes)
     loaded = sum(p.numel() for name, p in weights.items() if name in fitting)
     if 2 * loaded < body or not loaded:
         what = f"{len(fitting)} of the {len(own)} tensors of this network are in it, {loaded:,} of {body:,} weights"

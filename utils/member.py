@@ -73,7 +73,7 @@ class Member:
             (self.folder / f"{name}.tmp").unlink(missing_ok=True)
         checkpoint = self._newest_checkpoint()
         if checkpoint is None and settings.init_from is not None:
-            loaded = start_from(self.model, settings.init_from)
+            loaded = start_from(self.model, settings.init_from, run.data.network["num_classes"])
             if seed == settings.seed[0]:  # it is the same for all
                 print(f"--init_from {loaded}", file=sys.stderr)
         self.model.to(device, memory_format=torch.channels_last)
