@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,10 +18,12 @@ from sam import SAM
 from tests import reference
 from tests.test_main import call, refused
 from utils import InputError, cli
-from utils.checkpoint import save_checkpoint, start_from
+from utils.checkpoint import load_model, save_checkpoint, start_from
+from utils.data import ImageSet, Preprocessing
 from utils.files import pinned
 from utils.fisher import per_sample_fisher
-from utils.training import sharpbalance_step
+from utils.hessian import HessianOperator
+from utils.training import predict, sharpbalance_step
 
 TORCHVISION = "resnet18 vgg11 mobilenet_v2 mobilenet_v3_small efficientnet_b0 convnext_tiny densenet121 squeezenet1_1 "
 TORCHVISION += "shufflenet_v2_x0_5 mnasnet0_5 regnet_y_400mf swin_t swin_v2_t vit_b_16"
@@ -85,7 +88,7 @@ def skip_without_timm(name):
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in ALL])
 @pytest.mark.filterwarnings("ignore")
-def test_a_step_and_the_scores_of_a_network(name):
+def test_a_step_and_the_scores_of_a_network(name, tmp_path):
     skip_without_timm(name)
     torch.manual_seed(0)
     model = create_model(name, 5, image_size=64)
@@ -99,6 +102,18 @@ def test_a_step_and_the_scores_of_a_network(name):
     model.eval()
     scores = per_sample_fisher(model, images, labels)
     torch.testing.assert_close(scores, reference.fisher_by_samples(model, images, labels), rtol=1e-5, atol=0)
+    # The checkpoint alone rebuilds it; features and a product with the Hessian are there.
+    about = {"model": name, "num_classes": 5, "width": 64, "image_size": 64, "in_channels": 3}
+    save_checkpoint(tmp_path / "x.pth", {"state_dict": model.state_dict(), "epoch": 1, "dataset": "x", **about})
+    loaded, _ = load_model(tmp_path / "x.pth")
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model(images))
+    colours = ImageSet(np.zeros((2, 64, 64, 3), np.uint8), np.zeros(2, np.int64), Preprocessing((0.5,) * 3, (0.3,) * 3))
+    logits, features = predict(loaded, colours, features=True)
+    assert logits.shape == (2, 5)
+    assert features.dim() == 2
+    operator = HessianOperator(loaded, [(images[:2], labels[:2])])
+    assert (operator @ torch.ones(operator.size, 1)).isfinite().all()
 
 
 def test_scores_follow_the_layers_where_that_is_possible(monkeypatch):
@@ -298,8 +313,6 @@ def test_a_file_trains_resumes_moves_and_is_measured(file, tmp_path, capsys, mon
 
 
 def test_a_checkpoint_does_not_name_what_is_executed_without_its_digest(file, tmp_path):
-    from utils.checkpoint import load_model
-
     model = create_model(f"{file}:make", 5, in_channels=1)
     known = {"model": f"{file}:make", "num_classes": 5, "width": 64, "image_size": 8, "in_channels": 1}
     content = {"state_dict": model.state_dict(), "epoch": 1, "dataset": "digits", **known}
