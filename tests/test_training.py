@@ -365,3 +365,7 @@ def test_clipping_does_not_hide_what_is_not_finite(value):
     sharpbalance_step(model.train(), optimizer, images, torch.zeros(4, dtype=torch.int64), mask, clip_norm=1.0)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert optimizer.skipped.tolist() == [1, 1]
+    for p in model.parameters():  # finite numbers, whose norm is not
+        p.grad = torch.full_like(p, 1e30)
+    utils.training._clip(optimizer, 1.0)
+    assert not any(p.grad.isfinite().any() for p in model.parameters())

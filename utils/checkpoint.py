@@ -25,7 +25,7 @@ from models import MODELS, create_model, full_name, is_external
 from models.resnet import BLOCKS
 from models.vit import PATCHES
 from utils import InputError, first_line
-from utils.files import PINNED, read_bytes, refusing, unpinned, without_folder, write_atomically
+from utils.files import PINNED, read_bytes, refusing, without_folder, write_atomically
 
 # The arguments of `create_model` that a checkpoint of ours holds, in their order, and all that it always holds. Others
 # hold weights and little else of use here.
@@ -189,7 +189,9 @@ def load_checkpoint(path: str | Path, ours: bool = False, names: Container[str] 
     if not all(v.layout == torch.strided and v.device.type == "cpu" and not v.is_quantized for v in state):
         raise DamagedError(f"{path}: expected dense tensors, got sparse, quantized or empty ones; save the dense ones")
     # A tensor may show few numbers as many, which a later copy would write out.
-    if sum(v.numel() * v.element_size() for v in state) > len(content):
+    # Weights that a network shares have one place in the file, and several names.
+    shown = {(v.untyped_storage().data_ptr(), v.storage_offset(), v.shape, v.stride()): v for v in state}
+    if sum(v.numel() * v.element_size() for v in shown.values()) > len(content):
         raise DamagedError(f"{path}: damaged: its tensors are larger than the file")
     return checkpoint
 
@@ -458,8 +460,7 @@ def load_model(path: str | Path, **known: Any) -> tuple[nn.Module, dict[str, Any
                 raise ValueError(f"its {name} is a {type(checkpoint[name]).__name__}")
         _set_file(checkpoint, known)
         network = [checkpoint[name] for name in NETWORK]
-        with torch.device("cpu" if PINNED.fullmatch(network[0]) else "meta"):  # which takes no memory
-            model = create_model(*network)
+        model = _on_meta(network)
     for name, value in known.items():
         inferred = name == "image_size" and "note" in checkpoint
         if value is not None and checkpoint[name] != value and not inferred:
@@ -468,6 +469,19 @@ def load_model(path: str | Path, **known: Any) -> tuple[nn.Module, dict[str, Any
     model = create_model(*network)
     fill_model(model, checkpoint["state_dict"], path)
     return model.eval(), checkpoint
+
+
+def _on_meta(network: list) -> nn.Module:
+    """The network of a checkpoint without its numbers: it takes no memory, whatever size the file claims."""
+    if PINNED.fullmatch(network[0]):
+        return create_model(*network)
+    try:
+        with torch.device("meta"):
+            return create_model(*network)
+    except ValueError as error:
+        if not isinstance(error.__cause__, NotImplementedError):
+            raise
+        return create_model(*network)  # a network of others that reads numbers while it is built
 
 
 def _set_file(checkpoint: dict[str, Any], known: dict[str, Any]) -> None:
@@ -515,55 +529,14 @@ def fill_model(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> 
         InputError: naming the file and the first tensor that does not fit.
     """
     _check_state(model, state, path)
-    model.load_state_dict(state)
+    load_state(model, state)
 
 
-def start_from(model: nn.Module, source: str, num_classes: int) -> str:
-    """Fill a network, as far as they fit, with weights that were saved of this one or of one with another head.
-
-    Tensors are matched by name. Of another size may be those whose first dimension is the number of classes (the head):
-    they stay as they were drawn, as does everything that the file lacks. The first convolution of a network for grey
-    images takes the sum over the channels of one for colour, which is the same function of a grey image.
-
-    Args:
-        model: the network, freshly drawn, on the CPU.
-        source: a file, of ours or of others, named as `utils.files.pinned` does.
-        num_classes: its number of logits.
-
-    Returns:
-        A line that says what was loaded and what was not.
-
-    Raises:
-        InputError: naming the file, if less than half of the network's weights outside the head are in it.
-    """
-    path, own = unpinned(source), model.state_dict()
-    state = dict(load_checkpoint(path, names=own)["state_dict"])
-    fitting, other_size = {}, []
-    for name in [name for name in own if name in state]:
-        found, shape = state.pop(name), own[name].shape
-        if found.dim() == 4 and found.shape != shape == (*found.shape[:1], 1, *found.shape[2:]):
-            found = found.sum(dim=1, keepdim=True)
-        if found.shape == shape and found.is_floating_point() == own[name].is_floating_point():
-            fitting[name] = found
-        else:
-            other_size.append(f"{name} {list(found.shape)} for {list(shape)}")
-    weights = dict(model.named_parameters())
-    body = sum(p.numel() for name, p in weights.items() if name in fitting or len(p) != num_classes)
-    loaded = sum(p.numel() for name, p in weights.items() if name in fitting)
-    if 2 * loaded < body or not loaded:
-        what = f"{len(fitting)} of the {len(own)} tensors of this network are in it, {loaded:,} of {body:,} weights"
-        some = ", ".join(list(state)[:3]) or "none"
-        raise InputError(f"--init_from {path}: {what}; others in it: {some}; give weights of the same network")
-    model.load_state_dict(fitting, strict=False)
-    missing = [name for name in own if name not in fitting and not any(o.startswith(f"{name} ") for o in other_size)]
-    text = f"{path}: {len(fitting)} of {len(own)} tensors loaded"
-    for what, names in (("drawn anew, of another size there", other_size), ("drawn anew, missing there", missing)):
-        text += f"; {what}: {_some(names)}" if names else ""
-    return text + (f"; not in this network: {_some(list(state))}" if state else "")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+def load_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load weights that fit; with the versions of its layers, which some networks require beside them."""
+    whole = model.state_dict()
+    whole.update(state)
+    model.load_state_dict(whole)
 
 
 def _check_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:

@@ -24,11 +24,12 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from models import create_model, evaluating
 from sam import SAM
 from utils import InputError, RunError, first_line
-from utils.checkpoint import DamagedError, fill_model, load_checkpoint, pack_checkpoint, save_checkpoint, start_from
+from utils.checkpoint import DamagedError, fill_model, load_checkpoint, pack_checkpoint, save_checkpoint
 from utils.files import digest, write_array, write_atomically
 from utils.fisher import per_sample_fisher
 from utils.metrics import per_sample
 from utils.run import CHECKPOINTS, MEMBER_FILES, PARTIAL, PREVIOUS, Run, Stopped
+from utils.start import start_from
 from utils.training import in_parts, learning_rate, predict, train_epoch
 
 SCORE_BATCH = 128
