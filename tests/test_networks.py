@@ -18,9 +18,9 @@ from sam import SAM
 from tests import reference
 from tests.test_main import call, refused
 from utils import InputError, cli
-from utils.checkpoint import load_model, save_checkpoint
+from utils.checkpoint import load_checkpoint, load_model, save_checkpoint
 from utils.data import ImageSet, Preprocessing
-from utils.files import pinned
+from utils.files import pinned, unpinned
 from utils.fisher import per_sample_fisher
 from utils.hessian import HessianOperator
 from utils.start import start_from
@@ -357,6 +357,12 @@ def test_a_checkpoint_does_not_name_what_is_executed_without_its_digest(file, tm
         load_model(tmp_path / "x.pth")
 
 
+def start(model, source, classes):
+    """What a member does."""
+    path = unpinned(source)
+    return start_from(model, load_checkpoint(path, names=model.state_dict())["state_dict"], classes, path)
+
+
 def saved(tmp_path, state, name="weights.pth"):
     torch.save(state, tmp_path / name)
     return pinned(tmp_path / name)
@@ -369,7 +375,7 @@ def test_init_from_another_head(tmp_path):
     torch.manual_seed(1)
     model, drawn = create_model("resnet18", 5, 4), None
     drawn = model.linear.weight.detach().clone()
-    text = start_from(model, saved(tmp_path, {"state_dict": state, "epoch": 3}), 5)
+    text = start(model, saved(tmp_path, {"state_dict": state, "epoch": 3}), 5)
     assert "120 of 122 tensors loaded; drawn anew, of another size there: linear.weight [7, 32] for [5, 32]" in text
     for name, value in model.state_dict().items():
         if not name.startswith("linear"):
@@ -384,14 +390,14 @@ def test_init_from_a_network_whose_names_look_wrapped(tmp_path):
         {"conv_proj": nn.Linear(3, 4), "encoder": nn.Sequential(nn.Linear(4, 4)), "heads": nn.Linear(4, 2)}
     )
     source = {f"model.{k}": torch.randn_like(v) for k, v in model.state_dict().items()}
-    assert "6 of 6 tensors loaded" in start_from(model, saved(tmp_path, source), 2)
+    assert "6 of 6 tensors loaded" in start(model, saved(tmp_path, source), 2)
 
 
 def test_init_of_a_grey_network_from_colour_is_the_same_function(tmp_path):
     torch.manual_seed(0)
     colour = create_model("torchvision:squeezenet1_1", 5, image_size=32).eval()
     grey = create_model("torchvision:squeezenet1_1", 5, image_size=32, in_channels=1).eval()
-    assert "52 of 52 tensors loaded" in start_from(grey, saved(tmp_path, colour.state_dict(), "x.pt"), 5)
+    assert "52 of 52 tensors loaded" in start(grey, saved(tmp_path, colour.state_dict(), "x.pt"), 5)
     x = torch.randn(2, 1, 32, 32)
     torch.testing.assert_close(grey(x), colour(x.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
 
@@ -399,10 +405,10 @@ def test_init_of_a_grey_network_from_colour_is_the_same_function(tmp_path):
 def test_init_from_weights_that_do_not_fit(tmp_path):
     other = create_model("vit_t", 5, 4)
     with pytest.raises(InputError, match=r"weights.pth: 0 of the 122 tensors of this network are in it.*same network"):
-        start_from(create_model("resnet18", 5, 4), saved(tmp_path, other.state_dict()), 5)
+        start(create_model("resnet18", 5, 4), saved(tmp_path, other.state_dict()), 5)
     wide = create_model("resnet18", 5, 8)
     with pytest.raises(InputError, match=r"of the 122 tensors of this network are in it, [\d,]+ of [\d,]+ weights"):
-        start_from(create_model("resnet18", 5, 4), saved(tmp_path, wide.state_dict()), 5)
+        start(create_model("resnet18", 5, 4), saved(tmp_path, wide.state_dict()), 5)
 
 
 def test_init_from_in_a_run(tmp_path, capsys, monkeypatch):

@@ -26,6 +26,7 @@ from models.resnet import BLOCKS
 from models.vit import PATCHES
 from utils import InputError, first_line
 from utils.files import PINNED, read_bytes, refusing, without_folder, write_atomically
+from utils.start import load_state
 
 # The arguments of `create_model` that a checkpoint of ours holds, in their order, and all that it always holds. Others
 # hold weights and little else of use here.
@@ -530,13 +531,6 @@ def fill_model(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> 
     """
     _check_state(model, state, path)
     load_state(model, state)
-
-
-def load_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load weights that fit; with the versions of its layers, which some networks require beside them."""
-    whole = model.state_dict()
-    whole.update(state)
-    model.load_state_dict(whole)
 
 
 def _check_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:

@@ -25,7 +25,7 @@ from models import create_model, evaluating
 from sam import SAM
 from utils import InputError, RunError, first_line
 from utils.checkpoint import DamagedError, fill_model, load_checkpoint, pack_checkpoint, save_checkpoint
-from utils.files import digest, write_array, write_atomically
+from utils.files import digest, unpinned, write_array, write_atomically
 from utils.fisher import per_sample_fisher
 from utils.metrics import per_sample
 from utils.run import CHECKPOINTS, MEMBER_FILES, PARTIAL, PREVIOUS, Run, Stopped
@@ -74,7 +74,9 @@ class Member:
             (self.folder / f"{name}.tmp").unlink(missing_ok=True)
         checkpoint = self._newest_checkpoint()
         if checkpoint is None and settings.init_from is not None:
-            loaded = start_from(self.model, settings.init_from, run.data.network["num_classes"])
+            path = unpinned(settings.init_from)
+            weights = load_checkpoint(path, names=self.model.state_dict())["state_dict"]
+            loaded = start_from(self.model, weights, run.data.network["num_classes"], path)
             if seed == settings.seed[0]:  # it is the same for all
                 print(f"--init_from {loaded}", file=sys.stderr)
         self.model.to(device, memory_format=torch.channels_last)

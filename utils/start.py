@@ -1,13 +1,20 @@
 """Weights that a member starts from instead of those that it was drawn with."""
 
-from torch import nn
+from pathlib import Path
+
+from torch import Tensor, nn
 
 from utils import InputError
-from utils.checkpoint import load_checkpoint, load_state
-from utils.files import unpinned
 
 
-def start_from(model: nn.Module, source: str, num_classes: int) -> str:
+def load_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load weights that fit; with the versions of its layers, which some networks require beside them."""
+    whole = model.state_dict()
+    whole.update(state)
+    model.load_state_dict(whole)
+
+
+def start_from(model: nn.Module, state: dict[str, Tensor], num_classes: int, path: Path) -> str:
     """Fill a network, as far as they fit, with weights that were saved of this one or of one with another head.
 
     Tensors are matched by name. Of another size may be those whose first dimension is the number of classes (the head):
@@ -16,8 +23,9 @@ def start_from(model: nn.Module, source: str, num_classes: int) -> str:
 
     Args:
         model: the network, freshly drawn, on the CPU.
-        source: a file, of ours or of others, named as `utils.files.pinned` does.
+        state: named tensors.
         num_classes: its number of logits.
+        path: the file that they are of.
 
     Returns:
         A line that says what was loaded and what was not.
@@ -25,8 +33,7 @@ def start_from(model: nn.Module, source: str, num_classes: int) -> str:
     Raises:
         InputError: naming the file, if less than half of the network's weights outside the head are in it.
     """
-    path, own = unpinned(source), model.state_dict()
-    state = dict(load_checkpoint(path, names=own)["state_dict"])
+    own, state = model.state_dict(), dict(state)
     fitting, other_size = {}, []
     for name in [name for name in own if name in state]:
         found, shape = state.pop(name), own[name].shape
