@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from models import MODELS, create_model
+from models import check_model, create_model, is_external
 from utils import InputError, cli, distributed, processes
 from utils.data import Data
 from utils.datasets import AUGMENTATIONS, expected_info, load_data
@@ -39,6 +39,8 @@ RECIPES = {
     "digits": (8, 30, 64, 0.1),
     "folder": (16, 60, 64, 0.1),
 }
+# What differs by the optimizer.
+OPTIMIZERS = {"sgd": {"weight_decay": 5e-4}, "adamw": {"lr": 1e-3, "weight_decay": 0.05}}
 USUAL_RHO = {False: 0.05, True: 0.5}  # of SAM, and of ASAM, whose rho is relative to the weights; from their papers
 READINGS = ("released", "paper")  # of --partition, the two of the method
 # Memory of a process in training, measured: before its first step; a weight with gradient, momentum, SAM's copy and
@@ -56,7 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     given, recorded = parser.parse_given(argv), {}
     if "resume" in given:
         # Options that are given stand; the run's folder refuses those that contradict it.
-        words, folder = words_of(parser, given["resume"]), given["resume"]
+        words, folder = words_of(parser, given["resume"], given), given["resume"]
         parser.around = f"{folder / 'args.json'}: ", f"; it was changed, or made by another version{commit_of(folder)}"
         recorded = parser.parse_given(words)
         parser.around = "", ""
@@ -66,7 +68,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = argparse.Namespace(**(parser.defaults() | recorded | given))
 
     args.image_size = cli.image_size_of(parser, args.data, args.image_size)
-    for name, value in zip(("width", "epochs", "batch_size", "lr"), RECIPES[args.data], strict=True):
+    recipe = dict(zip(("width", "epochs", "batch_size", "lr"), RECIPES[args.data], strict=True))
+    recipe |= {"width": 64} if is_external(args.model) else {}
+    for name, value in (recipe | OPTIMIZERS[args.optimizer]).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     check_method(parser, args, given)
@@ -92,15 +96,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     info = expected_info(args.data, args.image_size)
     try:
-        with torch.device("meta"):  # no memory, no random numbers
-            create_model(args.model, info.num_classes, args.width, info.image_size, info.channels)
+        check_model(args.model, info.num_classes, args.width, info.image_size, info.channels)
     except ValueError as error:
         parser.error(f"--{error}")
     return args
 
 
-def words_of(parser: cli.Parser, folder: Path) -> list[str]:
-    """The settings of a run as the words of a command line, so that they are checked as those are."""
+def words_of(parser: cli.Parser, folder: Path, given: dict[str, Any]) -> list[str]:
+    """The settings of a run as the words of a command line, so that they are checked as those are.
+
+    But for the network where it is given: the file that makes it may have moved.
+    """
     if not (folder / "args.json").is_file():
         parser.error(f"--resume: expected a run folder with args.json, got {folder}")
     try:
@@ -108,9 +114,9 @@ def words_of(parser: cli.Parser, folder: Path) -> list[str]:
         check_known(folder, settings)
     except InputError as error:
         parser.error(str(error))
-    words = []
+    words, skipped = [], {"resume", "checkpoint", "overwrite", "evaluate", "draws", *({"model"} & given.keys())}
     for name, value in settings.items():
-        if value is not None and name not in ("resume", "checkpoint", "overwrite", "evaluate", "draws"):
+        if value is not None and name not in skipped:
             text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
             words.append(f"--{name}={text}")
     return words
@@ -139,6 +145,10 @@ def check_method(parser: cli.Parser, args: argparse.Namespace, given: dict[str, 
         parser.error("--match_size: given without --partition random or same, whose sets it sizes")
     if args.average_from is not None and args.average_from >= args.epochs:
         parser.error(f"--average_from: expected less than --epochs {args.epochs}, got {args.average_from}")
+    if args.warmup_epochs >= args.epochs:
+        parser.error(f"--warmup_epochs: expected less than --epochs {args.epochs}, got {args.warmup_epochs}")
+    if "momentum" in given and args.optimizer == "adamw":
+        note(f"--momentum {args.momentum} has no effect with --optimizer adamw")
     if args.flat_ratio and args.initial_epochs is not None and args.initial_epochs >= args.epochs:
         way_out = "else samples are never assigned; leave --flat_ratio out for SAM on all samples"
         limit = f"expected at most {args.epochs - 1} with --epochs {args.epochs}, got {args.initial_epochs}"
@@ -167,7 +177,7 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
     cli.add_data_options(parser)
     group = parser.add_argument_group("network")
-    cli.add_choice(group, "model", "network of every member", MODELS, default="resnet18")
+    cli.add_network_option(group)
     cli.add_option(group, "width", f"64 is the published size of every network ({_by_data(0)})", cli.COUNT, "N")
     add_ensemble_options(parser.add_argument_group("ensemble"))
     add_optimization_options(parser.add_argument_group("optimization"))
@@ -211,11 +221,23 @@ def add_optimization_options(group: Any) -> None:
     """The recipe of each member."""
     cli.add_option(group, "epochs", f"passes over the training set ({_by_data(1)})", cli.COUNT, "N")
     cli.add_option(group, "batch_size", f"samples per step ({_by_data(2)})", cli.number(int, 2), "N")
-    cli.add_option(group, "lr", f"initial learning rate ({_by_data(3)})", cli.POSITIVE, "R")
+    text = "takes the step with the summed gradient; adamw with torch's betas"
+    cli.add_choice(group, "optimizer", text, OPTIMIZERS, default="sgd")
+    text = f"initial learning rate ({_by_data(3)}; 0.001 with adamw)"
+    cli.add_option(group, "lr", text, cli.POSITIVE, "R")
     cli.add_option(group, "momentum", "momentum of SGD", cli.SHARE, "R", default=0.9)
-    cli.add_option(group, "weight_decay", "weight decay, on all parameters", cli.POSITIVE, "R", default=5e-4)
+    text = "weight decay, on all parameters (default: 0.0005; 0.05 with adamw)"
+    cli.add_option(group, "weight_decay", text, cli.POSITIVE, "R")
     text = "learning rate: times 0.1 at 1/2 and 3/4 of the epochs, or a cosine to 0"
     cli.add_choice(group, "schedule", text, ("step", "cosine"), default="step")
+    text = "epochs in which the learning rate first rises linearly; the cosine begins after them"
+    cli.add_option(group, "warmup_epochs", text, cli.NATURAL, "N", default=0)
+    text = "share of the uniform distribution in the training targets; sharpness scores are without it"
+    cli.add_option(group, "label_smoothing", text, cli.SHARE, "P", default=0.0)
+    text = "scale the summed gradient down to this norm before each step; SAM's perturbation is not affected"
+    cli.add_option(group, "clip_norm", text, cli.number(float, 0, open_low=True), "R")
+    text = "start every member from the weights in this file; a head of another size is drawn from the member's seed"
+    cli.add_option(group, "init_from", text, cli.weights, "FILE")
     text = "of training images; standard: crop and, except on digits, flip"
     cli.add_choice(group, "augmentation", text, AUGMENTATIONS, default="standard")
     text = "share of the training labels that are replaced by wrong ones, always the same"
@@ -270,7 +292,9 @@ def launch(args: argparse.Namespace) -> None:
         main(args)
         return
     work = None
-    if processes.may_fork() and distributed.on_cpu(args.device):
+    # The trial of a network that is not of this repository has differentiated it, after which torch refuses to
+    # differentiate in processes that are forked.
+    if processes.may_fork() and distributed.on_cpu(args.device) and not is_external(args.model):
         data = read_data(args, torch.device("cpu"))  # which the processes share
         work = lambda number: train(args, data)  # noqa: E731
     announce(args, count)
@@ -304,12 +328,18 @@ def count_processes(args: argparse.Namespace) -> int:
 def memory_of_member(args: argparse.Namespace) -> float:
     """Roughly the bytes that a process of one member takes beyond what processes share."""
     info, numbers = expected_info(args.data, args.image_size), []
-    with torch.device("meta"):
+    device = "cpu" if is_external(args.model) else "meta"  # where a user's file may not work
+    with torch.random.fork_rng(devices=[]), torch.device(device), torch.no_grad():
         model = create_model(args.model, info.num_classes, args.width, info.image_size, info.channels).eval()
         image = torch.empty(1, info.channels, info.image_size, info.image_size)
+
+    def count(module: torch.nn.Module, inputs: object, output: object) -> None:
+        numbers.append(output.numel() if isinstance(output, torch.Tensor) else 0)
+
     for module in model.modules():
-        module.register_forward_hook(lambda module, inputs, output: numbers.append(output.numel()))
-    model(image)
+        module.register_forward_hook(count)
+    with torch.no_grad():
+        model(image)
     weights = sum(parameter.numel() for parameter in model.parameters())
     return BYTES_OF_PROCESS + BYTES_OF_WEIGHT * weights + BYTES_OF_ACTIVATION * args.batch_size * sum(numbers)
 
@@ -344,7 +374,8 @@ def read_data(args: argparse.Namespace, device: torch.device) -> Data:
 
 def announce(args: argparse.Namespace, count: int) -> None:
     """Say what is trained, and where."""
-    what = f"{len(args.seed)} x {args.model} (width {args.width}) on {args.data}, in {args.save_path}"
+    size = "" if is_external(args.model) else f" (width {args.width})"
+    what = f"{len(args.seed)} x {args.model}{size} on {args.data}, in {args.save_path}"
     print(f"{settings_of(args).method} of {what}" + f", by {count} processes" * (count > 1), flush=True)
 
 

@@ -4,6 +4,7 @@
     python scripts/benchmark.py --quick
     python scripts/benchmark.py --only fisher64 --repeats 15
     python scripts/benchmark.py --scaling --threads 1
+    python scripts/benchmark.py --networks torchvision:resnet18 timm:vit_tiny_patch16_224 --threads 1 --repeats 3
 
 Each case runs in its own process. A case and what it is compared with take turns, so that a noisy machine affects
 both; the ratio is that of the medians. Prints a table and writes benchmark.json under --save, where cases of an earlier
@@ -12,6 +13,9 @@ misses its target.
 
 --scaling times each part at three sizes instead, and fits the exponent p of time ~ size^p; docs/SPEED.md says what to
 expect and why.
+
+--networks prints a table of what the sharpness scores of any networks cost, at batches of 16 colour images of 64x64
+pixels and 10 classes, against training passes of the same images, and their largest deviation from one pass a sample.
 """
 
 import argparse
@@ -41,7 +45,7 @@ import main as main_script
 import measure_diversity
 from models import create_model
 from sam import SAM
-from tests.reference import fisher_by_vmap, simulate_sam_step_by_step
+from tests.reference import fisher_by_samples, fisher_by_vmap, simulate_sam_step_by_step
 from utils import cli
 from utils.checkpoint import pack_checkpoint
 from utils.data import Data, ImageSet
@@ -95,6 +99,53 @@ def fisher(width: int, size: int = 128) -> Timed:
         "forward-backward": training_pass,
         "vmap": lambda: fisher_by_vmap(model, images, labels),
     }
+
+
+def scores_of(name: str, size: int = 16) -> Timed:
+    """Scores of one batch of images of 64x64 for a network of any kind, against a training pass and one by one."""
+    torch.manual_seed(0)
+    model = create_model(name, 10, image_size=64).to(memory_format=torch.channels_last).eval()
+    images = torch.randn(size, 3, 64, 64).to(memory_format=torch.channels_last)
+    labels = torch.randint(0, 10, (size,))
+
+    def training_pass() -> None:
+        model.train()
+        forward_backward(model, images, labels)
+        model.eval()
+
+    def one_by_one() -> torch.Tensor:
+        return fisher_by_samples(model, images, labels)
+
+    error = ((per_sample_fisher(model, images, labels) - one_by_one()).abs() / one_by_one()).max().item()
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{name:38} {parameters / 1e6:8.1f} {error:10.1e}", end="  ", flush=True)
+    return {
+        "forward-backward": training_pass,
+        "per_sample_fisher": lambda: per_sample_fisher(model, images, labels),
+        "one by one": one_by_one,
+    }
+
+
+def networks(args: argparse.Namespace) -> dict:
+    """Print a line for each network: its size, error, pass, and what its scores cost. Returns what was measured."""
+    print(f"{'network':38} {'M param.':>8} {'error':>10}  {'pass, ms':>8}  scores/pass  one by one/pass  peak MiB")
+    results = {}
+    for name in args.networks:
+        results[name] = in_a_process(name, args)
+        ms, scores, loop = (1000 * statistics.median(v) for v in results[name]["seconds"].values())
+        memory = f"{results[name]['peak_memory_mib']:8.0f}"
+        print(f"{ms:8.1f}  {scores / ms:11.2f}  {loop / ms:15.2f}  {memory}", flush=True)
+    return results
+
+
+def in_a_process(name: str, args: argparse.Namespace) -> dict:
+    """What `measure` returns of a case or a network, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"--measure": name, "--to": f"{folder}/x", "--repeats": args.repeats, "--threads": args.threads}
+        options["--device"] = args.device
+        words = [str(word) for option, value in options.items() if value for word in (option, value)]
+        subprocess.run([sys.executable, "-W", "ignore", __file__, *words], check=True)
+        return load_json(Path(folder, "x"))
 
 
 def step(share: float, width: int = 16, size: int = 128) -> Timed:
@@ -466,7 +517,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_choice(parser, "device", text, ("cpu", "cuda", "mps"), default="cpu")
     cli.add_option(parser, "save", "folder of the JSON", cli.path, "DIR", default=Path("runs/benchmark"))
     cli.add_flag(parser, "check", "exit with status 1 if a ratio misses its target")
-    parser.add_argument("--measure", choices=CASES, help=argparse.SUPPRESS)
+    text = "the cost of these networks' scores instead"
+    parser.add_argument("--networks", type=cli.network, nargs="+", metavar="NAME", help=text)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--to", type=cli.path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.scaling and args.device != "cpu":
@@ -501,7 +554,7 @@ def measure(name: str, repeats: int, threads: int | None, device_name: str) -> d
     """Run one case in this process: seconds of every repeat, and the peak memory of the process, or of the GPU."""
     device = start_device(device_name, threads)
     with device:  # where the case makes its tensors
-        functions = CASES[name][0]()
+        functions = CASES[name][0]() if name in CASES else scores_of(name)
     seconds = seconds_of(functions, repeats, device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if device.type == "cuda":
@@ -553,15 +606,11 @@ def main(args: argparse.Namespace) -> None:
     if args.scaling:
         scaling(args)
         return
-    print("case       compared with           case      floor   ratio   target  spread  verdict")
-    results, any_missed = {}, False
-    for name in args.only:
-        with tempfile.TemporaryDirectory() as folder:
-            options = {"--measure": name, "--to": f"{folder}/x", "--repeats": args.repeats, "--threads": args.threads}
-            options["--device"] = args.device
-            words = [str(word) for option, value in options.items() if value for word in (option, value)]
-            subprocess.run([sys.executable, __file__, *words], check=True)
-            results[name] = load_json(Path(folder, "x"))
+    results, any_missed = networks(args) if args.networks else {}, False
+    if not args.networks:
+        print("case       compared with           case      floor   ratio   target  spread  verdict")
+    for name in () if args.networks else args.only:
+        results[name] = in_a_process(name, args)
         for text, missed in rows_of(name, results[name]):
             print(text, flush=True)
             any_missed |= missed

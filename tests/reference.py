@@ -9,22 +9,34 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 
-def sharpbalance_step(
-    model, momentum_buffers, images, labels, sam_mask, rho, lr, momentum, weight_decay, adaptive=False
-):
-    """One step on the lists of parameters and momentum buffers, by autograd.grad and loops over tensors."""
+def smoothed_loss(logits, labels, smoothing):
+    """Mean over samples of the cross-entropy with targets (1 - s) onehot + s / C."""
+    losses = []
+    for row, label in zip(logits, labels, strict=True):
+        log_probs = row - torch.logsumexp(row, 0)
+        losses.append(-(1 - smoothing) * log_probs[label] - smoothing * log_probs.mean())
+    return torch.stack(losses).mean()
+
+
+def summed_gradient(model, images, labels, sam_mask, rho, adaptive=False, smoothing=0.0, clip_norm=None):
+    """The gradient that the base optimizer gets, and the loss, by autograd.grad and loops over tensors."""
     parameters = list(model.parameters())
     total = [torch.zeros_like(p) for p in parameters]
     loss_sum = 0.0
     normal, sam = ~sam_mask, sam_mask
+
+    def loss_of(part):
+        return smoothed_loss(model(images[part]), labels[part], smoothing)
+
     if normal.any():
-        loss = F.cross_entropy(model(images[normal]), labels[normal])
+        loss = loss_of(normal)
         share = normal.sum().item() / len(images)
         for t, g in zip(total, torch.autograd.grad(loss, parameters), strict=True):
             t += share * g
         loss_sum += share * loss.item()
     if sam.any():
-        loss = F.cross_entropy(model(images[sam]), labels[sam])
+        random = torch.get_rng_state()
+        loss = loss_of(sam)
         share = sam.sum().item() / len(images)
         loss_sum += share * loss.item()
         gradients = torch.autograd.grad(loss, parameters)
@@ -35,11 +47,24 @@ def sharpbalance_step(
         for p, w, g in zip(parameters, weights, gradients, strict=True):
             direction = w**2 * g if adaptive else g
             p.data += rho * direction / (math.sqrt(squares) + 1e-12)
-        loss = F.cross_entropy(model(images[sam]), labels[sam])
+        torch.set_rng_state(random)  # dropout draws the same in both passes
+        loss = loss_of(sam)
         for t, g in zip(total, torch.autograd.grad(loss, parameters), strict=True):
             t += share * g
         for p, w in zip(parameters, weights, strict=True):
             p.data.copy_(w)
+    norm = math.sqrt(sum((t**2).sum().item() for t in total))
+    if clip_norm is not None and norm > clip_norm:
+        total = [t * clip_norm / (norm + 1e-6) for t in total]
+    return total, loss_sum
+
+
+def sharpbalance_step(
+    model, momentum_buffers, images, labels, sam_mask, rho, lr, momentum, weight_decay, adaptive=False
+):
+    """One step of SGD on the lists of parameters and momentum buffers."""
+    parameters = list(model.parameters())
+    total, loss_sum = summed_gradient(model, images, labels, sam_mask, rho, adaptive)
     for i, (p, t) in enumerate(zip(parameters, total, strict=True)):
         step = t + weight_decay * p.data
         if momentum_buffers[i] is None:
@@ -48,6 +73,15 @@ def sharpbalance_step(
             momentum_buffers[i] = momentum * momentum_buffers[i] + step
         p.data -= lr * momentum_buffers[i]
     return loss_sum
+
+
+def adamw_step(parameters, gradients, moments, step, lr, weight_decay):
+    """Loshchilov and Hutter, ICLR 2019: step t = 1, 2, ... on the lists of parameters and of pairs of moments."""
+    for i, (p, g) in enumerate(zip(parameters, gradients, strict=True)):
+        first, second = moments[i] or (torch.zeros_like(g), torch.zeros_like(g))
+        moments[i] = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g**2
+        corrected = moments[i][0] / (1 - 0.9**step), moments[i][1] / (1 - 0.999**step)
+        p.data -= lr * (weight_decay * p.data + corrected[0] / (corrected[1].sqrt() + 1e-8))
 
 
 def fisher_by_samples(model, images, labels):

@@ -175,11 +175,11 @@ def test_where_a_relative_path_came_from(tmp_path, monkeypatch, capsys, stopped)
 def test_settings_of_a_newer_version(words, stopped, capsys):
     """They are not the user's misspelt options, and are not left out."""
     recorded = json.loads((stopped / "args.json").read_text())
-    (stopped / "args.json").write_text(json.dumps(recorded | {"label_smoothing": 0.1, "not_used": None}))
+    (stopped / "args.json").write_text(json.dumps(recorded | {"cutmix": 0.1, "not_used": None}))
     (stopped / "environment.json").write_text(json.dumps(about(stopped) | {"commit": "abc1234"}))
     error = refused([*words, stopped], capsys)
     assert error.endswith(
-        f"{stopped}/args.json: made by another version, whose settings are not known here (label_smoothing 0.1); "
+        f"{stopped}/args.json: made by another version, whose settings are not known here (cutmix 0.1); "
         "use the version that made it, commit abc1234"
     )
 

@@ -53,6 +53,29 @@ def test_mixed_steps_equal_the_slow_form(dtype, tolerance, adaptive):
     assert fast.bn1.num_batches_tracked == 3 * steps  # three forward passes a step
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("smoothing", "clip_norm"), [(0.1, None), (0.0, 0.5), (0.2, 0.5)])
+def test_recipes_equal_the_slow_form(share, smoothing, clip_norm):
+    """AdamW gets the sum; smoothing is in all passes; the sum is clipped, the ascent is not; dropout is the same."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 6, 3), nn.GroupNorm(2, 6), nn.Tanh(), nn.Flatten(), nn.Dropout(0.4), nn.Linear(216, 5)]
+    fast = nn.Sequential(*layers).double()
+    slow = copy.deepcopy(fast)
+    optimizer = SAM(fast.parameters(), torch.optim.AdamW, rho=0.3, lr=1e-2, weight_decay=0.05)
+    moments = [None] * len(list(slow.parameters()))
+    for step, (images, labels, _) in enumerate(batches(4, 8), start=1):
+        mask = torch.arange(12) < 12 * share
+        torch.manual_seed(step)
+        options = {"label_smoothing": smoothing, "clip_norm": clip_norm}
+        loss, _ = sharpbalance_step(fast, optimizer, images, labels, mask, **options)
+        torch.manual_seed(step)
+        gradient, expected = reference.summed_gradient(slow, images, labels, mask, 0.3, False, smoothing, clip_norm)
+        reference.adamw_step(list(slow.parameters()), gradient, moments, step, 1e-2, 0.05)
+        assert loss.item() == pytest.approx(expected, abs=1e-10)
+    for p, q in zip(fast.parameters(), slow.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-10)
+
+
 def test_no_sam_sample_equals_sgd_bit_for_bit():
     ours, plain = resnet(torch.float32), resnet(torch.float32)
     optimizer, sgd = SAM(ours.parameters(), rho=0.1, **HYPER), torch.optim.SGD(plain.parameters(), **HYPER)
@@ -343,3 +366,28 @@ def test_learning_rates():
         assert learning_rate(0.1, "cosine", epoch, 20) == pytest.approx(sgd.param_groups[0]["lr"])
         sgd.step()
         cosine.step()
+
+
+def test_warm_up():
+    """Linear to the whole rate after the warm-up; the steps stay where they are, the cosine takes the rest."""
+    rates = [learning_rate(0.9, "step", epoch, 10, warmup=2) for epoch in range(10)]
+    assert rates == pytest.approx([0.3, 0.6, 0.9, 0.9, 0.9, 0.09, 0.09, 0.09, 0.009, 0.009])
+    rest = [learning_rate(0.9, "cosine", epoch, 8) for epoch in range(8)]
+    assert [learning_rate(0.9, "cosine", epoch, 10, 2) for epoch in range(10)] == pytest.approx([0.3, 0.6, *rest])
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e30])
+def test_clipping_does_not_hide_what_is_not_finite(value):
+    """A norm that overflows is not finite either: without clipping that step is skipped as well."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    optimizer = SAM(model.parameters(), rho=0.1, lr=0.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    images = torch.full((4, 3, 2, 2), value)
+    mask = torch.ones(4, dtype=torch.bool)
+    sharpbalance_step(model.train(), optimizer, images, torch.zeros(4, dtype=torch.int64), mask, clip_norm=1.0)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert optimizer.skipped.tolist() == [1, 1]
+    for p in model.parameters():  # finite numbers, whose norm is not
+        p.grad = torch.full_like(p, 1e30)
+    utils.training._clip(optimizer, 1.0)
+    assert not any(p.grad.isfinite().any() for p in model.parameters())

@@ -13,6 +13,7 @@ import pickletools
 import re
 import warnings
 import zipfile
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models import MODELS, create_model
+from models import MODELS, create_model, full_name, is_external
 from models.resnet import BLOCKS
 from models.vit import PATCHES
 from utils import InputError, first_line
-from utils.files import NOT_DOWNLOADED, read_bytes, refusing, write_atomically
+from utils.files import NOT_DOWNLOADED, PINNED, read_bytes, refusing, without_folder, write_atomically
+from utils.start import load_state
 
 # The arguments of `create_model` that a checkpoint of ours holds, in their order, and all that it always holds. Others
 # hold weights and little else of use here.
@@ -138,7 +140,7 @@ def _check(path: str | Path, content: bytes, ours: bool) -> None:
         raise DamagedError(f"{path}: damaged: its bytes do not match the checksum that they were written with")
 
 
-def load_checkpoint(path: str | Path, ours: bool = False) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, ours: bool = False, names: Container[str] = ()) -> dict[str, Any]:
     """Read a checkpoint of ours or of others, on the CPU, without executing anything in it.
 
     The result holds the weights under `state_dict`, wherever they were, and what stood beside them. Their names are
@@ -150,6 +152,8 @@ def load_checkpoint(path: str | Path, ours: bool = False) -> dict[str, Any]:
         path: the file, of torch.save or in the safetensors format.
         ours: whether it must have a checksum, as every file that `save_checkpoint` writes; a checksum that is there is
             always compared.
+        names: those of the network that the weights are for, where that is known: they are not freed of anything more
+            once some are among these. Checkpoints of ours have the network's own names in any case.
 
     Raises:
         InputError: naming the file, if it is missing.
@@ -165,7 +169,7 @@ def load_checkpoint(path: str | Path, ours: bool = False) -> dict[str, Any]:
             raise _RefusedError(f"expected a checkpoint of torch, got {_other_file(content)}")
         else:
             checkpoint = _read_archive(path, content, ours)
-        checkpoint = _unwrapped(checkpoint)
+        checkpoint = _unwrapped(checkpoint, names)
     except DamagedError:
         raise
     except _RefusedError as error:
@@ -184,7 +188,9 @@ def load_checkpoint(path: str | Path, ours: bool = False) -> dict[str, Any]:
     if not all(v.layout == torch.strided and v.device.type == "cpu" and not v.is_quantized for v in state):
         raise DamagedError(f"{path}: expected dense tensors, got sparse, quantized or empty ones; save the dense ones")
     # A tensor may show few numbers as many, which a later copy would write out.
-    if sum(v.numel() * v.element_size() for v in state) > len(content):
+    # Weights that a network shares have one place in the file, and several names.
+    shown = {(v.untyped_storage().data_ptr(), v.storage_offset(), v.shape, v.stride()): v for v in state}
+    if sum(v.numel() * v.element_size() for v in shown.values()) > len(content):
         raise DamagedError(f"{path}: damaged: its tensors are larger than the file")
     return checkpoint
 
@@ -366,7 +372,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _unwrapped(content: Any) -> dict[str, Any]:
+def _unwrapped(content: Any, names: Container[str] = ()) -> dict[str, Any]:
     """What `load_checkpoint` returns of the content of a file."""
     found = _states(content, (), set())
 
@@ -382,7 +388,8 @@ def _unwrapped(content: Any) -> dict[str, Any]:
         raise _RefusedError(f"not a checkpoint: expected named tensors, as in a state_dict, got {what}")
     if len(places) > 1 and (rank(places[0]) == rank(places[1]) or not set(places[0]) & set(STATE_KEYS)):
         raise _RefusedError(f"it holds weights under {', '.join(shown[:8])}; save those alone that are meant")
-    state, unread = _short_names(found[places[0]])
+    own = places[0] == ("state_dict",) and all(name in content for name in REQUIRED)
+    state, unread = (found[places[0]], []) if own else _short_names(found[places[0]], names)
     beside = {key: value for key, value in content.items() if key != places[0][0]} if places[0] else {}
     return {**beside, "state_dict": state, "unread": shown[1:9] + unread[:8]}
 
@@ -403,12 +410,17 @@ def _states(value: Any, keys: tuple[str, ...], seen: set[int]) -> dict[tuple[str
     return found
 
 
-def _short_names(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors by their names in the network itself, and the names of those that belong to something else."""
+def _short_names(state: dict[str, Tensor], own: Container[str] = ()) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors by their names in the network itself, and the names of those that belong to something else.
+
+    `own` holds names that are the network's, if it is known.
+    """
     named = {name: name.split(".") for name in state if not name.endswith(NO_WEIGHTS)}
     named = {name: [part for part in parts[:-1] if part not in WRAPPERS] + parts[-1:] for name, parts in named.items()}
     unread = []
     for _ in range(MAX_DEPTH):
+        if any(".".join(parts) in own for parts in named.values()):
+            break
         heads = {parts[0] for parts in named.values()}
         holder = next((head for head in HOLDERS if head in heads), None)
         if len(heads) == 1 and max(len(parts) for parts in named.values()) > 2:
@@ -441,13 +453,13 @@ def load_model(path: str | Path, **known: Any) -> tuple[nn.Module, dict[str, Any
     checkpoint = load_checkpoint(path)
     if not all(name in checkpoint for name in REQUIRED):
         checkpoint = _described(path, checkpoint, known)
-    network = [checkpoint[name] for name in NETWORK]
     with refusing(f"{path}: describes a network that cannot be built"):
         for name, kind in KINDS.items():
             if type(checkpoint.get(name)) not in (kind, type(None)):
                 raise ValueError(f"its {name} is a {type(checkpoint[name]).__name__}")
-        with torch.device("meta"):  # takes no memory, whatever size the file claims
-            model = create_model(*network)
+        _set_file(checkpoint, known)
+        network = [checkpoint[name] for name in NETWORK]
+        model = _on_meta(network)
     for name, value in known.items():
         inferred = name == "image_size" and "note" in checkpoint
         if value is not None and checkpoint[name] != value and not inferred:
@@ -456,6 +468,33 @@ def load_model(path: str | Path, **known: Any) -> tuple[nn.Module, dict[str, Any
     model = create_model(*network)
     fill_model(model, checkpoint["state_dict"], path)
     return model.eval(), checkpoint
+
+
+def _on_meta(network: list) -> nn.Module:
+    """The network of a checkpoint without its numbers: it takes no memory, whatever size the file claims."""
+    if PINNED.fullmatch(network[0]):
+        return create_model(*network)
+    try:
+        with torch.device("meta"):
+            return create_model(*network)
+    except ValueError as error:
+        if not isinstance(error.__cause__, NotImplementedError):
+            raise
+        return create_model(*network)  # a network of others that reads numbers while it is built
+
+
+def _set_file(checkpoint: dict[str, Any], known: dict[str, Any]) -> None:
+    """Where a user's file makes the network: take the place that the caller knows, and see that it is safe to execute.
+
+    Only a file whose content the checkpoint names is executed, and of its own only one at an absolute path.
+    """
+    name, given = checkpoint["model"], known.get("model")
+    if given is not None and is_external(given):
+        known["model"] = given = full_name(given)
+        if without_folder(given) == without_folder(name):
+            checkpoint["model"] = name = given
+    if is_external(name) and name != full_name(name):
+        raise ValueError(f"expected the absolute path of a file and its digest, got '{name[:200]}'")
 
 
 def _described(path: str | Path, checkpoint: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
@@ -489,7 +528,7 @@ def fill_model(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> 
         InputError: naming the file and the first tensor that does not fit.
     """
     _check_state(model, state, path)
-    model.load_state_dict(state)
+    load_state(model, state)
 
 
 def _check_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from models import MODELS
+from models import MODELS, full_name
 from utils import InputError, RunError, out_of_memory, printable, processes
 from utils.datasets import CORRUPTIONS, NAMES, SEVERITIES, SPLITS
-from utils.files import broken_link
+from utils.files import PINNED, broken_link, pinned
 
 UNSET = object()
 # Options, of the scripts that have them, whose smaller values need less memory.
@@ -198,6 +198,24 @@ def path(text: str) -> Path:
     return Path(place)
 
 
+def weights(text: str) -> str:
+    """An argument type: a file of weights, named with its content. One that is named so already may be gone."""
+    if PINNED.fullmatch(text):
+        return text
+    try:
+        return pinned(path(text))
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def network(text: str) -> str:
+    """An argument type: the name of a network; a user's file is named with its content."""
+    try:
+        return full_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("model: ")) from error
+
+
 def device(text: str) -> str:
     """An argument type: auto, or a device of torch."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", text):
@@ -319,6 +337,13 @@ def image_size_of(parser: Parser, data: str, given: int | None) -> int | None:
     return given or (64 if data == "folder" else None)
 
 
+def add_network_option(group: Any) -> None:
+    """Which network every member is."""
+    text = f"network of every member: {', '.join(MODELS)}; torchvision:NAME or timm:NAME, with weights that are drawn "
+    text += "anew; or FILE.py:FACTORY, a function of a file of yours that is given the number of classes"
+    add_option(group, "model", text, network, "NAME", default="resnet18")
+
+
 def add_measure_options(parser: Parser, parts: bool = True) -> None:
     """Saved members, their data, and where the result goes; `parts`: on which splits, corruptions and severities."""
     add_data_options(parser, measuring=True)
@@ -328,7 +353,8 @@ def add_measure_options(parser: Parser, parts: bool = True) -> None:
     text = "which checkpoint of a folder to take; averaged is there after --average_from"
     add_choice(group, "checkpoint", text, ("best", "last", "averaged"), default="best")
     known = "default: what the checkpoint says; another value is refused"
-    add_choice(group, "model", f"network of the members ({known})", MODELS)
+    text = "network of the members, or the new place of the file that makes it"
+    add_option(group, "model", f"{text} ({known})", network, "NAME")
     add_option(group, "width", f"its width ({known})", number(int, 1, 2**16), "N")
     group = parser.add_argument_group("measurement")
     add_option(group, "save", "folder of the results (default: measurements/<name of the run>)", path, "DIR")

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from utils import InputError, distributed
 from utils.checkpoint import load_model
-from utils.data import Data
 from utils.diversity import disagreement, mean_over_pairs
 from utils.files import write_json
 from utils.member import Member
@@ -148,7 +147,7 @@ def evaluate_members(run: Run) -> dict:
         for seed in own:
             path = run.folder / f"seed_{seed}" / file
             if seed not in before or not _same_bytes(path, before[seed][0]):
-                before[seed] = path, saved_log_probs(path, data, run.settings.batch_size)
+                before[seed] = path, saved_log_probs(path, run)
         found = []
         for i, shape in enumerate(shapes):
             values = np.reshape([before[seed][1][i] for seed in own], shape).astype(np.float32)
@@ -177,9 +176,10 @@ def _same_bytes(path: Path, other: Path) -> bool:
         return False
 
 
-def saved_log_probs(path: Path, data: Data, at_once: int) -> list[np.ndarray]:
+def saved_log_probs(path: Path, run: Run) -> list[np.ndarray]:
     """Of a saved member its epoch, and its log-probabilities float32 [N, C] on validation and on test."""
-    model, checkpoint = load_model(path, dataset=data.name, **data.network)
+    data, at_once = run.data, run.settings.batch_size
+    model, checkpoint = load_model(path, model=run.settings.model, dataset=data.name, **data.network)
     model = model.to(data.train.device, memory_format=torch.channels_last)
     logits = (predict(model, images, at_once=at_once)[0] for images in (data.val, data.test))
     return [np.array(checkpoint["epoch"]), *(F.log_softmax(one, dim=1).numpy() for one in logits)]

@@ -222,6 +222,36 @@ def digest(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
 
 
+PINNED = re.compile(r"(.+)@([0-9a-f]{16})", re.DOTALL)
+
+
+def pinned(path: Path) -> str:
+    """A file by its absolute path and its content: PATH@DIGEST, the beginning of its SHA-256.
+
+    Raises:
+        InputError: if it cannot be read.
+    """
+    return f"{path.absolute()}@{hashlib.sha256(read_bytes(path, limit=None)).hexdigest()[:16]}"
+
+
+def unpinned(name: str) -> Path:
+    """The file of such a name, which must still hold what it held.
+
+    Raises:
+        InputError: if it cannot be read, or has changed.
+    """
+    match = PINNED.fullmatch(name)
+    path = Path(match[1] if match else name)
+    if match and pinned(path).rpartition("@")[2] != match[2]:
+        raise InputError(f"{path}: has changed since the run began with it; restore it, or begin another run")
+    return path
+
+
+def without_folder(value: Any) -> Any:
+    """Such a name without the folder, in which the same file may have moved; anything else as it is."""
+    return os.path.basename(value) if isinstance(value, str) and PINNED.fullmatch(value) else value
+
+
 @contextmanager
 def refusing(problem: str, remedy: str = "") -> Iterator[None]:
     """Turn any error into an InputError "<problem> (<reason>); <remedy>": a damaged file raises nearly anything."""

@@ -7,31 +7,39 @@ so that neither a weight gradient of the batch nor anything of size batch x para
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vjp, vmap
+from torch.func import functional_call, vjp, vmap
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from models.resnet import Pointwise
 from models.resnet_tiny import Scale
 from models.vit import Tokens
+from utils import out_of_memory
 from utils.hessian import full_float32, matching_parameters, refuse_train_mode, to_float64
 
 CHUNK_NUMBERS = 2**21  # in a layer's working set (8 MiB in float32): the samples of a batch are taken in groups
 NARROW = 8  # convolutions with fewer input channels have all their kernel offsets in one product
 NTK_NUMBERS = 2**27  # in one of the two blocks of gradients of the NTK's Gram matrix (512 MiB in float32)
 VMAP_CHUNK = 16  # samples at a time for layers without a formula of their own
+VMAP_NUMBERS = 2**25  # in their gradients (128 MiB in float32)
+PROBES, TOLERANCE = 3, 1e-4  # images by which a network that is not of this repository is tried
 MOVE_COST = 10  # moving a number through memory takes about as long as so many multiply-adds of a matrix product
 
 WARNED_OF: set[str] = set()
 Terms = Iterator[Tensor]
+Units = dict[str, tuple[str, ...]]  # the names of a module's parameters within it, by the name of the module
+# Of networks that were tried: their trainable parameters then, and their units or why they have none.
+UNITS: MutableMapping[nn.Module, tuple[set[int], Units | str]] = weakref.WeakKeyDictionary()
 
 
 class _NeedsWholeModelError(Exception):
-    """The model uses a layer twice or shares a parameter: norms of its layers do not add up."""
+    """The norms of the model's layers do not add up, as where it shares a parameter."""
 
 
 @full_float32()
@@ -50,10 +58,14 @@ def per_sample_fisher(model: nn.Module, images: Tensor, labels: Tensor) -> Tenso
     Returns:
         [B], in the dtype and on the device of the images.
 
-    Layers: Conv2d (any stride, padding, dilation, groups), Linear (also on sequences), BatchNorm1d/2d, LayerNorm and
-    the models' own Scale and Tokens have formulas. Any other layer with parameters is differentiated sample by sample
-    with chunked vmap, and so is the whole model where it shares a parameter or calls a layer twice; a warning says so
-    once. Weights, `requires_grad` and `.grad` are as before afterwards.
+    Layers: Conv2d (any stride, padding, dilation, groups), Linear (also on sequences), BatchNorm1d/2d, LayerNorm,
+    GroupNorm and the models' own Scale and Tokens have formulas. Any other layer with parameters is differentiated
+    sample by sample with chunked vmap. Where the model shares a parameter, calls a layer twice, or otherwise is not the
+    sum of its layers, each sample has a backward pass of its own. A warning says so once. For a network that is not of
+    this repository, that is found out at its first call, where the sum over its layers is compared with backward passes
+    of `PROBES` samples. Weights, `requires_grad` and `.grad` are as before afterwards.
+
+    The labels are as they stand, without label smoothing, whatever the network is trained with.
 
     Source: the authors' score (arXiv 2407.12996); for the layer norms Goodfellow, arXiv 1510.01799, and Rochette et
     al., arXiv 1912.06015.
@@ -68,10 +80,11 @@ def per_sample_fisher(model: nn.Module, images: Tensor, labels: Tensor) -> Tenso
     if not len(images):
         return images.new_zeros(0)
     try:
-        return _by_layers(model, images, labels, trainable)
+        return _by_layers(model, images, labels, trainable, _units(model, images, labels, trainable))
     except _NeedsWholeModelError as reason:
-        _warn_once(str(reason))
-        return _by_vmap(model, images, labels)
+        if reason.args:
+            _warn_once(str(reason), "the samples are differentiated one by one, exact, at the cost of batches of one")
+    return _by_samples(model, images, labels)
 
 
 @full_float32()
@@ -117,41 +130,134 @@ def ntk_gram(model: nn.Module, images: Tensor, params: str | None = r"weight$") 
     return gram
 
 
-def _by_layers(model: nn.Module, images: Tensor, labels: Tensor, trainable: set[int]) -> Tensor:
+def _units(model: nn.Module, images: Tensor, labels: Tensor, trainable: set[int]) -> Units:
+    """The parts of the model whose squared norms add up to those of the whole, with the parameters of each.
+
+    For the networks of this repository every layer with parameters is one. Of another network it is found out, once,
+    by following one image, and `_by_layers` is compared with the samples one by one for a few images. A layer that is
+    used without being called, more than once, or in another way than input to output leaves its parameters to the
+    module around it.
+
+    Raises:
+        _NeedsWholeModelError: if the model cannot be divided so.
+    """
+    owners = {
+        name: tuple(n for n, p in module.named_parameters(recurse=False) if id(p) in trainable)
+        for name, module in model.named_modules()
+    }
+    owners = {name: names for name, names in owners.items() if names}
+    if sum(map(len, owners.values())) > len(trainable):
+        raise _NeedsWholeModelError("a parameter belongs to two layers")
+    if type(model).__module__.startswith("models."):
+        return owners
+    if model not in UNITS or UNITS[model][0] != trainable:
+        if len(images) == 1:
+            raise _NeedsWholeModelError  # cannot show whether samples keep apart
+        UNITS[model] = set(trainable), _try_units(model, owners, images[:PROBES], labels[:PROBES], trainable)
+    found = UNITS[model][1]
+    if isinstance(found, str):
+        raise _NeedsWholeModelError(found)
+    return found
+
+
+def _try_units(model: nn.Module, owners: Units, images: Tensor, labels: Tensor, trainable: set[int]) -> Units | str:
+    """The units of a network of others, compared with backward passes of a few samples, or why there are none."""
+    units = _follow(model, owners, images[:2], labels[:2])
+    if isinstance(units, str):
+        return units
+    exact = _by_samples(model, images, labels)
+    try:
+        error = (_by_layers(model, images, labels, trainable, units) - exact).abs()
+    except _NeedsWholeModelError as reason:
+        return str(reason)
+    if (error <= TOLERANCE * exact).all():
+        return units
+    return f"the layers of {type(model).__name__} do not add up to it"
+
+
+def _follow(model: nn.Module, owners: Units, images: Tensor, labels: Tensor) -> Units | str:
+    """The units of a network, found by passing one image and then two through it, or why there are none."""
+    calls: dict[nn.Module, list[int]] = {module: [] for module in model.modules()}  # rows of input and output
+
+    def note(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        tensors = [args[0] if args else None, _single(output)]
+        calls[module] += [len(t) if isinstance(t, Tensor) and t.dim() else 0 for t in tensors]
+
+    handles = [module.register_forward_hook(note, with_kwargs=True) for module in calls]
+    try:
+        with torch.enable_grad():
+            loss = F.cross_entropy(model(images[:1]), labels[:1])
+        with torch.no_grad():
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    # Called once with one image, and with two once more, on twice as many rows.
+    whole = {m for m, rows in calls.items() if len(rows) == 4 and all(rows) and rows[2:] == [2 * n for n in rows[:2]]}
+    named = {f"{name}.{n}" if name else n: (name, n) for name, names in owners.items() for n in names}
+    gradients = torch.autograd.grad(loss, [model.get_parameter(full) for full in named], allow_unused=True)
+    units: dict[str, list[str]] = {}
+    for (full, (owner, _)), gradient in zip(named.items(), gradients, strict=True):
+        if gradient is None:  # a head for training only, for instance
+            continue
+        place = owner
+        while place and model.get_submodule(place) not in whole:
+            place = place.rpartition(".")[0]
+        if not place and owner:
+            module = model.get_submodule(owner)
+            how = "is called twice in one forward pass" if len(calls[module]) > 4 else "is not called with the samples"
+            return f"{type(module).__name__} {how}"
+        units.setdefault(place, []).append(full.removeprefix(f"{place}.") if place else full)
+    return {place: tuple(names) for place, names in units.items()}
+
+
+def _single(output: Any) -> Tensor | None:
+    """The output of a layer, or the only tensor in it, as of an attention that also returns no weights."""
+    found = [output] if isinstance(output, Tensor) else output if isinstance(output, tuple) else []
+    tensors = [value for value in found if isinstance(value, Tensor)]
+    return tensors[0] if len(tensors) == 1 and tensors[0].dim() else None
+
+
+def _by_layers(model: nn.Module, images: Tensor, labels: Tensor, trainable: set[int], units: Units) -> Tensor:
     scores = images.new_zeros(len(images))
     called: set[nn.Module] = set()
+    names = {model.get_submodule(place): own for place, own in units.items()}
     listening = True
 
-    def take_input(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    def take_input(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         if not listening:
             return None
         if module in called:
             raise _NeedsWholeModelError(f"{type(module).__name__} is called twice in one forward pass")
         called.add(module)
-        first = not output.requires_grad
+        out = _single(output)
+        if out is None or len(out) % len(images) or len(args[0]) % len(images):
+            raise _NeedsWholeModelError(f"{type(module).__name__} does not take the samples of a batch in their order")
+        first = not out.requires_grad
         if first:
             # Nothing before this layer asks for a gradient: backward ends here. The copy may be changed in place.
-            output = output.detach().requires_grad_().clone()
-        inputs = tuple(arg.detach() for arg in args)
-        versions = [tensor._version for tensor in inputs]
+            out = out.detach().requires_grad_().clone()
+        leaves, form = tree_flatten((args, kwargs))
+        leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        versions = [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]
 
         def add_norms(output_grad: Tensor) -> None:
             nonlocal listening
-            if [tensor._version for tensor in inputs] != versions:
-                raise RuntimeError(f"the input of {type(module).__name__} was changed in place after its use")
+            if [leaf._version for leaf in leaves if isinstance(leaf, Tensor)] != versions:
+                reason = f"the input of {type(module).__name__} was changed in place after its use"
+                raise _NeedsWholeModelError(reason)
             listening = False
             with torch.no_grad():
-                scores.add_(_layer_norms(module, inputs, output_grad, trainable))
+                scores.add_(_unit_norms(module, names[module], leaves, form, output_grad, len(images)))
             listening = True
 
-        output.register_hook(add_norms)
-        return output if first else None
+        out.register_hook(add_norms)
+        if not first:
+            return None
+        return out if isinstance(output, Tensor) else tuple(out if isinstance(v, Tensor) else v for v in output)
 
-    owners = [m for m in model.modules() if any(id(p) in trainable for p in m.parameters(recurse=False))]
-    if sum(id(p) in trainable for m in owners for p in m.parameters(recurse=False)) > len(trainable):
-        raise _NeedsWholeModelError("a parameter belongs to two layers")
     parameters = [parameter for parameter in model.parameters() if id(parameter) in trainable]
-    handles = [module.register_forward_hook(take_input) for module in owners]
+    handles = [module.register_forward_hook(take_input, with_kwargs=True) for module in names]
     try:
         for parameter in parameters:
             parameter.requires_grad_(False)
@@ -165,41 +271,61 @@ def _by_layers(model: nn.Module, images: Tensor, labels: Tensor, trainable: set[
     return scores
 
 
-def _by_vmap(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    # Each place that holds a parameter once: functional_call would lose the parameters of a layer named twice.
-    places = {
-        f"{prefix}.{name}" if prefix else name: parameter
-        for prefix, module in model.named_modules()
-        for name, parameter in module.named_parameters(recurse=False)
-    }
-    trainable = {str(id(p)): p.detach() for p in places.values() if p.requires_grad}
-
-    def loss(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
-        everything = {name: parameters.get(str(id(p)), p.detach()) for name, p in places.items()}
-        logits = functional_call(model, everything, (image.unsqueeze(0),), tie_weights=False)
-        return F.cross_entropy(logits, label.unsqueeze(0))
-
-    def squared_norm(image: Tensor, label: Tensor) -> Tensor:
-        return sum(g.square().sum() for g in grad(loss)(trainable, image, label).values())
-
-    return vmap(squared_norm, chunk_size=VMAP_CHUNK)(images, labels)
+def _by_samples(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """One backward pass a sample: whatever the network does, and never more than one gradient in memory."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    scores = images.new_zeros(len(images))
+    for i in range(len(images)):
+        with torch.enable_grad():
+            loss = F.cross_entropy(model(images[i : i + 1].detach()), labels[i : i + 1])
+            found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        # Not by norms, which lose the third digit of a hundred million numbers in float32.
+        scores[i] = torch.stack([g.square().sum() for g in found if g is not None]).sum()
+    return scores
 
 
-def _layer_norms(module: nn.Module, inputs: tuple[Tensor, ...], output_grad: Tensor, trainable: set[int]) -> Tensor:
-    """Squared norms [B] of the per-sample gradients of the module's own trainable parameters."""
-    own = {name: p.detach() for name, p in module.named_parameters(recurse=False) if id(p) in trainable}
+def _unit_norms(
+    module: nn.Module, names: tuple[str, ...], leaves: list, form: Any, output_grad: Tensor, batch: int
+) -> Tensor:
+    """Squared norms [B] of the per-sample gradients of the parameters of one unit.
+
+    Args:
+        module: the unit, and the `names` of its parameters in it.
+        leaves, form: the arguments that it was called with, as `tree_flatten` gives them. Where it sees k rows for each
+            sample, as windows of an image, their first dimension is B k.
+        output_grad: the gradient of its output.
+        batch: B.
+    """
     # A subclass may compute something else, so that the type has to be exactly the known one.
     formula = FORMULAS.get(type(module))
-    if formula and getattr(module, "padding_mode", "zeros") == "zeros":
-        return sum(formula(module, inputs[0], output_grad, set(own)))
-    _warn_once(f"{type(module).__name__} has no per-sample formula here")
+    folded = len(leaves[0]) > batch or len(output_grad) > batch
+    if formula and len(leaves) == 1 and getattr(module, "padding_mode", "zeros") == "zeros":
+        if not folded:
+            return sum(formula(module, leaves[0], output_grad, set(names)))
+        if type(module) in (nn.Linear, nn.LayerNorm):  # to which further dimensions are positions
+            x, g = (tensor.reshape(batch, -1, *tensor.shape[1:]) for tensor in (leaves[0], output_grad))
+            return sum(formula(module, x, g, set(names)))
+    if not formula:
+        _warn_once(f"{type(module).__name__} has no per-sample formula here")
+    own = {name: module.get_parameter(name).detach() for name in names}
+    rows = len(leaves[0])
+    mine = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == rows]
 
     def squared_norm(arguments: tuple[Tensor, ...], cotangent: Tensor) -> Tensor:
-        batch_of_one = tuple(argument.unsqueeze(0) for argument in arguments)
-        _, backward = vjp(lambda own: functional_call(module, own, batch_of_one), own)
-        return sum(g.square().sum() for g in backward(cotangent.unsqueeze(0))[0].values())
+        replaced = dict(zip(mine, arguments, strict=True))
+        args, kwargs = tree_unflatten([replaced.get(i, leaf) for i, leaf in enumerate(leaves)], form)
+        _, backward = vjp(lambda own: _single(functional_call(module, own, args, kwargs)), own)
+        return sum(g.square().sum() for g in backward(cotangent)[0].values())
 
-    return vmap(squared_norm, chunk_size=VMAP_CHUNK)(inputs, output_grad)
+    samples = tuple(leaves[i].reshape(batch, -1, *leaves[i].shape[1:]) for i in mine)
+    chunk = max(1, min(VMAP_CHUNK, VMAP_NUMBERS // sum(p.numel() for p in own.values())))
+    try:
+        cotangents = output_grad.reshape(batch, -1, *output_grad.shape[1:])
+        return vmap(squared_norm, chunk_size=chunk)(samples, cotangents)
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        raise _NeedsWholeModelError(f"{type(module).__name__} cannot be differentiated by vmap") from error
 
 
 def _chunk_numbers(tensor: Tensor) -> int:
@@ -240,10 +366,11 @@ def _conv2d(module: nn.Conv2d, x: Tensor, g: Tensor, wants: set[str]) -> Terms:
     if "bias" in wants:
         yield g.sum((1, 2)).square().sum(1)
     if "weight" in wants:
+        # Groups are convolutions of their own: [B, H, W, G C] -> [B G, H, W, C].
+        x, g = (t.unflatten(3, (module.groups, -1)).movedim(3, 1).flatten(0, 1) for t in (x, g))
         step = max(1, _chunk_numbers(x) // (x[0].numel() + g[0].numel()))
-        for group in zip(x.chunk(module.groups, 3), g.chunk(module.groups, 3), strict=True):
-            chunks = zip(*(tensor.split(step) for tensor in group), strict=True)
-            yield torch.cat([_conv2d_weight(module, x_chunk, g_chunk) for x_chunk, g_chunk in chunks])
+        norms = [_conv2d_weight(module, *chunks) for chunks in zip(x.split(step), g.split(step), strict=True)]
+        yield torch.cat(norms).view(-1, module.groups).sum(1)
 
 
 def _zero_padding(module: nn.Conv2d) -> tuple[int, int, int, int]:
@@ -327,6 +454,15 @@ def _layer_norm(module: nn.LayerNorm, x: Tensor, g: Tensor, wants: set[str]) -> 
         yield _sum_to(g * normalised, first).square().sum(1)
 
 
+def _group_norm(module: nn.GroupNorm, x: Tensor, g: Tensor, wants: set[str]) -> Terms:
+    """Scale gradient sum_t g_t * normalised x_t, shift gradient sum_t g_t, for each channel, over its positions."""
+    if "bias" in wants:
+        yield g.flatten(1).view(*g.shape[:2], -1).sum(2).square().sum(1)
+    if "weight" in wants:
+        products = g * F.group_norm(x, module.num_groups, eps=module.eps)
+        yield products.flatten(1).view(*g.shape[:2], -1).sum(2).square().sum(1)
+
+
 def _sum_to(g: Tensor, first: int) -> Tensor:
     """[B, ..., rest] -> [B, size of rest]: sum over dimensions 1 to first - 1."""
     return g.flatten(first).flatten(1, -2).sum(1) if g.dim() > first > 1 else g.flatten(1)
@@ -352,12 +488,13 @@ FORMULAS: dict[type, Callable[[Any, Tensor, Tensor, set[str]], Terms]] = {
     nn.BatchNorm1d: _batch_norm,
     nn.BatchNorm2d: _batch_norm,
     nn.LayerNorm: _layer_norm,
+    nn.GroupNorm: _group_norm,
     Scale: _scale,
     Tokens: _tokens,
 }
 
 
-def _warn_once(reason: str) -> None:
+def _warn_once(reason: str, instead: str = "chunked vmap takes over, exact but slower") -> None:
     if reason not in WARNED_OF:
         WARNED_OF.add(reason)
-        warnings.warn(f"per_sample_fisher: {reason}; chunked vmap takes over, exact but slower", stacklevel=4)
+        warnings.warn(f"per_sample_fisher: {reason}; {instead}", stacklevel=4)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from utils import InputError
+
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
@@ -39,6 +41,19 @@ def full_float32() -> Iterator[None]:
     finally:
         for switch, precision in zip(switches, before, strict=True):
             switch.fp32_precision = precision
+
+
+@contextmanager
+def _supported() -> Iterator[None]:
+    """Say in one line where torch lacks the second derivative of a network's layer, as of hard sigmoids."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.match(r"derivative for aten::(\w+) is not implemented", str(error))
+        if not found:
+            raise
+        way_out = "measure this network without the Hessian's modes"
+        raise InputError(f"the Hessian: torch has no second derivative of {found[1]}; {way_out}") from error
 
 
 class HessianOperator:
@@ -73,7 +88,7 @@ class HessianOperator:
         sums = [[torch.zeros_like(p) for p in self.parameters] for _ in parts]
         for images, labels in self.batches:
             # Of the kernels of attention, only that of single operations has a second derivative.
-            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _quick_layers(self.model):
+            with _supported(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _quick_layers(self.model):
                 loss = F.cross_entropy(self.model(images), labels, reduction="sum") / self.samples
                 gradients = torch.autograd.grad(loss, self.parameters, create_graph=True, materialize_grads=True)
                 # A gradient that does not depend on the weights (of a linear model's bias, say) has no graph.
@@ -208,9 +223,14 @@ def to_float64(tensor: Tensor) -> Tensor:
 
 
 def refuse_train_mode(model: nn.Module, what: str) -> None:
-    """Raise ValueError if a module is in train mode, where batch statistics and dropout belong to the function."""
+    """Raise ValueError if a module is in train mode, where batch statistics and dropout belong to the function.
+
+    So they do, in every mode, of a BatchNorm without running statistics.
+    """
     if any(module.training for module in model.modules()):
         raise ValueError(f"{what} is measured in eval mode: call model.eval() first")
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None for m in model.modules()):
+        raise ValueError(f"{what} is that of one sample, and a BatchNorm without running statistics mixes samples")
 
 
 def matching_parameters(model: nn.Module, params: str | None) -> list[nn.Parameter]:

@@ -25,10 +25,11 @@ from models import create_model, evaluating
 from sam import SAM
 from utils import InputError, RunError, first_line
 from utils.checkpoint import DamagedError, fill_model, load_checkpoint, pack_checkpoint, save_checkpoint
-from utils.files import digest, write_array, write_atomically
+from utils.files import digest, unpinned, write_array, write_atomically
 from utils.fisher import per_sample_fisher
 from utils.metrics import per_sample
 from utils.run import CHECKPOINTS, MEMBER_FILES, PARTIAL, PREVIOUS, Run, Stopped
+from utils.start import start_from
 from utils.training import in_parts, learning_rate, predict, train_epoch
 
 SCORE_BATCH = 128
@@ -62,13 +63,6 @@ class Member:
         self.run, self.seed, self.folder = run, seed, run.folder / f"seed_{seed}"
         torch.manual_seed(seed)  # the network is drawn on the CPU, so that its start does not depend on the device
         self.model = create_model(settings.model, width=settings.width, **run.data.network)
-        self.model.to(device, memory_format=torch.channels_last)
-        sam = {"rho": settings.rho, "adaptive": settings.sam_adaptive}
-        sgd = {"lr": settings.lr, "momentum": settings.momentum, "weight_decay": settings.weight_decay}
-        self.optimizer = SAM(self.model.parameters(), torch.optim.SGD, **sam, **sgd)
-        self.average = None
-        if settings.average_from is not None:
-            self.average = AveragedModel(self.model, multi_avg_fn=self._average)
         self.epoch, self.position = 0, None
         self.best_acc, self.best_epoch = -1.0, 0  # best_epoch: epochs that were finished then
         self.scores: np.ndarray | None = None
@@ -82,8 +76,27 @@ class Member:
         for name in MEMBER_FILES:  # left by a write that was killed
             (self.folder / f"{name}.tmp").unlink(missing_ok=True)
         checkpoint = self._newest_checkpoint()
+        if checkpoint is None and settings.init_from is not None:
+            path = unpinned(settings.init_from)
+            weights = load_checkpoint(path, names=self.model.state_dict())["state_dict"]
+            loaded = start_from(self.model, weights, run.data.network["num_classes"], path)
+            if seed == settings.seed[0]:  # it is the same for all
+                print(f"--init_from {loaded}", file=sys.stderr)
+        self.model.to(device, memory_format=torch.channels_last)
+        self.optimizer = self._new_optimizer()
+        self.average = None
+        if settings.average_from is not None:
+            self.average = AveragedModel(self.model, multi_avg_fn=self._average)
         if checkpoint is not None:
             self._load(checkpoint)
+
+    def _new_optimizer(self) -> SAM:
+        settings = self.run.settings
+        options = {"rho": settings.rho, "adaptive": settings.sam_adaptive}
+        options |= {"lr": settings.lr, "weight_decay": settings.weight_decay}
+        if settings.optimizer == "adamw":
+            return SAM(self.model.parameters(), torch.optim.AdamW, **options)
+        return SAM(self.model.parameters(), torch.optim.SGD, momentum=settings.momentum, **options)
 
     @property
     def passes_left(self) -> float:
@@ -97,7 +110,7 @@ class Member:
         started, epoch, here = time.monotonic(), self.epoch, None
         if self.position is not None:
             started -= self.position["seconds"]
-        lr = learning_rate(settings.lr, settings.schedule, epoch, settings.epochs)
+        lr = learning_rate(settings.lr, settings.schedule, epoch, settings.epochs, settings.warmup_epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         mask = self.mask if self.mask is not None else torch.full((len(data.train),), settings.sam)
@@ -119,10 +132,11 @@ class Member:
             run.signals.check()
 
         batches = mask, self.seed, epoch, settings.batch_size
-        more = settings.bn_perturbed, settings.amp, after_step, self.position
+        step = {name: getattr(settings, name) for name in ("bn_perturbed", "amp", "label_smoothing", "clip_norm")}
+        more = {"after_step": after_step, "position": self.position, **step}
         try:
             with run.signals.deferred():  # within a step the weights are elsewhere
-                train_loss, train_acc = train_epoch(self.model, self.optimizer, data.train, *batches, *more)
+                train_loss, train_acc = train_epoch(self.model, self.optimizer, data.train, *batches, **more)
             logits, _ = predict(self.model, data.val, at_once=settings.batch_size)
             val = per_sample(F.log_softmax(logits, dim=1), data.val.labels.cpu())
             val_loss, val_acc = val["nll"].mean().item(), val["correct"].mean().item()

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from utils import InputError, RunError, distributed, first_line, processes
 from utils.data import Data
-from utils.files import broken_link, load_json, write_atomically, write_json
+from utils.files import broken_link, load_json, without_folder, write_atomically, write_json
 from utils.partition import DRAWS, SCORE_FREE
 
 try:
@@ -42,19 +42,14 @@ RUN_FILES = ("args.json", "environment.json", "command.txt", "summary.json")
 CHECKPOINTS = {"last": "checkpoint.pth.tar", "best": "model_best.pth.tar", "averaged": "model_averaged.pth.tar"}
 PREVIOUS, PARTIAL = "checkpoint_previous.pth.tar", "checkpoint_partial.pth.tar"
 MEMBER_FILES = (*CHECKPOINTS.values(), PREVIOUS, PARTIAL, "log.jsonl", "fisher.npy", "sam_mask.npy")
-
 # Settings that do not change what is computed: they may differ when a run is resumed. Data are compared by their
 # content, not by their path. `draws` is what the run began with; the last four are of earlier versions.
 FREE_SETTINGS = ("data_path", "train_idx_path", "val_idx_path", "download", "device", "threads", "jobs", "save_path")
 FREE_SETTINGS += ("save_every", "draws", "resume", "checkpoint", "overwrite", "evaluate")
 # Settings that earlier versions lack, and what these versions did. They count where they differ from it.
-OLD_DEFAULTS = {
-    "image_size": None,
-    "match_size": None,
-    "augmentation": "standard",
-    "label_noise": 0.0,
-    "average_from": None,
-}
+OLD_DEFAULTS: dict[str, Any] = dict.fromkeys(("match_size", "average_from", "image_size", "clip_norm", "init_from"))
+OLD_DEFAULTS |= {"augmentation": "standard", "label_noise": 0.0, "label_smoothing": 0.0}
+OLD_DEFAULTS |= {"optimizer": "sgd", "warmup_epochs": 0}
 # What of the environment a run may go on without, though the last bits of floats, or the code, differ then.
 MACHINE, CODE = ("torch", "device", "cpu"), "commit"
 LATE_SECONDS = 90  # NFS holds for 30 to 60 seconds that a file is not there
@@ -90,6 +85,11 @@ class Settings:
     momentum: float
     weight_decay: float
     schedule: str
+    optimizer: str
+    warmup_epochs: int
+    label_smoothing: float
+    clip_norm: float | None
+    init_from: str | None
     augmentation: str
     label_noise: float
     average_from: int | None
@@ -114,7 +114,8 @@ class Settings:
 def _without_effect(settings: dict[str, Any]) -> set[str]:
     """The settings that change nothing beside the others."""
     sets = () if settings.get("flat_ratio") else ("initial_epochs", "partition", "unselected", "match_size")
-    return {*sets, *(() if settings.get("sam") else ("rho", "sam_adaptive", "bn_perturbed"))}
+    momentum = {"momentum"} if settings.get("optimizer") == "adamw" else set()
+    return {*sets, *momentum, *(() if settings.get("sam") else ("rho", "sam_adaptive", "bn_perturbed"))}
 
 
 def current_settings(recorded: dict[str, Any]) -> dict[str, Any]:
@@ -400,7 +401,7 @@ class Run:
         differ = [
             f"--{name} {_words(value)} here, {_words(before.get(name))} there"
             for name, value in here.items()
-            if name not in free and before.get(name) != value
+            if name not in free and without_folder(before.get(name)) != without_folder(value)
         ]
         if differ:
             raise InputError(f"--save_path {self.folder}: a run of other settings ({'; '.join(differ)}); {way_out}")

@@ -1,10 +1,11 @@
 """Training and evaluating one network: the SharpBalance step, an epoch of it, and the logits of an image set."""
 
 import math
+import operator
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,8 @@ def sharpbalance_step(
     sam_mask: Tensor,
     bn_perturbed: str = "update",
     amp: str = "none",
+    label_smoothing: float = 0.0,
+    clip_norm: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One training step in which some samples of the batch are trained with SAM and the others without it.
 
@@ -39,10 +42,11 @@ def sharpbalance_step(
         w  <- base optimizer's step with (a/B) grad L_n(w) + (b/B) grad L_s(w + eps)
 
     b = 0 is the base optimizer's step, a = 0 is SAM's. A step with b > 0 is skipped where g or the sum is not finite.
-    Both SAM passes see the same augmented images. Weight decay is in the step only. Each forward pass is in train mode,
-    normalises with the statistics of its own part, and updates the running statistics of BatchNorm, as in the authors'
-    release; with bn_perturbed="freeze" the pass at w + eps normalises in the same way but updates nothing. Where a part
-    is one sample and a BatchNorm would see one value a channel, that sample joins the other part.
+    Both SAM passes see the same augmented images, and random layers (dropout) draw the same in both, so that the loss
+    that eps raises is the one whose gradient is taken there. Weight decay is in the step only. Each forward pass is in
+    train mode, normalises with the statistics of its own part, and updates the running statistics of BatchNorm, as in
+    the authors' release; with bn_perturbed="freeze" the pass at w + eps normalises in the same way but updates nothing.
+    Where a part is one sample and a BatchNorm would see one value a channel, that sample joins the other part.
 
     Args:
         model: the network, in train mode.
@@ -52,34 +56,35 @@ def sharpbalance_step(
         sam_mask: bool [B], True = trained with SAM. Pass it on the CPU, even on a GPU: the step then waits for nothing.
         bn_perturbed: update | freeze.
         amp: none | bf16, the autocast of the forward passes.
+        label_smoothing: of L_n and L_s, in all passes; share of the uniform distribution in the target.
+        clip_norm: the l2 norm to which the sum is scaled down before the base optimizer's step; g is never clipped.
 
     Returns:
-        Detached tensors: the mean cross-entropy of the batch and the number of correct predictions, both at w.
+        Detached tensors: the mean loss of the batch and the number of correct predictions, both at w.
 
     Source: arXiv 2407.12996, section 4, and engine.py of the authors' release. If a pass raises, the weights are at w.
     """
-    normal, sam = (~sam_mask).nonzero().squeeze(1), sam_mask.nonzero().squeeze(1)
-    if 1 in (len(normal), len(sam)) and len(images) > 1 and _one_value_per_channel(model, images[:1]):
-        everything = torch.arange(len(images))
-        normal, sam = (everything[:0], everything) if len(normal) == 1 else (everything, everything[:0])
+    normal, sam = _parts_of(model, images, sam_mask)
     share_normal, share_sam = len(normal) / len(images), len(sam) / len(images)
     loss, correct = images.new_zeros(()), images.new_zeros(())
 
     optimizer.zero_grad()
     if share_normal:  # weights at w; the gradients become (a/B) grad L_n(w)
         part_images, part_labels = _part(images, normal), _part(labels, normal)
-        normal_loss, logits = _loss(model, part_images, part_labels, amp)
+        normal_loss, logits = _loss(model, part_images, part_labels, amp, label_smoothing)
         (share_normal * normal_loss).backward()
         loss += share_normal * normal_loss.detach()
         correct += (logits.argmax(1) == part_labels).sum()
     if not share_sam:
+        _clip(optimizer, clip_norm)
         optimizer.base_optimizer.step()
         return loss, correct
 
     normal_grads = [(p, p.grad) for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad()  # releases the gradients, which the list still holds
     part_images, part_labels = _part(images, sam), _part(labels, sam)
-    sam_loss, logits = _loss(model, part_images, part_labels, amp)  # still at w
+    random = random_state(images.device)
+    sam_loss, logits = _loss(model, part_images, part_labels, amp, label_smoothing)  # still at w
     sam_loss.backward()
     loss += share_sam * sam_loss.detach()
     correct += (logits.argmax(1) == part_labels).sum()
@@ -87,20 +92,61 @@ def sharpbalance_step(
         optimizer.first_step(zero_grad=True)  # from w to w + eps
         for parameter, gradient in normal_grads:
             parameter.grad = gradient  # backward adds to it
+        set_random_state(random, images.device)
         with _frozen_statistics(model) if bn_perturbed == "freeze" else nullcontext():
-            (share_sam * _loss(model, part_images, part_labels, amp)[0]).backward()
+            (share_sam * _loss(model, part_images, part_labels, amp, label_smoothing)[0]).backward()
+        _clip(optimizer, clip_norm)
         optimizer.second_step()  # back to w, then the base optimizer's step with the sum
     finally:
         optimizer.restore()
     return loss, correct
 
 
-def _loss(model: nn.Module, images: Tensor, labels: Tensor, amp: str) -> tuple[Tensor, Tensor]:
+def _parts_of(model: nn.Module, images: Tensor, sam_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The indices of the normal and of the SAM part of a batch."""
+    normal, sam = (~sam_mask).nonzero().squeeze(1), sam_mask.nonzero().squeeze(1)
+    if 1 in (len(normal), len(sam)) and len(images) > 1 and _one_value_per_channel(model, images[:1]):
+        everything = torch.arange(len(images))
+        return (everything[:0], everything) if len(normal) == 1 else (everything, everything[:0])
+    return normal, sam
+
+
+def _loss(model: nn.Module, images: Tensor, labels: Tensor, amp: str, label_smoothing: float) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy and detached logits."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp == "bf16"):
         logits = model(images)
     logits = logits.to(images.dtype)
-    return F.cross_entropy(logits, labels), logits.detach()
+    return F.cross_entropy(logits, labels, label_smoothing=label_smoothing), logits.detach()
+
+
+@torch.no_grad()
+def _clip(optimizer: SAM, clip_norm: float | None) -> None:
+    """Scale the gradients to an l2 norm of at most `clip_norm`, without waiting for the device.
+
+    Where their norm is not finite they become so too, so that the step is skipped as it is without clipping.
+    """
+    if clip_norm is None:
+        return
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    scale = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(grads, torch.where(norm.isfinite(), scale, norm))
+
+
+def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """The state of torch's generators that layers on this device draw from: the CPU's, and the device's own."""
+    if device.type == "mps":
+        return torch.get_rng_state(), torch.mps.get_rng_state()
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    """Go back to what `random_state` returned; on another kind of device, to the CPU's part of it."""
+    torch.set_rng_state(state[0])
+    if state[1] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)
+    elif state[1] is not None and device.type == "mps":
+        torch.mps.set_rng_state(state[1])
 
 
 def _part(tensor: Tensor, index: Tensor) -> Tensor:
@@ -146,15 +192,14 @@ def train_epoch(
     seed: int,
     epoch: int,
     batch_size: int,
-    bn_perturbed: str = "update",
-    amp: str = "none",
     after_step: Callable[[int, Callable[[], dict]], None] = lambda passes, position: None,
     position: dict | None = None,
+    **step: Any,
 ) -> tuple[float, float]:
     """Train one epoch on augmented images, or the rest of one.
 
     Args:
-        model, optimizer, bn_perturbed, amp: as for `sharpbalance_step`.
+        model, optimizer, step: as for `sharpbalance_step`.
         data: the training part.
         sam_mask: bool [N] on the CPU, which samples are trained with SAM.
         seed, epoch: order and augmentation are a pure function of them.
@@ -171,7 +216,7 @@ def train_epoch(
     Raises:
         RunError: if the last `MAX_SKIPPED` steps were all skipped.
     """
-    # So that layers that draw from the global generator (none of ours do) depend on member and epoch alone as well.
+    # So that layers that draw from the global generator, as dropout does, depend on member and epoch alone as well.
     torch.manual_seed((seed << 20) + epoch)
     model.train()
     loss_sum = torch.zeros((), dtype=torch.float64 if data.device.type != "mps" else torch.float32, device=data.device)
@@ -182,23 +227,22 @@ def train_epoch(
         loss_sum += position["loss_sum"]
         correct_sum += position["correct_sum"]
         optimizer.skipped = torch.tensor(position.get("skipped", (0, 0)))
-        torch.set_rng_state(position["rng"])
-        if position["rng_cuda"] is not None and data.device.type == "cuda":
-            torch.cuda.set_rng_state(position["rng_cuda"], data.device)
+        set_random_state((position["rng"], position["rng_cuda"]), data.device)
 
     def here() -> dict:
+        rng, rng_device = random_state(data.device)
         return {
             "steps": steps,
             "loss_sum": loss_sum.item(),
             "correct_sum": correct_sum.item(),
             "skipped": optimizer.skipped.cpu().tolist(),
-            "rng": torch.get_rng_state(),
-            "rng_cuda": torch.cuda.get_rng_state(data.device) if data.device.type == "cuda" else None,
+            "rng": rng,
+            "rng_cuda": rng_device,
         }
 
     for index, images, labels in data.epoch(seed, epoch, batch_size, done=steps):
         mask = sam_mask[index]
-        loss, correct = sharpbalance_step(model, optimizer, images, labels, mask, bn_perturbed, amp)
+        loss, correct = sharpbalance_step(model, optimizer, images, labels, mask, **step)
         loss_sum += loss * len(index)
         correct_sum += correct
         steps += 1
@@ -229,7 +273,8 @@ def predict(
     Args:
         model: the network, on the device of the images; its mode is as before afterwards.
         images: what to predict.
-        features: whether to return the inputs of the last linear layer, too.
+        features: whether to return the inputs of the last linear layer, too; of a network that ends in a convolution,
+            that one's, as means over positions.
         progress: called with the number of images after each batch.
         at_once: the most images in one pass; fewer where memory is short.
 
@@ -237,22 +282,27 @@ def predict(
         Logits float32 [N, C], and features float32 [N, D] or None, on the CPU.
     """
     inputs: list[Tensor] = []
-    hook = None
+    hooks = []
     if features:
-        last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-        hook = last.register_forward_pre_hook(lambda module, args: inputs.append(args[0].float()))
+        layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        # Each overwrites what the one before it left: the last in the pass, which need not be the last in the model.
+        hooks = [
+            m.register_forward_pre_hook(lambda m, args: operator.setitem(inputs, slice(None), args)) for m in layers
+        ]
 
     def outputs(batch: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        inputs.clear()
         logits = model(batch).float()
         progress(len(batch))
-        return logits, inputs[0] if features else None
+        if not features:
+            return logits, None
+        found = inputs.pop().float()
+        return logits, found.mean(dim=(2, 3)) if found.dim() == 4 else found.flatten(1)
 
     try:
         with evaluating(model):
             logits, found = zip(*in_parts(outputs, images, PREDICTION_BATCH, at_once), strict=True)
     finally:
-        if hook is not None:
+        for hook in hooks:
             hook.remove()
     return torch.cat(logits).cpu(), torch.cat(found).cpu() if features else None
 
@@ -290,11 +340,14 @@ def in_parts(
                 parts.insert(0, (part, labels))
 
 
-def learning_rate(lr: float, schedule: str, epoch: int, epochs: int) -> float:
+def learning_rate(lr: float, schedule: str, epoch: int, epochs: int, warmup: int = 0) -> float:
     """The learning rate of an epoch (counted from 0) of `epochs`: a pure function, so that resuming needs no state.
 
     step: lr, times 0.1 from epochs/2 on, times 0.1 again from 3 epochs/4 on. cosine: lr (1 + cos(pi epoch/epochs)) / 2.
+    In the first `warmup` epochs it rises linearly, lr (epoch + 1) / (warmup + 1); the cosine begins after them.
     """
+    if epoch < warmup:
+        return lr * (epoch + 1) / (warmup + 1)
     if schedule == "cosine":
-        return lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
+        return lr * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup))) / 2
     return lr * 0.1 ** ((2 * epoch >= epochs) + (4 * epoch >= 3 * epochs))
