@@ -9,9 +9,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from PIL import Image
 from scipy import stats
+from sklearn.datasets import load_digits
 
 import utils.datasets
 from tests import files, reference
