@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from tabulate import tabulate
 
-from utils import InputError, RunError, cli, table_cell
+from utils import InputError, RunError, cli, processes, table_cell
 from utils.data import Data
 from utils.datasets import CORRUPTED, DATASETS, find_corrupted, load_data
 from utils.distributed import cores
@@ -294,7 +294,7 @@ class Experiment:
         """A run of main.py."""
         folder = self.place(self.args.runs, self.run_name(method, values), seeds)
         flags = [*self.flags, *self.flags_of(method, values), "--seed", seeds]
-        command = ["main.py", *flags, "--save_path", folder]
+        command = ["main.py", *flags, "--save_path", folder, *(["--jobs", 1] if self.args.jobs > 1 else [])]
         if self.args.nproc > 1:
             command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", self.args.nproc, *command]
         cost = 1.8 if method in SETS else 1.0 if method in ("deep_ensemble", "eoa") else 2.0
@@ -367,6 +367,19 @@ class Experiment:
         """Do what is not done yet, several jobs side by side, and say how far it is."""
         waiting = list({job.name: job for job in jobs if not job.done()}.values())
         left, running = sum(job.cost for job in waiting), {}
+
+        def finished(job: Job) -> None:
+            nonlocal left
+            left, self.spent = left - job.cost, self.spent + job.cost
+            minutes = (time.monotonic() - self.started) / max(self.spent, 0.1) * left / 60
+            text = f", about {minutes:.0f} min for the rest of these" if left > 0.1 else ""
+            print(f"{time.strftime('%H:%M')}  {job.name}: done{text}", flush=True)
+
+        if self.args.jobs == 1:  # in this thread, which may fork
+            for job in waiting:
+                job.work()
+                finished(job)
+            return
         with ThreadPoolExecutor(self.args.jobs) as pool:
             while waiting or running:
                 while waiting and len(running) < self.args.jobs:
@@ -374,11 +387,7 @@ class Experiment:
                     running[pool.submit(job.work)] = job
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     future.result()  # an error ends it here: no further job begins
-                    job = running.pop(future)
-                    left, self.spent = left - job.cost, self.spent + job.cost
-                    minutes = (time.monotonic() - self.started) / max(self.spent, 0.1) * left / 60
-                    text = f", about {minutes:.0f} min for the rest of these" if left > 0.1 else ""
-                    print(f"{time.strftime('%H:%M')}  {job.name}: done{text}", flush=True)
+                    finished(running.pop(future))
 
     def mislabelled(self) -> dict[str, float]:
         """Which share of a member's SAM set has wrong labels, and the size of the set; all: of the training images."""
@@ -429,13 +438,16 @@ def call(words: list[Any], log: Path | None = None, jobs: int = 1) -> None:
         RunError: if it ended with another status than 0.
     """
     script = next(str(word) for word in words if str(word).endswith(".py"))
-    # As one would type it, since the name goes into result files.
-    command = [sys.executable, *(os.path.relpath(ROOT / word) if word == script else str(word) for word in words)]
-    variables = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
     if log:
         log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") if log else nullcontext() as file:
-        status = subprocess.run(command, env=variables, stdout=file, stderr=file).returncode
+    # As one would type it, since the name goes into result files.
+    command = [sys.executable, *(os.path.relpath(ROOT / word) if word == script else str(word) for word in words)]
+    if jobs == 1 and words[0] == script and processes.may_fork():
+        status = processes.call(command[1:], log)  # without importing everything anew
+    else:
+        variables = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
+        with log.open("ab") if log else nullcontext() as file:
+            status = subprocess.run(command, env=variables, stdout=file, stderr=file).returncode
     if status:
         kind = InputError if status == 2 else RunError
         raise kind(f"{script} ended with status {status}" + f"; see {log}" * bool(log))

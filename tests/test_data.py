@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy import stats
+from sklearn.datasets import load_digits
 
 import utils.datasets
 from tests import files, reference
@@ -222,6 +223,13 @@ def test_digits():
     # Three parts without an image in common.
     every = torch.cat([x.flatten(1) for part in (data.train, data.val, data.test) for x, _ in part.in_order(500)])
     assert len(torch.unique(every, dim=0)) == 1797
+    # The reader's twin: scikit-learn's own.
+    images = np.concatenate([part.images.numpy()[..., 0] for part in (data.train, data.val, data.test)])
+    labels = np.concatenate([part.labels.numpy() for part in (data.train, data.val, data.test)])
+    whole = load_digits()
+    expected = np.round(whole.images * 255 / 16).astype(np.uint8)
+    ours, theirs = (sorted(zip(map(bytes, x), y, strict=True)) for x, y in ((images, labels), (expected, whole.target)))
+    assert ours == theirs
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])

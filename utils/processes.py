@@ -7,6 +7,7 @@ Elsewhere, and where the work is on a GPU, each process starts the same command 
 
 import json
 import os
+import runpy
 import selectors
 import signal
 import sys
@@ -338,3 +339,43 @@ def share(
         run(count, some, lambda number, kind, *values: hear(kind, *values))
     finally:
         os.close(queue)
+
+
+def call(command: list[str], log: Path | None) -> int:
+    """Run a script of this repository as `python <command>` does, forked from this process. Returns its exit status.
+
+    Its output goes to the end of a log file, where one is given.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            if log:
+                file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+                for stream in (1, 2):
+                    os.dup2(file, stream)
+            sys.argv, sys.orig_argv = command, [sys.executable, *command]
+            runpy.run_path(command[0], run_name="__main__")
+            status = 0
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            try:
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:
+                os._exit(status)
+    interrupted = False
+    while True:
+        try:
+            _, status = os.waitpid(pid, 0)
+            break
+        except KeyboardInterrupt:  # which the script has got as well
+            interrupted = True
+    if interrupted:
+        raise KeyboardInterrupt
+    return os.waitstatus_to_exitcode(status)
