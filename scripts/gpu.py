@@ -95,7 +95,7 @@ def train(words: list[Any], data: Data, folder: Path) -> dict[str, Any]:
 
     def stop(passes: int) -> None:
         advance(passes)
-        if run.progress.done > 0.6 * run.progress.total:
+        if run.progress.done > 1.5 * sum(run.progress.left.values()):  # 0.6 of all
             signal.raise_signal(signal.SIGTERM)
 
     run.progress.advance = stop

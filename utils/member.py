@@ -157,7 +157,7 @@ class Member:
             if val_acc >= self.best_acc:
                 self.best_acc, self.best_epoch = val_acc, self.epoch
             self._save()
-        run.progress.print(self.seed, line)
+            run.progress.print(self.seed, line)
 
     def _average(self, means: list[Tensor], weights: list[Tensor], count: Tensor) -> None:
         """Take the weights into their means. `count` is on the device: reading it there would wait for all steps."""
