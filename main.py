@@ -401,7 +401,7 @@ def threads_of_run(args: argparse.Namespace) -> int | None:
 
 
 if __name__ == "__main__":
-    cli.run(launch, parse_args())
+    cli.run(launch, parse_args(), forks=True)
     if dist.is_torchelastic_launched():
         # While an interpreter exits, gloo's remaining threads can abort it, after all work is done.
         sys.stdout.flush()

@@ -318,4 +318,4 @@ def print_tables(split: str, result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args())
+    cli.run(main, parse_args(), forks=True)

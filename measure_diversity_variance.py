@@ -86,4 +86,4 @@ def decompose(logits: Tensor, labels: Tensor, modes: set[str]) -> dict[str, floa
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args())
+    cli.run(main, parse_args(), forks=True)

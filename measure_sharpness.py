@@ -348,4 +348,4 @@ def print_protocol(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args())
+    cli.run(main, parse_args(), forks=True)

@@ -474,4 +474,4 @@ def _validation(folder: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args())
+    cli.run(main, parse_args(), forks=True)

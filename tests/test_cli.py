@@ -12,7 +12,7 @@ import torch
 
 import main
 from tests.test_ensemble import ROOT
-from utils import InputError, cli, distributed
+from utils import InputError, cli, distributed, processes
 
 HOME = "/home/of/a/user"
 
@@ -109,10 +109,18 @@ def test_a_message_of_several_lines_is_one_line(capsys):
     assert capsys.readouterr().err.endswith(r"error: first  x second\tthird \x1b[2J" + "\n")
 
 
+@pytest.mark.parametrize("forks", [False, True])
+def test_only_scripts_that_fork_begin_with_one_thread(forks, monkeypatch):
+    begun = []
+    monkeypatch.setattr(processes, "begin", lambda: begun.append(True))
+    cli.run(lambda args: None, None, forks=forks)
+    assert begun == [True] * forks
+
+
 # Standard output and error: what a script prints goes through the streams that its parser opens.
 PROGRAM = """
 import os, sys
-from utils import cli
+from utils import cli, 
 cli.Parser("x")
 def main(args):
     print("0.5 ± 0.1 ä \\udce9", flush=len(sys.argv) > 1)

@@ -146,10 +146,17 @@ def fail(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
-def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Call a script's main; an error that the user can fix becomes one line: bad input status 2, a failed run 1."""
+def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace, forks: bool = False) -> None:
+    """Call a script's main; an error that the user can fix becomes one line: bad input status 2, a failed run 1.
+
+    Args:
+        main: of the script.
+        args: its arguments.
+        forks: whether it forks processes (`utils.processes`), and therefore begins with one thread.
+    """
     try:
-        processes.begin()
+        if forks:
+            processes.begin()
         main(args)
         sys.stdout.flush()
     except InputError as error:
