@@ -120,7 +120,7 @@ def test_only_scripts_that_fork_begin_with_one_thread(forks, monkeypatch):
 # Standard output and error: what a script prints goes through the streams that its parser opens.
 PROGRAM = """
 import os, sys
-from utils import cli, 
+from utils import cli
 cli.Parser("x")
 def main(args):
     print("0.5 ± 0.1 ä \\udce9", flush=len(sys.argv) > 1)
