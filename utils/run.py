@@ -49,6 +49,7 @@ FREE_SETTINGS = ("data_path", "train_idx_path", "val_idx_path", "download", "dev
 FREE_SETTINGS += ("save_every", "draws", "resume", "checkpoint", "overwrite", "evaluate")
 # Settings that earlier versions lack, and what these versions did. They count where they differ from it.
 OLD_DEFAULTS = {"match_size": None, "augmentation": "standard", "label_noise": 0.0, "average_from": None}
+OLD_DEFAULTS |= {"initial_method": "sam"}
 # What of the environment a run may go on without, though the last bits of floats, or the code, differ then.
 MACHINE, CODE = ("torch", "device", "cpu"), "commit"
 LATE_SECONDS = 90  # NFS holds for 30 to 60 seconds that a file is not there
@@ -73,6 +74,7 @@ class Settings:
     sam_adaptive: bool
     flat_ratio: float
     initial_epochs: int
+    initial_method: str
     partition: str
     unselected: str | None
     match_size: str | None
@@ -98,6 +100,10 @@ class Settings:
             return "deep_ensemble"
         return "sharpbalance" if self.flat_ratio else "deep_ensemble_sam"
 
+    def share_of_sam(self, epoch: int) -> float:
+        """The share of the samples that an epoch trains with SAM, as long as none are assigned: 0 or 1."""
+        return float(self.sam and (self.initial_method == "sam" or epoch >= self.initial_epochs))
+
     def recorded(self) -> dict[str, Any]:
         """The settings as JSON holds them; where sets are drawn, also by which generator."""
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
@@ -106,7 +112,9 @@ class Settings:
 
 def _without_effect(settings: dict[str, Any]) -> set[str]:
     """The settings that change nothing beside the others."""
-    sets = () if settings.get("flat_ratio") else ("initial_epochs", "partition", "unselected", "match_size")
+    sets = set() if settings.get("flat_ratio") else {"initial_epochs", "partition", "unselected", "match_size"}
+    if settings.get("initial_method") == "sgd":  # late SAM
+        sets.discard("initial_epochs")
     return {*sets, *(() if settings.get("sam") else ("rho", "sam_adaptive", "bn_perturbed"))}
 
 
