@@ -28,7 +28,7 @@ from utils.datasets import AUGMENTATIONS, expected_info, load_data
 from utils.ensemble import train_ensemble
 from utils.files import load_json
 from utils.partition import PARTITION_RULE, SCORE_FREE, UNSELECTED
-from utils.run import Progress, Run, Settings, begun_by_this_job, check_known, commit_of, read_settings, relative_paths
+from utils.run import Run, Settings, begun_by_this_job, check_known, commit_of, read_settings, relative_paths
 
 # The paper's recipe for the colour sets, small ones for the others: (width, epochs, batch_size, lr).
 RECIPES = {
@@ -135,6 +135,11 @@ def check_method(parser: cli.Parser, args: argparse.Namespace, given: dict[str, 
         parser.error(f"--flat_ratio: {args.flat_ratio} given without --sam, {way_out}")
     if args.sam_adaptive and not args.sam:
         parser.error("--sam_adaptive: given without --sam; add --sam, or leave it out")
+    late = args.initial_method == "sgd"
+    if late and not args.sam:
+        parser.error("--initial_method: sgd given without --sam; add --sam, or leave it out")
+    if late and (args.initial_epochs == 0 or args.epochs == 1):
+        parser.error("--initial_method: sgd given with no initial epochs; give --initial_epochs, or leave it out")
     if "bn_perturbed" in given and not args.sam:
         parser.error("--bn_perturbed: given without --sam; add --sam, or leave it out")
     partition = args.partition if drawn else given.get("partition")
@@ -149,14 +154,16 @@ def check_method(parser: cli.Parser, args: argparse.Namespace, given: dict[str, 
         parser.error(f"--warmup_epochs: expected less than --epochs {args.epochs}, got {args.warmup_epochs}")
     if "momentum" in given and args.optimizer == "adamw":
         note(f"--momentum {args.momentum} has no effect with --optimizer adamw")
-    if args.flat_ratio and args.initial_epochs is not None and args.initial_epochs >= args.epochs:
+    if (args.flat_ratio or late) and args.initial_epochs is not None and args.initial_epochs >= args.epochs:
         way_out = "else samples are never assigned; leave --flat_ratio out for SAM on all samples"
+        if not args.flat_ratio:
+            way_out = "else no epoch has SAM; leave --sam out for a deep ensemble"
         limit = f"expected at most {args.epochs - 1} with --epochs {args.epochs}, got {args.initial_epochs}"
         parser.error(f"--initial_epochs: {limit}: {way_out}")
     drawn = drawn and not args.match_size
     if args.rho and not args.sam:
         note(f"--rho {args.rho} has no effect without --sam")
-    if "initial_epochs" in given and not args.flat_ratio:
+    if "initial_epochs" in given and not args.flat_ratio and not late:
         note(f"--initial_epochs {args.initial_epochs} has no effect without a --flat_ratio above 0")
     if args.unselected and drawn:
         note(f"--unselected {args.unselected} has no effect with --partition {args.partition}")
@@ -205,6 +212,9 @@ def add_ensemble_options(group: Any) -> None:
     cli.add_option(group, "flat_ratio", text, cli.SHARE, "K", default=0.0)
     text = "epochs with SAM on all samples, before the scores are exchanged (default: half of --epochs)"
     cli.add_option(group, "initial_epochs", text, cli.NATURAL, "N")
+    text = "of these epochs; sgd: without SAM, a variant that is ours: SharpBalance after normal training or, without "
+    text += "--flat_ratio, SAM late in training. It takes fewer passes"
+    cli.add_choice(group, "initial_method", text, ("sam", "sgd"), default="sam")
     text = "released: as in the authors' code (a member picks its flattest samples; --unselected others on cifar10, "
     text += "one elsewhere); paper: as in its text (its sharpest samples; --unselected normal); random, same: sets "
     text += "drawn for each member, or one for all"
@@ -298,7 +308,10 @@ def launch(args: argparse.Namespace) -> None:
         data = read_data(args, torch.device("cpu"))  # which the processes share
         work = lambda number: train(args, data)  # noqa: E731
     announce(args, count)
-    progress, name = Progress(), partial(distributed.name_of, count=count, seeds=args.seed, folder=args.save_path)
+    progress, name = (
+        processes.Progress(),
+        partial(distributed.name_of, count=count, seeds=args.seed, folder=args.save_path),
+    )
     with tempfile.TemporaryDirectory() as folder:
         try:
             processes.run(count, work, progress.hear, {distributed.STORE: f"{folder}/store"}, name)

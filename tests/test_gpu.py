@@ -17,7 +17,8 @@ from utils.checkpoint import load_checkpoint
 from utils.fisher import ntk_gram, per_sample_fisher
 from utils.hessian import full_float32, hessian_trace, top_eigenvalues
 from utils.landscape import mean_loss
-from utils.run import Progress, Stopped
+from utils.processes import Progress
+from utils.run import Stopped
 from utils.sharpness import average_sharpness, worst_case_sharpness
 
 DEVICE = "cuda"

@@ -154,6 +154,12 @@ def test_default_folders():
         (["--sam", "--partition", "random"], ["--partition", "--flat_ratio"]),
         (["--sam", "--partition", "paper"], ["--partition: paper given without a --flat_ratio", "leave it out"]),
         (["--partition", "released", "--flat_ratio", "0"], ["--partition: released given without"]),
+        (["--initial_method", "sgd"], ["--initial_method: sgd given without --sam"]),
+        (["--sam", "--initial_method", "sgd", "--initial_epochs", "0"], ["--initial_method: sgd", "no initial epochs"]),
+        (
+            ["--sam", "--initial_method", "sgd", "--initial_epochs", "30"],
+            ["--initial_epochs: expected at most 29", "no epoch has SAM"],
+        ),
         (["--bn_perturbed", "freeze"], ["--bn_perturbed: given without --sam"]),
         (["--sam", "False", "--bn_perturbed=update"], ["--bn_perturbed: given without --sam"]),
         (["--sam", "--unselected", "one"], ["--unselected", "--flat_ratio"]),

@@ -9,7 +9,10 @@ import torch
 import measure_diversity
 import utils.checkpoint
 import utils.member
-from tests.test_ensemble import TINY, run
+import utils.training
+from models import create_model
+from tests import reference
+from tests.test_ensemble import TINY, results, run
 from utils import InputError
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.datasets import load_data
@@ -212,3 +215,78 @@ def test_no_more_images_at_once_than_a_step(tmp_path, monkeypatch):
         everything = next(load_data("digits").train.in_order(999))
         scores = torch.from_numpy(np.load(folder / f"seed_{seed}" / "fisher.npy"))
         torch.testing.assert_close(scores, per_sample_fisher(model, *everything), rtol=1e-3, atol=1e-6)
+
+
+def steps_of(monkeypatch):
+    """By seed and epoch, the masks of the steps that follow, in order, and the weights before each epoch."""
+    masks, weights = [], []
+    step, train_epoch = utils.training.sharpbalance_step, utils.member.train_epoch
+
+    def recorded_step(model, optimizer, images, labels, sam_mask, *rest):
+        masks[-1].append(sam_mask.clone())
+        return step(model, optimizer, images, labels, sam_mask, *rest)
+
+    def recorded_epoch(model, *rest):
+        masks.append([])
+        weights.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return train_epoch(model, *rest)
+
+    monkeypatch.setattr(utils.training, "sharpbalance_step", recorded_step)
+    monkeypatch.setattr(utils.member, "train_epoch", recorded_epoch)
+    return masks, weights
+
+
+@pytest.mark.parametrize("flat_ratio", [[], ["--flat_ratio", "0.4"]])
+def test_a_start_without_sam(flat_ratio, tmp_path, monkeypatch):
+    """The initial epochs are those of a deep ensemble; then comes SAM, or SharpBalance by the scores of that start."""
+    flags = [*TINY, "--initial_epochs", "2", "--sam", "--rho", "0.1", *flat_ratio]
+    masks, weights = steps_of(monkeypatch)
+    run(tmp_path / "plain", TINY)
+    deep = weights[:]
+    masks.clear()
+    weights.clear()
+    folder = run(tmp_path / "run", [*flags, "--initial_method", "sgd"])
+    for epoch in range(3):  # before the third, two have been trained
+        for member in range(2):
+            ours, theirs = weights[2 * epoch + member], deep[2 * epoch + member]
+            assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert any(not torch.equal(weights[6][name], deep[6][name]) for name in deep[6])
+    found = [torch.cat(steps) for steps in masks]
+    assert not any(mask.any() for mask in found[:4])
+    shares = [mask.double().mean().item() for mask in found[4:]]
+    if not flat_ratio:
+        assert shares == [1.0] * 4
+        return
+    scores = []
+    for member, seed in enumerate((13, 17)):
+        saved = np.load(folder / f"seed_{seed}" / "fisher.npy")
+        model = create_model("resnet18", width=2, **load_data("digits").network)
+        model.load_state_dict(deep[4 + member])
+        batches = load_data("digits").train.in_order(809)
+        expected = [reference.fisher_by_samples(model.double().eval(), x[:20].double(), y[:20]) for x, y in batches]
+        np.testing.assert_allclose(saved[:20], torch.cat(expected).numpy(), rtol=1e-3, atol=1e-6)
+        scores.append(saved)
+    sets = reference.sharpness_aware_sets(np.stack(scores), 0.4, "flattest", "one")
+    assert shares == pytest.approx([len(one) / 809 for one in sets * 2])
+
+
+def test_a_start_without_sam_is_resumed_and_is_another_run(tmp_path, monkeypatch, capsys):
+    flags = [*ONE, "--sam", "--initial_epochs", "2", "--initial_method", "sgd"]
+    folder, train_epoch = run(tmp_path / "run", flags), utils.member.train_epoch
+    calls = []
+
+    def third(*words):
+        calls.append(words)
+        if len(calls) == 3:
+            raise Killed
+        return train_epoch(*words)
+
+    monkeypatch.setattr(utils.member, "train_epoch", third)
+    with pytest.raises(Killed):
+        run(tmp_path / "again", flags)
+    monkeypatch.undo()
+    assert results(run(tmp_path / "again", flags)) == results(folder)
+    assert "no effect" not in capsys.readouterr().err
+    for other in ([*flags, "--initial_epochs", "1"], [*ONE, "--sam"]):
+        with pytest.raises(InputError, match=r"--initial_(epochs 1|method sam) here, (2|sgd) there"):
+            run(folder, other)

@@ -57,6 +57,9 @@ def test_names_of_methods(settings, key, name):
     settings = {"match_size": None, "data": "digits", "initial_epochs": 15} | settings
     assert key_of(settings) == key
     assert method_of(settings | {"bn_perturbed": "update"}) == method_of(settings) == name
+    late = method_of(settings | {"initial_method": "sgd", "initial_epochs": 15})
+    assert (late == name) == (key == "deep_ensemble")
+    assert late == name or (", SGD first, " in late and late.endswith(", T_d 15"))
     frozen = method_of(settings | {"bn_perturbed": "freeze"})
     assert frozen == name.replace(f"{METHODS[key].name}, ", f"{METHODS[key].name}, bn_perturbed freeze, ")
     averaged = "ensemble of averages (EoA)"

@@ -32,7 +32,8 @@ from tests.test_ensemble import results
 from utils.data import ImageSet, Preprocessing
 from utils.fisher import per_sample_fisher
 from utils.hessian import top_eigenpairs
-from utils.run import Progress, Stopped
+from utils.processes import Progress
+from utils.run import Stopped
 from utils.training import sharpbalance_step
 
 simulated = pytest.mark.simulated

@@ -7,7 +7,8 @@
             each member is assigned the samples that it trains with SAM    utils.partition
         every member trains one epoch: its assigned samples with SAM,      utils.training
         all others with normal steps; until samples are assigned,
-        all of them with SAM
+        all of them with SAM (or none, in the variant with
+        `initial_method` sgd, in which SAM without SharpBalance is late)
     every member is evaluated, alone and in the ensemble
 
 Process r of K trains and evaluates the members r, r + K, ... A run that was stopped resumes from its files.

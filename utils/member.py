@@ -101,8 +101,10 @@ class Member:
     @property
     def passes_left(self) -> float:
         """Forward-backward passes of one image until the end; a sample with SAM takes two."""
-        share = float(self.run.settings.sam) if self.mask is None else self.mask.double().mean().item()
-        return (self.run.settings.epochs - self.epoch) * len(self.run.data.train) * (1 + share)
+        settings, mask = self.run.settings, self.mask
+        epochs = range(self.epoch, settings.epochs)
+        shares = [settings.share_of_sam(epoch) if mask is None else mask.double().mean().item() for epoch in epochs]
+        return sum(1 + share for share in shares) * len(self.run.data.train)
 
     def train_epoch(self) -> None:
         """Train the next epoch, or the rest of it, and save it."""
@@ -113,7 +115,9 @@ class Member:
         lr = learning_rate(settings.lr, settings.schedule, epoch, settings.epochs, settings.warmup_epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        mask = self.mask if self.mask is not None else torch.full((len(data.train),), settings.sam)
+        mask = self.mask
+        if mask is None:
+            mask = torch.full((len(data.train),), bool(settings.share_of_sam(epoch)))
         saved = time.monotonic()
 
         def save() -> None:

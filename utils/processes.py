@@ -21,6 +21,8 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
+from tqdm import tqdm
 
 from utils import InputError, RunError, out_of_memory
 
@@ -379,3 +381,80 @@ def call(command: list[str], log: Path | None) -> int:
     if interrupted:
         raise KeyboardInterrupt
     return os.waitstatus_to_exitcode(status)
+
+
+class Progress:
+    """One bar for the whole run on a terminal, and a line for each epoch and member everywhere.
+
+    The processes of --jobs send what they have done to the one that started them, which shows it. Under torchrun rank 0
+    has the bar: it trains as many members as any, so that its time left is the run's.
+    """
+
+    HEADER = "epoch   seed      lr  train loss  train acc  val loss  val acc  SAM share     time     left"
+
+    def __init__(self) -> None:
+        self.done, self.bar = 0, None
+        self.left: dict[int, float] = {}  # by process, in forward-backward passes of one image
+
+    def hear(self, process: int, kind: str, *values: Any) -> None:
+        """What a process of --jobs has done."""
+        if kind == "expect":
+            self._expect(process, *values)
+        elif kind == "advance":
+            self._advance(process, *values)
+        else:
+            self._print(*values)
+
+    def expect(self, passes: float) -> None:
+        """How much is left for this process, in forward-backward passes of one image."""
+        self._call("expect", passes)
+
+    def advance(self, passes: int) -> None:
+        """Count passes that were made."""
+        self._call("advance", passes)
+
+    def print(self, seed: int, line: dict) -> None:
+        """The line of a member's epoch, as log.jsonl holds it, with the time left."""
+        self._call("print", seed, line)
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def _call(self, kind: str, *values: Any) -> None:
+        if supervised():
+            tell(kind, *values)
+        else:
+            self.hear(0, kind, *values)
+
+    def _expect(self, process: int, passes: float) -> None:
+        self.left[process] = passes
+        if self.bar is None:
+            self.started = time.monotonic()
+            form = "{desc} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left"
+            rank = dist.get_rank() if dist.is_initialized() else 0
+            hidden = not sys.stderr.isatty() or rank > 0
+            self.bar = tqdm(disable=hidden, desc="training", unit="img", dynamic_ncols=True, bar_format=form)
+            if passes and not rank:
+                self._write(self.HEADER)
+        self.bar.total = self.done + sum(self.left.values())
+        self.bar.refresh()
+
+    def _advance(self, process: int, passes: int) -> None:
+        self.done += passes
+        self.left[process] -= passes
+        self.bar.update(passes)
+
+    def _print(self, seed: int, line: dict) -> None:
+        left = (time.monotonic() - self.started) / max(self.done, 1) * max(sum(self.left.values()), 0)
+        self._write(
+            f"{line['epoch']:5d} {seed:6d} {line['lr']:7.4g}  {line['train_loss']:10.4f}  {line['train_acc']:8.2%}"
+            f"  {line['val_loss']:8.4f}  {line['val_acc']:7.2%}  {line['sam_share']:8.1%}"
+            f"  {line['seconds']:6.1f}s  {tqdm.format_interval(left):>7}"
+        )
+
+    @staticmethod
+    def _write(text: str) -> None:
+        tqdm.write(text)
+        sys.stdout.flush()  # so that a log file shows it at once

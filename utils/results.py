@@ -82,7 +82,7 @@ SAME_SHARPNESS = ("rho0", "adaptive", "n_iters", "maximiser", "eval_batch_size",
 SAME_SHARPNESS += ("params", "hessian_samples", "ntk_samples")
 # Settings of a training that make its method, which may differ between ensembles that are compared, and the seeds.
 COMPARED = {"sam", "rho", "sam_adaptive", "flat_ratio", "initial_epochs", "partition", "unselected", "match_size"}
-COMPARED |= {"average_from", "bn_perturbed", "seed"}
+COMPARED |= {"average_from", "bn_perturbed", "initial_method", "seed"}
 UNKNOWN = object()  # what a file does not record, and which therefore is equal to nothing
 UNVERIFIED = ("the corrupted set", "how it was trained")  # worth a line also where no file records them
 # Options that matter only if one of these values was measured.
@@ -148,8 +148,12 @@ def method_of(settings: dict[str, Any], averaged: bool = False) -> str:
     parts.append(METHODS[key].name)
     if settings.get("bn_perturbed") == "freeze":
         parts.append("bn_perturbed freeze")
+    late = settings.get("initial_method") == "sgd"
+    if late:
+        parts.append("SGD first")
+    begins = [f"T_d {settings['initial_epochs']}"] if late or settings["flat_ratio"] else []
     if not settings["flat_ratio"]:
-        return ", ".join([*parts, rho])
+        return ", ".join([*parts, rho, *begins])
     size, reading = settings["match_size"], settings["match_size"] or settings["partition"]
     usual = "normal" if reading == "paper" else "others" if settings.get("data") == "cifar10" else "one"
     if settings["sam_adaptive"]:
@@ -158,7 +162,7 @@ def method_of(settings: dict[str, Any], averaged: bool = False) -> str:
         parts.append(f"sized as {METHODS[size].name}")
     if settings["unselected"] not in (None, usual):
         parts.append(f"unselected {settings['unselected']}")
-    return ", ".join([*parts, rho, f"k {settings['flat_ratio']:g}", f"T_d {settings['initial_epochs']}"])
+    return ", ".join([*parts, rho, f"k {settings['flat_ratio']:g}", *begins])
 
 
 def read_ensemble(folder: Path) -> Ensemble:

@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from utils import InputError, RunError, distributed, first_line, processes
 from utils.data import Data
@@ -49,7 +48,7 @@ FREE_SETTINGS += ("save_every", "draws", "resume", "checkpoint", "overwrite", "e
 # Settings that earlier versions lack, and what these versions did. They count where they differ from it.
 OLD_DEFAULTS: dict[str, Any] = dict.fromkeys(("match_size", "average_from", "image_size", "clip_norm", "init_from"))
 OLD_DEFAULTS |= {"augmentation": "standard", "label_noise": 0.0, "label_smoothing": 0.0}
-OLD_DEFAULTS |= {"optimizer": "sgd", "warmup_epochs": 0}
+OLD_DEFAULTS |= {"optimizer": "sgd", "warmup_epochs": 0, "initial_method": "sam"}
 # What of the environment a run may go on without, though the last bits of floats, or the code, differ then.
 MACHINE, CODE = ("torch", "device", "cpu"), "commit"
 LATE_SECONDS = 90  # NFS holds for 30 to 60 seconds that a file is not there
@@ -75,6 +74,7 @@ class Settings:
     sam_adaptive: bool
     flat_ratio: float
     initial_epochs: int
+    initial_method: str
     partition: str
     unselected: str | None
     match_size: str | None
@@ -105,6 +105,10 @@ class Settings:
             return "deep_ensemble"
         return "sharpbalance" if self.flat_ratio else "deep_ensemble_sam"
 
+    def share_of_sam(self, epoch: int) -> float:
+        """The share of the samples that an epoch trains with SAM, as long as none are assigned: 0 or 1."""
+        return float(self.sam and (self.initial_method == "sam" or epoch >= self.initial_epochs))
+
     def recorded(self) -> dict[str, Any]:
         """The settings as JSON holds them; where sets are drawn, also by which generator."""
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
@@ -113,7 +117,9 @@ class Settings:
 
 def _without_effect(settings: dict[str, Any]) -> set[str]:
     """The settings that change nothing beside the others."""
-    sets = () if settings.get("flat_ratio") else ("initial_epochs", "partition", "unselected", "match_size")
+    sets = set() if settings.get("flat_ratio") else {"initial_epochs", "partition", "unselected", "match_size"}
+    if settings.get("initial_method") == "sgd":  # late SAM
+        sets.discard("initial_epochs")
     momentum = {"momentum"} if settings.get("optimizer") == "adamw" else set()
     return {*sets, *momentum, *(() if settings.get("sam") else ("rho", "sam_adaptive", "bn_perturbed"))}
 
@@ -293,7 +299,7 @@ class Run:
     def __init__(self, settings: Settings, data: Data, overwrite: bool = False):
         self.settings, self.data, self.folder, self.overwrite = settings, data, settings.save_path, overwrite
         self.recorded = settings.recorded()  # once the folder is open: what its args.json holds
-        self.signals, self.progress = Signals(), Progress()
+        self.signals, self.progress = Signals(), processes.Progress()
 
     @property
     def digest(self) -> str:
@@ -470,82 +476,6 @@ class Signals:
             self._received = number
             if not self._deferred:
                 self.check()
-
-
-class Progress:
-    """One bar for the whole run on a terminal, and a line for each epoch and member everywhere.
-
-    The processes of --jobs send what they have done to the one that started them, which shows it. Under torchrun rank 0
-    has the bar: it trains as many members as any, so that its time left is the run's.
-    """
-
-    HEADER = "epoch   seed      lr  train loss  train acc  val loss  val acc  SAM share     time     left"
-
-    def __init__(self) -> None:
-        self.done, self.bar = 0, None
-        self.left: dict[int, float] = {}  # by process, in forward-backward passes of one image
-
-    def hear(self, process: int, kind: str, *values: Any) -> None:
-        """What a process of --jobs has done."""
-        if kind == "expect":
-            self._expect(process, *values)
-        elif kind == "advance":
-            self._advance(process, *values)
-        else:
-            self._print(*values)
-
-    def expect(self, passes: float) -> None:
-        """How much is left for this process, in forward-backward passes of one image."""
-        self._call("expect", passes)
-
-    def advance(self, passes: int) -> None:
-        """Count passes that were made."""
-        self._call("advance", passes)
-
-    def print(self, seed: int, line: dict) -> None:
-        """The line of a member's epoch, as log.jsonl holds it, with the time left."""
-        self._call("print", seed, line)
-
-    def close(self) -> None:
-        """Remove the bar."""
-        if self.bar is not None:
-            self.bar.close()
-
-    def _call(self, kind: str, *values: Any) -> None:
-        if processes.supervised():
-            processes.tell(kind, *values)
-        else:
-            self.hear(0, kind, *values)
-
-    def _expect(self, process: int, passes: float) -> None:
-        self.left[process] = passes
-        if self.bar is None:
-            self.started = time.monotonic()
-            form = "{desc} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left"
-            hidden = not sys.stderr.isatty() or distributed.rank() > 0
-            self.bar = tqdm(disable=hidden, desc="training", unit="img", dynamic_ncols=True, bar_format=form)
-            if passes and not distributed.rank():
-                self._write(self.HEADER)
-        self.bar.total = self.done + sum(self.left.values())
-        self.bar.refresh()
-
-    def _advance(self, process: int, passes: int) -> None:
-        self.done += passes
-        self.left[process] -= passes
-        self.bar.update(passes)
-
-    def _print(self, seed: int, line: dict) -> None:
-        left = (time.monotonic() - self.started) / max(self.done, 1) * max(sum(self.left.values()), 0)
-        self._write(
-            f"{line['epoch']:5d} {seed:6d} {line['lr']:7.4g}  {line['train_loss']:10.4f}  {line['train_acc']:8.2%}"
-            f"  {line['val_loss']:8.4f}  {line['val_acc']:7.2%}  {line['sam_share']:8.1%}"
-            f"  {line['seconds']:6.1f}s  {tqdm.format_interval(left):>7}"
-        )
-
-    @staticmethod
-    def _write(text: str) -> None:
-        tqdm.write(text)
-        sys.stdout.flush()  # so that a log file shows it at once
 
 
 def _appears(path: Path, seconds: float = LATE_SECONDS) -> bool:
