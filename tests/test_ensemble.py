@@ -62,8 +62,8 @@ def test_averaged_weights(whole, tmp_path, monkeypatch):
     """The plain mean of the weights after each step from epoch 1 on; BatchNorm's statistics those of an epoch."""
     steps, statistics, step = [], [], utils.training.sharpbalance_step
 
-    def recorded(model, *rest):
-        result = step(model, *rest)
+    def recorded(model, *rest, **more):
+        result = step(model, *rest, **more)
         steps.append({name: p.detach().double() for name, p in model.named_parameters()})
         return result
 
@@ -94,7 +94,7 @@ def test_a_run_of_a_version_without_these_options_is_resumed(tmp_path):
     folder = run(tmp_path / "run", [*TINY, "--epochs", "2"])
     before = results(folder)
     settings = json.loads((folder / "args.json").read_text())
-    for name in ("image_size", "match_size", "augmentation", "label_noise", "average_from"):
+    for name in utils.run.OLD_DEFAULTS:
         del settings[name]
     (folder / "args.json").write_text(json.dumps(settings))
     # What that version hashed: all settings that it had and that count, and the data.
@@ -266,12 +266,12 @@ def test_saving_within_an_epoch(whole, tmp_path, monkeypatch):
     folder, flags = tmp_path / "run", [*SHARPBALANCE, "--save_every", "0"]
     original, steps = utils.training.sharpbalance_step, 0
 
-    def step(*args):
+    def step(*args, **more):
         nonlocal steps
         steps += 1
         if steps % 9 == 0:
             raise MemoryError
-        return original(*args)
+        return original(*args, **more)
 
     monkeypatch.setattr(utils.training, "sharpbalance_step", step)
     interruptions = 0

@@ -222,14 +222,14 @@ def steps_of(monkeypatch):
     masks, weights = [], []
     step, train_epoch = utils.training.sharpbalance_step, utils.member.train_epoch
 
-    def recorded_step(model, optimizer, images, labels, sam_mask, *rest):
+    def recorded_step(model, optimizer, images, labels, sam_mask, *rest, **more):
         masks[-1].append(sam_mask.clone())
-        return step(model, optimizer, images, labels, sam_mask, *rest)
+        return step(model, optimizer, images, labels, sam_mask, *rest, **more)
 
-    def recorded_epoch(model, *rest):
+    def recorded_epoch(model, *rest, **more):
         masks.append([])
         weights.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        return train_epoch(model, *rest)
+        return train_epoch(model, *rest, **more)
 
     monkeypatch.setattr(utils.training, "sharpbalance_step", recorded_step)
     monkeypatch.setattr(utils.member, "train_epoch", recorded_epoch)
@@ -275,11 +275,11 @@ def test_a_start_without_sam_is_resumed_and_is_another_run(tmp_path, monkeypatch
     folder, train_epoch = run(tmp_path / "run", flags), utils.member.train_epoch
     calls = []
 
-    def third(*words):
+    def third(*words, **more):
         calls.append(words)
         if len(calls) == 3:
             raise Killed
-        return train_epoch(*words)
+        return train_epoch(*words, **more)
 
     monkeypatch.setattr(utils.member, "train_epoch", third)
     with pytest.raises(Killed):

@@ -46,9 +46,9 @@ MEMBER_FILES = (*CHECKPOINTS.values(), PREVIOUS, PARTIAL, "log.jsonl", "fisher.n
 FREE_SETTINGS = ("data_path", "train_idx_path", "val_idx_path", "download", "device", "threads", "jobs", "save_path")
 FREE_SETTINGS += ("save_every", "draws", "resume", "checkpoint", "overwrite", "evaluate")
 # Settings that earlier versions lack, and what these versions did. They count where they differ from it.
-OLD_DEFAULTS: dict[str, Any] = dict.fromkeys(("match_size", "average_from", "image_size", "clip_norm", "init_from"))
-OLD_DEFAULTS |= {"augmentation": "standard", "label_noise": 0.0, "label_smoothing": 0.0}
-OLD_DEFAULTS |= {"optimizer": "sgd", "warmup_epochs": 0, "initial_method": "sam"}
+OLD_DEFAULTS = {"match_size": None, "augmentation": "standard", "label_noise": 0.0, "average_from": None}
+OLD_DEFAULTS |= {"optimizer": "sgd", "warmup_epochs": 0, "label_smoothing": 0.0, "clip_norm": None, "init_from": None}
+OLD_DEFAULTS |= {"initial_method": "sam", "image_size": None}
 # What of the environment a run may go on without, though the last bits of floats, or the code, differ then.
 MACHINE, CODE = ("torch", "device", "cpu"), "commit"
 LATE_SECONDS = 90  # NFS holds for 30 to 60 seconds that a file is not there

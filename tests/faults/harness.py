@@ -459,8 +459,8 @@ def arm_after_best(number: int) -> None:
 def arm_drift(session: int) -> None:
     """Weights and validation accuracies after an epoch that differ from session to session."""
 
-    def drifting(model: torch.nn.Module, *rest: object) -> tuple[float, float]:
-        result = original(model, *rest)
+    def drifting(model: torch.nn.Module, *rest: object, **more: object) -> tuple[float, float]:
+        result = original(model, *rest, **more)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
