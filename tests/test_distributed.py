@@ -138,7 +138,8 @@ def test_jobs_fit_into_the_memory(monkeypatch, capsys):
     args = main.parse_args(["--device", "cpu", "--seed", "1 2 3 4", "--threads", "1"])
     each = main.memory_of_member(args)
     for enough in (4, 2, 0.5):
-        monkeypatch.setattr(processes, "free_memory", lambda enough=enough: 1.01 * enough * each / main.MEMORY_SHARE)
+        free = 1.01 * enough * each / processes.MEMORY_SHARE
+        monkeypatch.setattr(processes, "free_memory", lambda free=free: free)
         assert main.count_processes(args) == max(1, int(enough))
         text = capsys.readouterr().err
         assert text.count("\n") == (enough < 4)

@@ -34,6 +34,9 @@ def test_tasks_are_shared_out():
         heard.clear()
         processes.share(2, 1, work, lambda *words: heard.append(words))
         assert [words[1:3] for words in heard] == [(0, os.getpid()), (1, os.getpid())]
+        done = []
+        processes.share(20_000, 2, lambda task, report: report("done", task), lambda kind, task: done.append(task))
+        assert sorted(done) == list(range(20_000))  # more than a pipe holds
         print("end")
         """
     )
@@ -107,7 +110,6 @@ def test_measuring_side_by_side_gives_the_same_numbers(tmp_path):
         results = [json.loads((folder / f"{name}.json").read_text()) for name in ("diversity", "variance", "sharpness")]
         found.append([one["result"] for one in results])
     assert found[0] == found[1]
-    (tmp_path / "run" / "seed_17" / "model_best.pth.tar").write_bytes(b"")
 
 
 def test_a_script_is_called_without_a_new_interpreter(tmp_path):

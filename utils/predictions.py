@@ -299,7 +299,8 @@ class Predictions:
         made.pop("commit")
         record = _entry_of(path, "about")
         if isinstance(record, dict) and all(record.get(k) == v for k, v in ({"weights": member.digest} | made).items()):
-            return not self.features or "features.npy" in zipfile.ZipFile(path).namelist()
+            with zipfile.ZipFile(path) as file:
+                return not self.features or "features.npy" in file.namelist()
         if path.exists():
             self._say_why(path, member)
         return False
@@ -500,8 +501,8 @@ class Measurement:
             threads, count = self._threads(members), 1
             if device.type == "cpu":
                 weights = sum(tensor.numel() for tensor in self.members[0].model.state_dict().values())
-                fit = processes.free_memory() / (MEMORY_OF_PROCESS + MEMORY_OF_WEIGHT * weights)
-                count = max(1, min(default_jobs(members, threads), int(fit)))
+                size = MEMORY_OF_PROCESS + MEMORY_OF_WEIGHT * weights
+                count = processes.that_fit(default_jobs(members, threads), size)
             if min(count, tasks) > 1:
                 processes.share(tasks, count, lambda *task: (torch.set_num_threads(threads), work(*task)), hear)
                 tasks = 0

@@ -11,6 +11,7 @@ import runpy
 import selectors
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -28,6 +29,7 @@ from utils import InputError, RunError, out_of_memory
 
 # The variable that holds where a process that started the same command anew sends its messages.
 PIPE = "SHARPBALANCE_PIPE"
+MEMORY_SHARE = 0.8  # of the free memory is planned with
 KILL_SECONDS = 60  # after which a process that was asked to end is killed
 ERRORS: dict[str, type[Exception]] = {error.__name__: error for error in (InputError, RunError, MemoryError)}
 
@@ -69,6 +71,11 @@ def free_memory() -> int:
             continue
         free = min(free, max(0, numbers[0] - numbers[1]))
     return free
+
+
+def that_fit(count: int, size: float) -> int:
+    """How many of `count` processes of `size` bytes each there is memory for, 1 or more."""
+    return max(1, min(count, int(MEMORY_SHARE * free_memory() / size)))
 
 
 def tell(kind: str, *values: Any) -> None:
@@ -329,18 +336,16 @@ def share(
         for task in range(tasks):
             work(task, hear)
         return
-    queue, source = os.pipe()
-    os.write(source, b"".join(task.to_bytes(4, "big") for task in range(tasks)))
-    os.close(source)
+    # A file whose place the processes share; a pipe would hold 16,384 tasks, and the next one would wait for ever.
+    with tempfile.TemporaryFile() as queue:
+        queue.write(b"".join(task.to_bytes(4, "big") for task in range(tasks)))
+        queue.seek(0)
 
-    def some(number: int) -> None:
-        while task := os.read(queue, 4):  # a whole one, or at their end nothing
-            work(int.from_bytes(task, "big"), tell)
+        def some(number: int) -> None:
+            while task := os.read(queue.fileno(), 4):  # a whole one, or at their end nothing
+                work(int.from_bytes(task, "big"), tell)
 
-    try:
         run(count, some, lambda number, kind, *values: hear(kind, *values))
-    finally:
-        os.close(queue)
 
 
 def call(command: list[str], log: Path | None) -> int:
