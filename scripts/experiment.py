@@ -358,7 +358,9 @@ class Experiment:
             for command in commands:
                 # A training may be watched where it is alone; of the measurements the files are what counts.
                 watched = self.args.jobs == 1 and "main.py" in command
-                call(command, None if watched else folder.parent / "logs" / f"{folder.name}.log", self.args.jobs)
+                # Not beside the measurements: whoever compares those names all that lies there.
+                log = self.args.runs / "logs" / f"{name.split()[0]}_{folder.name}.log"
+                call(command, None if watched else log, self.args.jobs)
             write_json(marker, state())
 
         return Job(name, cost, done, work)

@@ -57,6 +57,9 @@ def run(words, monkeypatch):
     def call_here(command, log=None, jobs=1):
         argv = [str(word) for word in command]
         calls.append(argv)
+        if log:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.touch()
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", argv)
             call(argv[0], argv[1:])
@@ -128,6 +131,9 @@ def test_all_of_it(data, seeds, methods, tmp_path, monkeypatch):
             assert settings["unselected"] == unselected
         variance = json.loads((tmp_path / "measurements" / name / "variance.json").read_text())["result"]
         assert set(variance["corrupted"]["parts"]) == {"fog-1", "fog-2", "snow-1", "snow-2"}
+
+    # `summarize.py measurements/*`, as the documents say: nothing else lies there.
+    assert sorted(place.name for place in (tmp_path / "measurements").iterdir()) == sorted(names)
 
     # Again: what is finished is skipped; an ensemble of which a file was lost is measured again. All is as it was.
     before = {name: contents(tmp_path / name) for name in ("runs", "measurements", "results")}
