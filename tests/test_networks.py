@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -16,6 +18,7 @@ from models import check_model, create_model, full_name
 from models.external import try_external
 from sam import SAM
 from tests import reference
+from tests.test_ensemble import ROOT
 from tests.test_main import call, refused
 from utils import InputError, cli
 from utils.checkpoint import load_checkpoint, load_model, save_checkpoint
@@ -240,11 +243,14 @@ def test_scores_of_layers_that_do_not_stand_alone(network):
         ("other.py:make", 32, "other.py cannot be read .no such file."),
         ("net.py:make@0123456789abcdef", 32, "has changed since the network was trained"),
         ("bad.py:make", 32, "bad.py could not be executed: SyntaxError"),
+        ("taken.py:make", 32, "taken.py imports 'models', which is a module of this program; rename .*models$"),
     ],
 )
 def test_networks_that_cannot_be(name, size, message, file, monkeypatch):
     monkeypatch.chdir(file.parent)
     (file.parent / "bad.py").write_text("def")
+    (file.parent / "models").mkdir()
+    (file.parent / "taken.py").write_text("from models.own import make")
     with pytest.raises(ValueError, match=message.replace("\\\\", "\\")) as caught:
         check_model(name, 5, image_size=size)
     assert "\n" not in str(caught.value)
@@ -265,7 +271,7 @@ def test_other_widths_and_channels():
 
 
 def test_timm_is_optional(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ValueError, match=r"timm cannot be imported.*; install it by pip install timm"):
         check_model("timm:resnet18", 5)
 
@@ -319,19 +325,8 @@ def test_a_file_trains_resumes_moves_and_is_measured(file, tmp_path, capsys, mon
     measures = measure_diversity.main, measure_diversity.parse_args
     measure = ["--resume", "whole", "--mode", "predict,CKA", "--split", "test", "--threads", "1"]
     cli.run(measures[0], measures[1](measure))
-    sharp = [
-        "--resume",
-        "whole",
-        "--mode",
-        "fisher,hessian_e",
-        "--hessian_samples",
-        "50",
-        "--threads",
-        "1",
-        "--save",
-        "sharp",
-    ]
-    cli.run(measure_sharpness.main, measure_sharpness.parse_args(sharp))
+    sharp = "--resume whole --mode fisher,hessian_e --hessian_samples 50 --threads 1 --save sharp"
+    cli.run(measure_sharpness.main, measure_sharpness.parse_args(sharp.split()))
 
     moved = tmp_path / "elsewhere" / "net.py"
     moved.parent.mkdir()
@@ -345,6 +340,33 @@ def test_a_file_trains_resumes_moves_and_is_measured(file, tmp_path, capsys, mon
     assert "a run of other settings (--model" in refused(["--resume", "whole", "--model", f"{moved}:make"], capsys)
     shutil.copy(moved, file)
     assert "has changed since the network was trained" in refused(["--resume", "whole"], capsys)
+
+
+def test_a_file_imports_what_lies_beside_it(file):
+    """Where it is executed, and where its function is called; never afterwards."""
+    for name in ("beside_one", "beside_two"):
+        (file.parent / f"{name}.py").write_text("from torch import nn\n")
+    late = "def make(n):\n    from beside_two import nn\n    return nn.Sequential(nn.Flatten(), nn.Linear(192, n))\n"
+    file.write_text("import beside_one\n" + late)
+    before = list(sys.path)
+    assert create_model(f"{file}:make", 5, image_size=8)[1].out_features == 5
+    assert sys.path == before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_processes_of_their_own_train_a_file_to_the_same_bits(file, tmp_path):
+    """Each member by a process that starts the command anew; only the one that starts them tries the network."""
+    text = "def count(n, in_channels):\n    print('made', flush=True)\n    return make(n, in_channels)\n"
+    file.write_text(FILE + text)
+    words = ["--model", f"{file}:count", *RECIPE, "--epochs", "2", "--initial_epochs", "1", "--save_path"]
+    call([*words, str(tmp_path / "one")])
+    command = [sys.executable, "main.py", *words, str(tmp_path / "two"), "--jobs", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "by 2 processes" in done.stdout
+    assert done.stdout.count("made") == 1 + 2 + 4  # tried, as two members, and from the checkpoints of the summary
+    for a, b in zip(weights_of(tmp_path / "one"), weights_of(tmp_path / "two"), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a.values(), b.values(), strict=True))
 
 
 def test_a_checkpoint_does_not_name_what_is_executed_without_its_digest(file, tmp_path):
@@ -391,6 +413,15 @@ def test_init_from_a_network_whose_names_look_wrapped(tmp_path):
     )
     source = {f"model.{k}": torch.randn_like(v) for k, v in model.state_dict().items()}
     assert "6 of 6 tensors loaded" in start(model, saved(tmp_path, source), 2)
+
+
+def test_init_of_a_network_with_a_weight_that_is_one_number(tmp_path):
+    """As of a learned temperature; one that the file lacks stays as it is."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    source = saved(tmp_path, model.state_dict())
+    model.scale = nn.Parameter(torch.tensor(3.0))
+    assert start(model, source, 2).endswith("4 of 5 tensors loaded; drawn anew, missing there: scale")
+    assert model.scale == 3
 
 
 def test_init_of_a_grey_network_from_colour_is_the_same_function(tmp_path):
