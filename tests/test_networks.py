@@ -69,6 +69,18 @@ class Two(Net):
     def forward(self, x):
         return super().forward(x), x
 
+class TwoLater(Two):
+    def forward(self, x):
+        return Net.forward(self, x) if self.training else super().forward(x)
+
+class Stored(Two):
+    def forward(self, x):
+        if self.training:
+            return Net.forward(self, x)
+        if not hasattr(self, "kept"):
+            self.kept = self.head.weight * 2
+        return self.stem(x).mean((2, 3)) @ self.kept.T
+
 def features(num_classes):
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
 
@@ -144,11 +156,12 @@ def test_scores_follow_the_layers_where_that_is_possible(monkeypatch):
             per_sample_fisher(model, images, labels)
     assert counted == [2, 2]
     model = Table().double().eval()
-    for _ in range(2):
+    for n in (1, 5, 5):  # one image alone is no trial
         images, labels = torch.randn(5, 6, dtype=torch.float64), torch.tensor([0, 2, 1, 0, 2])
+        images, labels = images[:n], labels[:n]
         expected = reference.fisher_by_samples(model, images, labels)
         torch.testing.assert_close(per_sample_fisher(model, images, labels), expected, rtol=1e-10, atol=0)
-    assert counted == [2, 2, 2]
+    assert counted == [2, 2, 1, 2]
 
 
 class Positions(nn.Module):
@@ -217,7 +230,7 @@ def test_scores_of_layers_that_do_not_stand_alone(network):
         model.aux.requires_grad_(True)
     else:
         expected = reference.fisher_by_samples(model, images, labels)
-    for n in (5, 1):  # one image alone cannot show whether samples keep apart
+    for n in (1, 5, 1):  # one image alone cannot show whether samples keep apart
         scores = per_sample_fisher(model, images[:n], labels[:n])
         torch.testing.assert_close(scores, expected[:n], rtol=1e-10, atol=0)
 
@@ -236,6 +249,8 @@ def test_scores_of_layers_that_do_not_stand_alone(network):
         ("net.py:raises", 32, "net.py:raises could not be built: TypeError: no$"),
         ("net.py:number", 32, "expected a torch.nn.Module, got int"),
         ("net.py:Two", 32, "returns a tuple in train mode, not one tensor of logits"),
+        ("net.py:TwoLater", 32, "returns a tuple in eval mode, not one tensor of logits"),
+        ("net.py:Stored", 32, "its gradient cannot be taken twice in eval mode"),
         ("net.py:features", 32, r"expected float logits \\[2, 5\\], got torch.float32 \\[2, 4, 30, 30\\]"),
         ("net.py:lazy", 32, "has lazy layers"),
         ("net.py:no_statistics", 32, "BatchNorm without running statistics"),
