@@ -94,6 +94,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.overwrite = False
         note(f"--overwrite: this job began the run in {args.save_path}, and goes on; remove it to start anew")
 
+    if processes.supervised():  # the process that started this one has tried the network
+        return args
     info = expected_info(args.data, args.image_size)
     try:
         check_model(args.model, info.num_classes, args.width, info.image_size, info.channels)
@@ -302,8 +304,8 @@ def launch(args: argparse.Namespace) -> None:
         main(args)
         return
     work = None
-    # The trial of a network that is not of this repository has differentiated it, after which torch refuses to
-    # differentiate in processes that are forked.
+    # A network that is not of this repository has been tried, which may have started threads: of autograd where torch
+    # finds a GPU, of sums on several cores, or what a user's file does. A process that is forked after that can hang.
     if processes.may_fork() and distributed.on_cpu(args.device) and not is_external(args.model):
         data = read_data(args, torch.device("cpu"))  # which the processes share
         work = lambda number: train(args, data)  # noqa: E731

@@ -4,6 +4,7 @@ Weights are always freshly drawn: nothing is downloaded. A file is named with it
 DIGEST is the beginning of its SHA-256, so that a saved network is never rebuilt by code that has changed since.
 """
 
+import ast
 import difflib
 import functools
 import hashlib
@@ -12,7 +13,8 @@ import re
 import sys
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 # torchvision takes more than a second to import, and timm may be missing: the functions that need them import them.
 
+ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ("torchvision", "timm")
 FACTORY = re.compile(r"(?P<file>.+\.py):(?P<factory>[^:@]*)(?:@(?P<digest>[0-9a-f]{16}))?", re.DOTALL)
 
@@ -161,7 +164,10 @@ def _from_file(name: str, num_classes: int, image_size: int, in_channels: int) -
     if match is None:
         raise ValueError(f"model: expected FILE.py:FACTORY, got '{name[:100]}'")
     path = Path(match["file"]).expanduser().absolute()
-    module = _module(path, _content(path, match["digest"]))
+    content = _content(path, match["digest"])
+    _refuse_taken_names(path, content)
+    with _beside(path):
+        module = _module(path, content)
     factory = getattr(module, match["factory"], None)
     if not callable(factory):
         own = [key for key, value in vars(module).items() if getattr(value, "__module__", 0) == module.__name__]
@@ -173,7 +179,34 @@ def _from_file(name: str, num_classes: int, image_size: int, in_channels: int) -
     except (TypeError, ValueError):  # of something that is callable but has no signature
         accepted = set()
     more = {key: value for key, value in offered.items() if key in accepted}
-    return _build(f"{path}:{match['factory']}", factory, num_classes, **more)
+    with _beside(path):
+        return _build(f"{path}:{match['factory']}", factory, num_classes, **more)
+
+
+def _refuse_taken_names(path: Path, content: bytes) -> None:
+    """Refuse a file that would be given a module of this program for one of the same name that lies beside it."""
+    try:
+        nodes = list(ast.walk(ast.parse(content)))
+    except (SyntaxError, ValueError):  # which its execution says
+        return
+    imported = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    imported += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level]
+    folder = path.parent.resolve()
+    for name in {name.partition(".")[0] for name in imported} if folder != ROOT else ():
+        ours = (ROOT / name / "__init__.py").exists() or (ROOT / f"{name}.py").exists()
+        theirs = [place for place in (folder / name, folder / f"{name}.py") if place.exists()]
+        if ours and theirs:
+            raise ValueError(f"model: {path} imports '{name}', which is a module of this program; rename {theirs[0]}")
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[None]:
+    """Let what lies beside a file be imported, as for a script, by the file and by the function that is called."""
+    sys.path.insert(0, str(path.parent))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(path.parent))
 
 
 @functools.cache
@@ -182,14 +215,11 @@ def _module(path: Path, content: bytes) -> types.ModuleType:
     module = types.ModuleType(f"_network_{_digest(content)}_{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses and deepcopy find their classes by it
-    sys.path.insert(0, str(path.parent))  # as for a script: what lies beside the file can be imported
     try:
         exec(compile(content, str(path), "exec"), module.__dict__)  # noqa: S102, the file that the user named
     except (Exception, SystemExit) as error:
         del sys.modules[module.__name__]
         raise ValueError(f"model: {path} could not be executed: {_words(error)}") from error
-    finally:
-        sys.path.remove(str(path.parent))
     return module
 
 

@@ -1,3 +1,4 @@
+import warnings
 from contextlib import suppress
 
 import pytest
@@ -212,6 +213,21 @@ def test_unknown_layers_fall_to_vmap_and_say_so_once():
     assert torch.equal(*scores)
     torch.testing.assert_close(scores[0], reference.fisher_by_samples(*arguments), rtol=1e-10, atol=0)
     assert sorted(str(w.message).split()[1] for w in caught) == ["PReLU", "Unknown"]
+
+
+def test_group_norm_equals_the_slow_form():
+    """In groups of channels, with and without positions; no other way is taken."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 6, 3), nn.GroupNorm(2, 6), nn.Tanh(), nn.Flatten(), nn.GroupNorm(3, 96), nn.Linear(96, 3)
+    net = nn.Sequential(*layers)
+    for layer in (net[1], net[4]):
+        nn.init.normal_(layer.weight)
+        nn.init.normal_(layer.bias)
+    arguments = case(net, (3, 6, 6), 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scores = per_sample_fisher(*arguments)
+    torch.testing.assert_close(scores, reference.fisher_by_samples(*arguments), rtol=1e-10, atol=0)
 
 
 def test_a_subclass_is_not_taken_for_its_parent():

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -16,6 +18,7 @@ from models import check_model, create_model, full_name
 from models.external import try_external
 from sam import SAM
 from tests import reference
+from tests.test_ensemble import ROOT
 from tests.test_main import call, refused
 from utils import InputError, cli
 from utils.checkpoint import load_checkpoint, load_model, save_checkpoint
@@ -65,6 +68,18 @@ class Two(Net):
 
     def forward(self, x):
         return super().forward(x), x
+
+class TwoLater(Two):
+    def forward(self, x):
+        return Net.forward(self, x) if self.training else super().forward(x)
+
+class Stored(Two):
+    def forward(self, x):
+        if self.training:
+            return Net.forward(self, x)
+        if not hasattr(self, "kept"):
+            self.kept = self.head.weight * 2
+        return self.stem(x).mean((2, 3)) @ self.kept.T
 
 def features(num_classes):
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
@@ -141,11 +156,12 @@ def test_scores_follow_the_layers_where_that_is_possible(monkeypatch):
             per_sample_fisher(model, images, labels)
     assert counted == [2, 2]
     model = Table().double().eval()
-    for _ in range(2):
+    for n in (1, 5, 5):  # one image alone is no trial
         images, labels = torch.randn(5, 6, dtype=torch.float64), torch.tensor([0, 2, 1, 0, 2])
+        images, labels = images[:n], labels[:n]
         expected = reference.fisher_by_samples(model, images, labels)
         torch.testing.assert_close(per_sample_fisher(model, images, labels), expected, rtol=1e-10, atol=0)
-    assert counted == [2, 2, 2]
+    assert counted == [2, 2, 1, 2]
 
 
 class Positions(nn.Module):
@@ -214,7 +230,7 @@ def test_scores_of_layers_that_do_not_stand_alone(network):
         model.aux.requires_grad_(True)
     else:
         expected = reference.fisher_by_samples(model, images, labels)
-    for n in (5, 1):  # one image alone cannot show whether samples keep apart
+    for n in (1, 5, 1):  # one image alone cannot show whether samples keep apart
         scores = per_sample_fisher(model, images[:n], labels[:n])
         torch.testing.assert_close(scores, expected[:n], rtol=1e-10, atol=0)
 
@@ -233,6 +249,8 @@ def test_scores_of_layers_that_do_not_stand_alone(network):
         ("net.py:raises", 32, "net.py:raises could not be built: TypeError: no$"),
         ("net.py:number", 32, "expected a torch.nn.Module, got int"),
         ("net.py:Two", 32, "returns a tuple in train mode, not one tensor of logits"),
+        ("net.py:TwoLater", 32, "returns a tuple in eval mode, not one tensor of logits"),
+        ("net.py:Stored", 32, "its gradient cannot be taken twice in eval mode"),
         ("net.py:features", 32, r"expected float logits \\[2, 5\\], got torch.float32 \\[2, 4, 30, 30\\]"),
         ("net.py:lazy", 32, "has lazy layers"),
         ("net.py:no_statistics", 32, "BatchNorm without running statistics"),
@@ -240,11 +258,14 @@ def test_scores_of_layers_that_do_not_stand_alone(network):
         ("other.py:make", 32, "other.py cannot be read .no such file."),
         ("net.py:make@0123456789abcdef", 32, "has changed since the network was trained"),
         ("bad.py:make", 32, "bad.py could not be executed: SyntaxError"),
+        ("taken.py:make", 32, "taken.py imports 'models', which is a module of this program; rename .*models$"),
     ],
 )
 def test_networks_that_cannot_be(name, size, message, file, monkeypatch):
     monkeypatch.chdir(file.parent)
     (file.parent / "bad.py").write_text("def")
+    (file.parent / "models").mkdir()
+    (file.parent / "taken.py").write_text("from models.own import make")
     with pytest.raises(ValueError, match=message.replace("\\\\", "\\")) as caught:
         check_model(name, 5, image_size=size)
     assert "\n" not in str(caught.value)
@@ -265,7 +286,7 @@ def test_other_widths_and_channels():
 
 
 def test_timm_is_optional(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ValueError, match=r"timm cannot be imported.*; install it by pip install timm"):
         check_model("timm:resnet18", 5)
 
@@ -319,19 +340,8 @@ def test_a_file_trains_resumes_moves_and_is_measured(file, tmp_path, capsys, mon
     measures = measure_diversity.main, measure_diversity.parse_args
     measure = ["--resume", "whole", "--mode", "predict,CKA", "--split", "test", "--threads", "1"]
     cli.run(measures[0], measures[1](measure))
-    sharp = [
-        "--resume",
-        "whole",
-        "--mode",
-        "fisher,hessian_e",
-        "--hessian_samples",
-        "50",
-        "--threads",
-        "1",
-        "--save",
-        "sharp",
-    ]
-    cli.run(measure_sharpness.main, measure_sharpness.parse_args(sharp))
+    sharp = "--resume whole --mode fisher,hessian_e --hessian_samples 50 --threads 1 --save sharp"
+    cli.run(measure_sharpness.main, measure_sharpness.parse_args(sharp.split()))
 
     moved = tmp_path / "elsewhere" / "net.py"
     moved.parent.mkdir()
@@ -345,6 +355,33 @@ def test_a_file_trains_resumes_moves_and_is_measured(file, tmp_path, capsys, mon
     assert "a run of other settings (--model" in refused(["--resume", "whole", "--model", f"{moved}:make"], capsys)
     shutil.copy(moved, file)
     assert "has changed since the network was trained" in refused(["--resume", "whole"], capsys)
+
+
+def test_a_file_imports_what_lies_beside_it(file):
+    """Where it is executed, and where its function is called; never afterwards."""
+    for name in ("beside_one", "beside_two"):
+        (file.parent / f"{name}.py").write_text("from torch import nn\n")
+    late = "def make(n):\n    from beside_two import nn\n    return nn.Sequential(nn.Flatten(), nn.Linear(192, n))\n"
+    file.write_text("import beside_one\n" + late)
+    before = list(sys.path)
+    assert create_model(f"{file}:make", 5, image_size=8)[1].out_features == 5
+    assert sys.path == before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_processes_of_their_own_train_a_file_to_the_same_bits(file, tmp_path):
+    """Each member by a process that starts the command anew; only the one that starts them tries the network."""
+    text = "def count(n, in_channels):\n    print('made', flush=True)\n    return make(n, in_channels)\n"
+    file.write_text(FILE + text)
+    words = ["--model", f"{file}:count", *RECIPE, "--epochs", "2", "--initial_epochs", "1", "--save_path"]
+    call([*words, str(tmp_path / "one")])
+    command = [sys.executable, "main.py", *words, str(tmp_path / "two"), "--jobs", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "by 2 processes" in done.stdout
+    assert done.stdout.count("made") == 1 + 2 + 4  # tried, as two members, and from the checkpoints of the summary
+    for a, b in zip(weights_of(tmp_path / "one"), weights_of(tmp_path / "two"), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a.values(), b.values(), strict=True))
 
 
 def test_a_checkpoint_does_not_name_what_is_executed_without_its_digest(file, tmp_path):
@@ -391,6 +428,15 @@ def test_init_from_a_network_whose_names_look_wrapped(tmp_path):
     )
     source = {f"model.{k}": torch.randn_like(v) for k, v in model.state_dict().items()}
     assert "6 of 6 tensors loaded" in start(model, saved(tmp_path, source), 2)
+
+
+def test_init_of_a_network_with_a_weight_that_is_one_number(tmp_path):
+    """As of a learned temperature; one that the file lacks stays as it is."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    source = saved(tmp_path, model.state_dict())
+    model.scale = nn.Parameter(torch.tensor(3.0))
+    assert start(model, source, 2).endswith("4 of 5 tensors loaded; drawn anew, missing there: scale")
+    assert model.scale == 3
 
 
 def test_init_of_a_grey_network_from_colour_is_the_same_function(tmp_path):

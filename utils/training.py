@@ -1,7 +1,6 @@
 """Training and evaluating one network: the SharpBalance step, an epoch of it, and the logits of an image set."""
 
 import math
-import operator
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -283,12 +282,13 @@ def predict(
     """
     inputs: list[Tensor] = []
     hooks = []
+
+    def keep(layer: nn.Module, args: tuple) -> None:
+        inputs[:] = args  # over those of the layer before: the last in the pass need not be the last in the model
+
     if features:
         layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-        # Each overwrites what the one before it left: the last in the pass, which need not be the last in the model.
-        hooks = [
-            m.register_forward_pre_hook(lambda m, args: operator.setitem(inputs, slice(None), args)) for m in layers
-        ]
+        hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
 
     def outputs(batch: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = model(batch).float()
