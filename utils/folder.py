@@ -23,7 +23,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from utils import InputError, RunError, first_line
-from utils.files import JUNK, load_array, load_json, refusing, sync_folder, visible, write_json
+from utils.files import JUNK, load_array, load_json, locked, refusing, sync_folder, visible, write_json
 
 PARTS = ("train", "val", "test")
 OTHER_PARTS = {"training", "valid", "validation", "testing"}
@@ -237,11 +237,11 @@ def _decoded(path: Path, files: list[tuple[str, int, int]], size: int, processes
         if _whole(place / name, shape):
             return place / name, load_json(place / name / "about.json")["unreadable"]
     place = _writable(path, math.prod(shape))
-    with _locked(place) as locked:
+    with locked(place / "lock") as held:
         cache = place / name
         if not _whole(cache, shape):  # else another process has done it meanwhile
             shutil.rmtree(cache, ignore_errors=True)
-            part = place / f"{name}.part{'' if locked else os.getpid()}"
+            part = place / f"{name}.part{'' if held else os.getpid()}"
             unreadable = _fill(path, part, [file[0] for file in files], shape, processes)
             about = {"folder": str(path.absolute()), "pillow": PIL.__version__, "unreadable": unreadable}
             write_json(part / "about.json", about)
@@ -279,25 +279,6 @@ def _writable(path: Path, size: int) -> Path:
     raise InputError(f"{problem}; free some space, or set XDG_CACHE_HOME to a folder elsewhere")
 
 
-@contextmanager
-def _locked(place: Path) -> Iterator[bool]:
-    """Hold a cache folder, waiting for who holds it; False where there are no locks."""
-    with ExitStack() as stack:
-        held = False
-        try:
-            import fcntl
-
-            file = stack.enter_context(open(place / "lock", "w"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            held = True
-        except (ImportError, OSError):
-            pass
-        yield held
-
-
 def _whole(cache: Path, shape: tuple[int, ...]) -> bool:
     """Whether a cache is complete; it got its name when it was."""
     try:
@@ -322,7 +303,8 @@ def _fill(path: Path, part: Path, names: list[str], shape: tuple[int, ...], proc
         what = f"{len(todo)} of {len(names)} files of {path}"
         print(f"note: decoding {what} to {shape[1]}x{shape[2]} pixels, once, in {part.parent}", file=sys.stderr)
         with tqdm(total=len(todo), disable=not sys.stderr.isatty(), unit="file", dynamic_ncols=True) as bar:
-            chunks = [[(int(row), str(path / names[row])) for row in todo[i : i + CHUNK]] for i in _starts(len(todo))]
+            files = [(int(row), str(path / names[row])) for row in todo]
+            chunks = [files[i : i + CHUNK] for i in range(0, len(files), CHUNK)]
             found = _decode(part, (images.offset, records.offset, shape[1]), chunks, processes, bar)
         for array in (images, records):
             array.flush()
@@ -334,10 +316,6 @@ def _fill(path: Path, part: Path, names: list[str], shape: tuple[int, ...], proc
         way_out = "free some space and re-run the same command, which goes on where it stopped"
         raise RunError(f"{part}: could not be written ({error.strerror}; {room}); {way_out}") from error
     return {names[row]: found[row] for row in np.flatnonzero(records["done"] == 0)}
-
-
-def _starts(count: int) -> range:
-    return range(0, count, CHUNK)
 
 
 def _opened(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
@@ -461,10 +439,9 @@ def decode(path: str, size: int) -> np.ndarray:
         ValueError, OSError, ...: for what is no image, or a damaged one; an OSError with an errno if it is not the
             file's content that is at fault.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode if os.path.exists(path) else 0):
+    if not os.path.isfile(path):
         raise ValueError("a link to nothing" if os.path.islink(path) else "not a file")
-    if not Image.ID or "EPS" not in Image.ID:
-        Image.init()
+    Image.init()  # all formats, once
     try:
         image = Image.open(path, formats=[name for name in Image.ID if name not in PROGRAMS])
     except UnidentifiedImageError:
