@@ -32,22 +32,12 @@ from utils.corruptions import corrupt
 from utils.data import DatasetInfo, ImageSet, Preprocessing
 from utils.datasets import load_data
 from utils.folder import PARTS, decode, draw_parts, read_images
+from utils.landscape import data_of
+from utils.results import read_run
 
 CLASSES = {"ape": 20, "bee": 20, "cat": 20}
-TINY = [
-    "--data",
-    "folder",
-    "--image_size",
-    "8",
-    "--width",
-    "2",
-    "--epochs",
-    "3",
-    "--batch_size",
-    "16",
-    "--seed",
-    "13 17",
-]
+TINY = ["--data", "folder", "--image_size", "8", "--width", "2", "--epochs", "3"]
+TINY += ["--batch_size", "16", "--seed", "13 17"]
 SHARPBALANCE = [*TINY, "--sam", "--rho", "0.1", "--flat_ratio", "0.5", "--initial_epochs", "1"]
 
 
@@ -615,24 +605,15 @@ def test_a_run_on_a_folder(trained, tmp_path, monkeypatch, capsys):
     assert tuple(checkpoint["mean"]) == data.info.preprocessing.mean
     assert tuple(checkpoint["std"]) == data.info.preprocessing.std
     assert load_model(run / "seed_13" / "model_best.pth.tar")[1]["classes"] == ["ape", "bee", "cat"]
+    assert data_of(read_run(run)).record == data.record  # the images of figures
     monkeypatch.chdir(tmp_path)
     make_corrupted.main(make_corrupted.parse_args(["--data", "folder", "--data_path", str(place), "--image_size", "8"]))
     copies = place / "folder-8-C"
     expected = corrupt(data.test.pixels(slice(None)).numpy(), "fog", 3)
     assert (np.load(copies / "fog.npy")[2 * len(expected) : 3 * len(expected)] == expected).all()
     assert load_data("folder", place, image_size=8).info.classes == ("ape", "bee", "cat")  # they are no class
-    small = [
-        "--eval_batch_size",
-        "5",
-        "--batch_num",
-        "2",
-        "--n_iters",
-        "2",
-        "--n_draws",
-        "4",
-        "--hessian_samples",
-        "40",
-    ]
+    small = ["--eval_batch_size", "5", "--batch_num", "2", "--n_iters", "2", "--n_draws", "4"]
+    small += ["--hessian_samples", "40"]
     for script, more in (
         (measure_diversity, ["--bootstrap", "10"]),
         (measure_diversity_variance, []),
@@ -773,20 +754,8 @@ def test_larger_than_memory(tmp_path):
         for i in range(100):
             os.link(path, path.with_name(f"{path.stem}_{i}.png"))
     flags = ["--data", "folder", "--data_path", str(place), "--image_size", "120", "--model", "vit_t", "--width", "4"]
-    flags += [
-        "--epochs",
-        "1",
-        "--batch_size",
-        "128",
-        "--lr",
-        "0.01",
-        "--seed",
-        "1",
-        "--threads",
-        "1",
-        "--save_every",
-        "5",
-    ]
+    flags += ["--epochs", "1", "--batch_size", "128", "--lr", "0.01", "--seed", "1", "--threads", "1"]
+    flags += ["--save_every", "5"]
     command = [sys.executable, "-c", LARGE, "main.py", *flags]
 
     def start(run):
