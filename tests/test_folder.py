@@ -478,8 +478,9 @@ def test_where_the_cache_is(folder, tmp_path, monkeypatch):
     """In the folder, or in the user's cache folder where that cannot be written or is full."""
     (folder / ".decoded").write_text("in the way")
     images = read_images(folder, 8, 1)
-    assert images.cache.parent.parent == tmp_path / "cache" / "sharpbalance"
-    assert images.cache.parent.name.startswith("pictures-")
+    place = Path(images.pixels.filename).parent.parent
+    assert place.parent == tmp_path / "cache" / "sharpbalance"
+    assert place.name.startswith("pictures-")
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "Popen", no_process)
         read_images(folder, 8, 1)

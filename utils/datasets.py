@@ -198,9 +198,7 @@ def _folder_parts(path: Path, split: SplitPaths, image_size: int, inputs: dict[s
     return info, parts, digest, files
 
 
-def _folder_rows(
-    path: Path, images: Images, train: str | Path | None, val: str | Path | None
-) -> dict[str, np.ndarray]:
+def _folder_rows(path: Path, images: Images, train: str | Path | None, val: str | Path | None) -> dict[str, np.ndarray]:
     """The rows of the training, validation and test images of a folder."""
     rows = images.parts
     if ("" in rows or "val" in rows) and (train is not None or val is not None):

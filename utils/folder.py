@@ -66,7 +66,6 @@ class Images:
         parts: the rows of the images that could be read, by part; where there are no parts, those of "" are all.
         records: `RECORD` [F].
         unreadable: the files that were left out, and why.
-        cache: the folder of the memory map.
     """
 
     classes: list[str]
@@ -75,7 +74,6 @@ class Images:
     parts: dict[str, np.ndarray]
     records: np.ndarray
     unreadable: dict[str, str]
-    cache: Path
 
     def normalisation(self, rows: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Means and deviations of the pixels in [0, 1] of some images, by channel, from exact sums."""
@@ -126,8 +124,7 @@ def read_images(path: Path, size: int, processes: int) -> Images:
             if not found:
                 raise InputError(f"--data_path {path}: no images in {os.path.join(part, name)}; add some, or remove it")
             files += found
-    cache, unreadable = _decoded(path, [file[2:] for file in files], size, processes)
-    pixels, records = load_array(cache / "images.npy"), np.array(load_array(cache / "records.npy"))
+    pixels, records, unreadable = _decoded(path, [file[2:] for file in files], size, processes)
     labels, done = np.array([file[1] for file in files]), records["done"] == 1
     whose = np.array([file[0] for file in files])
     rows = {part: np.flatnonzero((whose == part) & done) for part in parts}
@@ -137,7 +134,7 @@ def read_images(path: Path, size: int, processes: int) -> Images:
             name = os.path.join(part, classes[int(lost.argmax())])
             reason = next(why for file, why in unreadable.items() if file.startswith(name + os.sep))
             raise InputError(f"--data_path {path}: no file in {name} is an image that can be read ({reason})")
-    return Images(classes, pixels, labels, rows, records, unreadable, cache)
+    return Images(classes, pixels, labels, rows, records, unreadable)
 
 
 def draw_parts(labels: np.ndarray, digests: np.ndarray) -> dict[str, np.ndarray]:
@@ -229,17 +226,22 @@ def _files(folder: Path, inside: str, above: tuple) -> Iterator[tuple[str, int, 
 # The cache.
 
 
-def _decoded(path: Path, files: list[tuple[str, int, int]], size: int, processes: int) -> tuple[Path, dict[str, str]]:
-    """The folder of the decoded images of these files, filled if need be, and which files are left out and why."""
+Cache = tuple[np.memmap, np.ndarray, dict[str, str]]  # pixels, records, and which files are left out and why
+
+
+def _decoded(path: Path, files: list[tuple[str, int, int]], size: int, processes: int) -> Cache:
+    """The cache of these files, filled if need be."""
     key = hashlib.sha256(json.dumps([CACHE_VERSION, size, files]).encode()).hexdigest()
     name, shape = f"{size}-{key[:16]}", (len(files), size, size, 3)
     for place in _places(path):
-        if _whole(place / name, shape):
-            return place / name, load_json(place / name / "about.json")["unreadable"]
+        found = _read_cache(place / name, shape)
+        if found:
+            return found
     place = _writable(path, math.prod(shape))
     with locked(place / "lock") as held:
         cache = place / name
-        if not _whole(cache, shape):  # else another process has done it meanwhile
+        found = _read_cache(cache, shape)
+        if not found:  # else another process has done it meanwhile
             shutil.rmtree(cache, ignore_errors=True)
             part = place / f"{name}.part{'' if held else os.getpid()}"
             unreadable = _fill(path, part, [file[0] for file in files], shape, processes)
@@ -250,7 +252,10 @@ def _decoded(path: Path, files: list[tuple[str, int, int]], size: int, processes
             for other in place.glob(f"{size}-*"):  # of files that were there before
                 if other != cache:
                     shutil.rmtree(other, ignore_errors=True)
-        return cache, load_json(cache / "about.json")["unreadable"]
+            found = _read_cache(cache, shape)
+            if not found:
+                raise RunError(f"{cache}: cannot be read again; re-run the same command")
+        return found
 
 
 def _places(path: Path) -> list[Path]:
@@ -279,15 +284,16 @@ def _writable(path: Path, size: int) -> Path:
     raise InputError(f"{problem}; free some space, or set XDG_CACHE_HOME to a folder elsewhere")
 
 
-def _whole(cache: Path, shape: tuple[int, ...]) -> bool:
-    """Whether a cache is complete; it got its name when it was."""
+def _read_cache(cache: Path, shape: tuple[int, ...]) -> Cache | None:
+    """A cache that is complete, as it was when it got its name; else None."""
     try:
-        images, records = load_array(cache / "images.npy"), load_array(cache / "records.npy")
+        images, records = load_array(cache / "images.npy"), np.array(load_array(cache / "records.npy"))
         unreadable = load_json(cache / "about.json")["unreadable"]
         whole = images.shape == shape and images.dtype == np.uint8 and records.shape == shape[:1]
-        return whole and records.dtype == RECORD and len(unreadable) + int(records["done"].sum()) == len(records)
+        whole = whole and records.dtype == RECORD and len(unreadable) + int(records["done"].sum()) == len(records)
+        return (images, records, unreadable) if whole else None
     except (InputError, OSError, LookupError, TypeError, ValueError):
-        return False
+        return None
 
 
 def _fill(path: Path, part: Path, names: list[str], shape: tuple[int, ...], processes: int) -> dict[str, str]:
