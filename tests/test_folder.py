@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 import zlib
+from concurrent.futures import Future
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -178,9 +180,10 @@ def test_every_format(form, tmp_path):
     assert np.abs(decode(path, expected.size[0]).astype(int) - np.asarray(expected)).max() <= 2
 
 
-def test_large_jpegs_are_decoded_in_part(tmp_path):
+@pytest.mark.parametrize("times", [30, 100])
+def test_large_jpegs_are_decoded_in_part(times, tmp_path):
     """As far as the result needs it: nearly the same pixels."""
-    image = np.kron(picture(10, 10), np.ones((100, 100, 1), np.uint8))
+    image = np.kron(picture(10, 10), np.ones((times, times, 1), np.uint8))
     Image.fromarray(image).save(tmp_path / "x.jpg", quality=95)
     assert np.abs(decode(tmp_path / "x.jpg", 40) - reference.scaled(image, 40)).mean() < 3
 
@@ -361,6 +364,17 @@ def test_parts_of_its_own(tmp_path, capsys):
     assert (data.val.pixels(slice(None)).numpy() == np.stack(every)[val]).all()
 
 
+def test_what_a_run_began_with(folder):
+    """The digest is of the names of the classes and the labels, too."""
+    key = "sha256_of_arrays_and_split"
+    known = load_data("folder", folder, image_size=8).record[key]
+    noisy = load_data("folder", folder, image_size=8, label_noise=0.2)
+    (folder / "bee").rename(folder / "bug")
+    renamed = load_data("folder", folder, image_size=8)
+    assert noisy.mislabelled.sum() == 8
+    assert len({known, noisy.record[key], renamed.record[key]}) == 3
+
+
 def test_an_empty_channel(tmp_path):
     """As of fluorescence: it stays zero, and nothing becomes nan."""
     place = files.write_image_folder(tmp_path / "x", {"a": 10, "b": 10})
@@ -385,6 +399,8 @@ def test_the_drawn_split(capsys, folder):
     assert sorted(np.concatenate(list(parts.values()))) == list(range(41))
     assert parts["test"].tolist() == [2, 10, 13, 24, 26, 28, 36, 37]
     assert parts["val"].tolist() == [11, 17, 27, 39]
+    for part, index in draw_parts(labels, digests[::-1]).items():  # whatever their order is
+        assert index.tolist() == parts[part].tolist()
     twins = np.concatenate([digests, digests])
     drawn = draw_parts(np.concatenate([labels, labels]), twins)
     assert all((twins[drawn[part]].reshape(2, -1) == parts[part]).all() for part in PARTS)
@@ -428,7 +444,7 @@ def test_nothing_is_decoded_twice(folder, monkeypatch):
     assert kept[0] not in caches(folder)  # of files that are no longer there
 
 
-@pytest.mark.parametrize("damage", [None, "pixels", "a file", "an array"])
+@pytest.mark.parametrize("damage", [None, "pixels", "a file", "an array", "another form"])
 def test_decoding_goes_on_after_a_kill(damage, folder, tmp_path, monkeypatch):
     """What was done is not done again, except for what a power cut took."""
     other = shutil.copytree(folder, tmp_path / "other")  # shutil keeps the times
@@ -471,6 +487,9 @@ def test_decoding_goes_on_after_a_kill(damage, folder, tmp_path, monkeypatch):
     assert len(caches(folder)) == 1
     if damage == "a file":  # of the finished cache
         (folder / ".decoded" / caches(folder)[0] / "images.npy").write_bytes(b"damaged")
+        assert read_images(folder, 8, 2).pixels.tobytes() == expected.pixels.tobytes()
+    if damage == "another form":
+        np.save(folder / ".decoded" / caches(folder)[0] / "images.npy", expected.pixels[1:])
         assert read_images(folder, 8, 2).pixels.tobytes() == expected.pixels.tobytes()
 
 
@@ -625,6 +644,23 @@ def test_a_run_on_a_folder(trained, tmp_path, monkeypatch, capsys):
     assert {"test", "corrupted"} <= result.keys()
     summary = json.loads((run / "summary.json").read_text())["best"]
     assert summary["ensemble"]["test_acc"] == result["test"]["ensemble"]["accuracy"]
+
+
+def test_tasks_of_corruptions_are_few_at_a_time():
+    """Images are read when their turn comes, and results come in order."""
+    read = []
+
+    class Pool:
+        def submit(self, function, *task):
+            future = Future()
+            future.set_result(function(*task))
+            return future
+
+    images = (read.append(i) or i for i in range(10))
+    results_of = make_corrupted._map(Pool(), 3, lambda i, one: i + one, images, repeat(1))
+    assert next(results_of) == 1
+    assert read == [0, 1, 2, 3]
+    assert list(results_of) == list(range(2, 11))
 
 
 def test_measuring_on_other_images(trained, tmp_path, capsys):
