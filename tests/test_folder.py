@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 import zlib
+from concurrent.futures import Future
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -32,22 +34,12 @@ from utils.corruptions import corrupt
 from utils.data import DatasetInfo, ImageSet, Preprocessing
 from utils.datasets import load_data
 from utils.folder import PARTS, decode, draw_parts, read_images
+from utils.landscape import data_of
+from utils.results import read_run
 
 CLASSES = {"ape": 20, "bee": 20, "cat": 20}
-TINY = [
-    "--data",
-    "folder",
-    "--image_size",
-    "8",
-    "--width",
-    "2",
-    "--epochs",
-    "3",
-    "--batch_size",
-    "16",
-    "--seed",
-    "13 17",
-]
+TINY = ["--data", "folder", "--image_size", "8", "--width", "2", "--epochs", "3"]
+TINY += ["--batch_size", "16", "--seed", "13 17"]
 SHARPBALANCE = [*TINY, "--sam", "--rho", "0.1", "--flat_ratio", "0.5", "--initial_epochs", "1"]
 
 
@@ -188,9 +180,10 @@ def test_every_format(form, tmp_path):
     assert np.abs(decode(path, expected.size[0]).astype(int) - np.asarray(expected)).max() <= 2
 
 
-def test_large_jpegs_are_decoded_in_part(tmp_path):
+@pytest.mark.parametrize("times", [30, 100])
+def test_large_jpegs_are_decoded_in_part(times, tmp_path):
     """As far as the result needs it: nearly the same pixels."""
-    image = np.kron(picture(10, 10), np.ones((100, 100, 1), np.uint8))
+    image = np.kron(picture(10, 10), np.ones((times, times, 1), np.uint8))
     Image.fromarray(image).save(tmp_path / "x.jpg", quality=95)
     assert np.abs(decode(tmp_path / "x.jpg", 40) - reference.scaled(image, 40)).mean() < 3
 
@@ -371,6 +364,17 @@ def test_parts_of_its_own(tmp_path, capsys):
     assert (data.val.pixels(slice(None)).numpy() == np.stack(every)[val]).all()
 
 
+def test_what_a_run_began_with(folder):
+    """The digest is of the names of the classes and the labels, too."""
+    key = "sha256_of_arrays_and_split"
+    known = load_data("folder", folder, image_size=8).record[key]
+    noisy = load_data("folder", folder, image_size=8, label_noise=0.2)
+    (folder / "bee").rename(folder / "bug")
+    renamed = load_data("folder", folder, image_size=8)
+    assert noisy.mislabelled.sum() == 8
+    assert len({known, noisy.record[key], renamed.record[key]}) == 3
+
+
 def test_an_empty_channel(tmp_path):
     """As of fluorescence: it stays zero, and nothing becomes nan."""
     place = files.write_image_folder(tmp_path / "x", {"a": 10, "b": 10})
@@ -395,6 +399,8 @@ def test_the_drawn_split(capsys, folder):
     assert sorted(np.concatenate(list(parts.values()))) == list(range(41))
     assert parts["test"].tolist() == [2, 10, 13, 24, 26, 28, 36, 37]
     assert parts["val"].tolist() == [11, 17, 27, 39]
+    for part, index in draw_parts(labels, digests[::-1]).items():  # whatever their order is
+        assert index.tolist() == parts[part].tolist()
     twins = np.concatenate([digests, digests])
     drawn = draw_parts(np.concatenate([labels, labels]), twins)
     assert all((twins[drawn[part]].reshape(2, -1) == parts[part]).all() for part in PARTS)
@@ -438,7 +444,7 @@ def test_nothing_is_decoded_twice(folder, monkeypatch):
     assert kept[0] not in caches(folder)  # of files that are no longer there
 
 
-@pytest.mark.parametrize("damage", [None, "pixels", "a file", "an array"])
+@pytest.mark.parametrize("damage", [None, "pixels", "a file", "an array", "another form"])
 def test_decoding_goes_on_after_a_kill(damage, folder, tmp_path, monkeypatch):
     """What was done is not done again, except for what a power cut took."""
     other = shutil.copytree(folder, tmp_path / "other")  # shutil keeps the times
@@ -482,14 +488,18 @@ def test_decoding_goes_on_after_a_kill(damage, folder, tmp_path, monkeypatch):
     if damage == "a file":  # of the finished cache
         (folder / ".decoded" / caches(folder)[0] / "images.npy").write_bytes(b"damaged")
         assert read_images(folder, 8, 2).pixels.tobytes() == expected.pixels.tobytes()
+    if damage == "another form":
+        np.save(folder / ".decoded" / caches(folder)[0] / "images.npy", expected.pixels[1:])
+        assert read_images(folder, 8, 2).pixels.tobytes() == expected.pixels.tobytes()
 
 
 def test_where_the_cache_is(folder, tmp_path, monkeypatch):
     """In the folder, or in the user's cache folder where that cannot be written or is full."""
     (folder / ".decoded").write_text("in the way")
     images = read_images(folder, 8, 1)
-    assert images.cache.parent.parent == tmp_path / "cache" / "sharpbalance"
-    assert images.cache.parent.name.startswith("pictures-")
+    place = Path(images.pixels.filename).parent.parent
+    assert place.parent == tmp_path / "cache" / "sharpbalance"
+    assert place.name.startswith("pictures-")
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "Popen", no_process)
         read_images(folder, 8, 1)
@@ -615,24 +625,15 @@ def test_a_run_on_a_folder(trained, tmp_path, monkeypatch, capsys):
     assert tuple(checkpoint["mean"]) == data.info.preprocessing.mean
     assert tuple(checkpoint["std"]) == data.info.preprocessing.std
     assert load_model(run / "seed_13" / "model_best.pth.tar")[1]["classes"] == ["ape", "bee", "cat"]
+    assert data_of(read_run(run)).record == data.record  # the images of figures
     monkeypatch.chdir(tmp_path)
     make_corrupted.main(make_corrupted.parse_args(["--data", "folder", "--data_path", str(place), "--image_size", "8"]))
     copies = place / "folder-8-C"
     expected = corrupt(data.test.pixels(slice(None)).numpy(), "fog", 3)
     assert (np.load(copies / "fog.npy")[2 * len(expected) : 3 * len(expected)] == expected).all()
     assert load_data("folder", place, image_size=8).info.classes == ("ape", "bee", "cat")  # they are no class
-    small = [
-        "--eval_batch_size",
-        "5",
-        "--batch_num",
-        "2",
-        "--n_iters",
-        "2",
-        "--n_draws",
-        "4",
-        "--hessian_samples",
-        "40",
-    ]
+    small = ["--eval_batch_size", "5", "--batch_num", "2", "--n_iters", "2", "--n_draws", "4"]
+    small += ["--hessian_samples", "40"]
     for script, more in (
         (measure_diversity, ["--bootstrap", "10"]),
         (measure_diversity_variance, []),
@@ -645,6 +646,23 @@ def test_a_run_on_a_folder(trained, tmp_path, monkeypatch, capsys):
     assert summary["ensemble"]["test_acc"] == result["test"]["ensemble"]["accuracy"]
 
 
+def test_tasks_of_corruptions_are_few_at_a_time():
+    """Images are read when their turn comes, and results come in order."""
+    read = []
+
+    class Pool:
+        def submit(self, function, *task):
+            future = Future()
+            future.set_result(function(*task))
+            return future
+
+    images = (read.append(i) or i for i in range(10))
+    results_of = make_corrupted._map(Pool(), 3, lambda i, one: i + one, images, repeat(1))
+    assert next(results_of) == 1
+    assert read == [0, 1, 2, 3]
+    assert list(results_of) == list(range(2, 11))
+
+
 def test_measuring_on_other_images(trained, tmp_path, capsys):
     """Other classes are refused; of other training images only the test images count, normalised as in training."""
     _, run = trained
@@ -653,7 +671,8 @@ def test_measuring_on_other_images(trained, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         cli.run(measure_diversity.main, measure_diversity.parse_args([*words, "--data_path", str(other)]))
     assert end.value.code == 2
-    assert "its 3 classes are not the 3 of the checkpoint (they differ in cat, dog)" in capsys.readouterr().err
+    found = "expected the 3 classes of the checkpoint, but it lacks cat and also has dog; give the folder of"
+    assert found in capsys.readouterr().err
     (other / "dog").rename(other / "cat")
     inputs = {
         name: load_checkpoint(run / "seed_13" / "checkpoint.pth.tar")[name] for name in ("classes", "mean", "std")
@@ -773,20 +792,8 @@ def test_larger_than_memory(tmp_path):
         for i in range(100):
             os.link(path, path.with_name(f"{path.stem}_{i}.png"))
     flags = ["--data", "folder", "--data_path", str(place), "--image_size", "120", "--model", "vit_t", "--width", "4"]
-    flags += [
-        "--epochs",
-        "1",
-        "--batch_size",
-        "128",
-        "--lr",
-        "0.01",
-        "--seed",
-        "1",
-        "--threads",
-        "1",
-        "--save_every",
-        "5",
-    ]
+    flags += ["--epochs", "1", "--batch_size", "128", "--lr", "0.01", "--seed", "1", "--threads", "1"]
+    flags += ["--save_every", "5"]
     command = [sys.executable, "-c", LARGE, "main.py", *flags]
 
     def start(run):

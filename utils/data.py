@@ -7,6 +7,7 @@ whole batch is cropped, flipped and normalised on the device at once.
 import hashlib
 import math
 import mmap
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -86,11 +87,13 @@ class ImageSet:
         self.stored_size = stored_height
         self._map, self._map_rows, self._file = None, None, None
         if rows is not None:
-            self._map, self._map_rows = np.asarray(images), rows
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a tensor that cannot be written; nobody does
+                self._map, self._map_rows = torch.from_numpy(images), torch.from_numpy(rows)
             if isinstance(images.base, mmap.mmap) and hasattr(mmap, "MADV_WILLNEED"):
                 self._file, self._offset, self._waiting = images.base, images.offset, 0
                 self._file.madvise(mmap.MADV_RANDOM)  # the system would read 128 KiB around each image
-        if rows is None:
+        else:
             p = preprocessing.padding
             padded = F.pad(torch.from_numpy(images), (0, 0, p, p, p, p)).contiguous().to(self.device)
             # [N, H, W, C]: the images themselves, as a view of the padded ones.
@@ -115,15 +118,12 @@ class ImageSet:
         if self._map is None:
             return self.images[index]
         waits = _disk_waits()
-        images = torch.from_numpy(np.take(self._map, self._rows_in_map(index), axis=0))
+        images = self._map.index_select(0, self._map_rows[index])
         if _disk_waits() > waits:
             self._waiting = READ_AHEAD
         if self.device.type == "cuda":
             images = images.pin_memory()  # so that the host does not wait for the copy
         return images.to(self.device, non_blocking=True)
-
-    def _rows_in_map(self, index: Tensor | slice) -> np.ndarray:
-        return self._map_rows[index if isinstance(index, slice) else index.numpy()]
 
     def _read_ahead(self, index: Tensor | slice) -> None:
         """Have the system read the images of the next batch from the disk at once, while this one is trained on.
@@ -133,7 +133,7 @@ class ImageSet:
         if self._file is None or not self._waiting:
             return
         self._waiting -= 1
-        rows, size = self._rows_in_map(index), self._map[0].nbytes
+        rows, size = self._map_rows[index], self._map[0].nbytes
         together = len(rows) and rows[-1] - rows[0] == len(rows) - 1  # of a split, in order
         for row in rows[:1].tolist() if together else rows.tolist():
             start = self._offset + row * size

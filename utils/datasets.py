@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,37 +96,51 @@ def load_data(
     Raises:
         InputError: naming the path or flag, for missing, damaged or contradictory files.
     """
+    split = train_idx_path, val_idx_path
     if name == "folder":
         if download:
             raise InputError("--download: given with --data folder, which is nowhere to be fetched; leave it out")
-        split = train_idx_path, val_idx_path
-        return _load_folder(Path(data_path), device, split, label_noise, augmentation, image_size or 64, inputs)
+        info, parts, digest, files = _folder_parts(Path(data_path), split, image_size or 64, inputs)
+    else:
+        info, parts, digest, files = _published_parts(name, Path(data_path), split, download)
+    record: dict = {"dataset": name} | {part: len(labels) for part, (_, labels, _) in parts.items()}
+    if name == "folder":
+        record["image_size"] = info.image_size
+    images, labels, rows = parts["train"]
+    labels, mislabelled = mislabel(labels, info.num_classes, label_noise)
+    if label_noise:
+        digest.update(labels)
+        record |= {"label_noise": label_noise, "mislabelled": int(mislabelled.sum())}
+    record |= {"sha256_of_arrays_and_split": digest.hexdigest(), "files": files}
+    training, unaugmented = _preprocessing(info, augmentation)
+    train = ImageSet(images, labels, training, device, rows)
+    val, test = (ImageSet(*parts[part][:2], unaugmented, device, parts[part][2]) for part in ("val", "test"))
+    return Data(name, info, train, val, test, mislabelled, record)
+
+
+# Of each part: images, labels and, of a memory map, its rows; and the digest and the files that the record names.
+Parts = tuple[DatasetInfo, dict[str, tuple[np.ndarray, np.ndarray, np.ndarray | None]], Any, list[dict]]
+SplitPaths = tuple[str | Path | None, str | Path | None]
+
+
+def _published_parts(name: str, data_path: Path, split: SplitPaths, download: bool) -> Parts:
     info = DATASETS[name]
     if name == "digits":
         arrays, files = _read_digits(), []
     else:
-        arrays, files = _read_published(name, Path(data_path), download)
+        arrays, files = _read_published(name, data_path, download)
     images, labels, test_images, test_labels = arrays
-    if len(images) < 1 / VALIDATION_SHARE and train_idx_path is None and val_idx_path is None:
+    if len(images) < 1 / VALIDATION_SHARE and split == (None, None):
         problem = f"--data_path {data_path}: expected 10 or more training images of {name}, got {len(images)}"
         raise InputError(f"{problem}, so that 10 % are no validation image; give --train_idx_path and --val_idx_path")
-    train_index, val_index = split_indices(len(images), train_idx_path, val_idx_path)
+    train, val = split_indices(len(images), *split)
     digest = hashlib.sha256()
-    for array in (*arrays, train_index, val_index):
+    for array in (*arrays, train, val):
         digest.update(np.ascontiguousarray(array))
-    train_labels, mislabelled = mislabel(labels[train_index], info.num_classes, label_noise)
-    record = {"dataset": name, "train": len(train_index), "val": len(val_index), "test": len(test_images)}
-    if label_noise:
-        digest.update(train_labels)
-        record |= {"label_noise": label_noise, "mislabelled": int(mislabelled.sum())}
-    record |= {"sha256_of_arrays_and_split": digest.hexdigest(), "files": files}
-    training, unaugmented = _preprocessing(info, augmentation)
-    train = ImageSet(images[train_index], train_labels, training, device)
-    val = ImageSet(images[val_index], labels[val_index], unaugmented, device)
-    test = ImageSet(test_images, test_labels, unaugmented, device)
     if name in COUNTS:
         _compare_with_published(name, arrays, files)
-    return Data(name, info, train, val, test, mislabelled, record)
+    parts = {"train": (images[train], labels[train], None), "val": (images[val], labels[val], None)}
+    return info, parts | {"test": (test_images, test_labels, None)}, digest, files
 
 
 def _preprocessing(info: DatasetInfo, augmentation: str) -> tuple[Preprocessing, Preprocessing]:
@@ -153,24 +168,14 @@ def folder_info(
     return DatasetInfo(len(tuple(classes)), image_size, preprocessing, tuple(classes))
 
 
-def _load_folder(
-    path: Path,
-    device: torch.device | str,
-    split: tuple[str | Path | None, str | Path | None],
-    label_noise: float,
-    augmentation: str,
-    image_size: int,
-    inputs: dict[str, list] | None,
-) -> Data:
-    """A folder of images as `load_data`; its images stay in the memory map."""
+def _folder_parts(path: Path, split: SplitPaths, image_size: int, inputs: dict[str, list] | None) -> Parts:
+    """Of a folder of images, which stay in the memory map."""
     images = read_images(path, stored_size(image_size), cores())
     if images.unreadable:
         some = [f"{name} ({why})" for name, why in images.unreadable.items()]
-        note(
-            f"{path}: {len(some)} of {len(images.labels)} files are left out, since they cannot be read: {_some(some)}"
-        )
-    rows = _folder_parts(path, images, *split)
-    parts = [rows[part] for part in PARTS]
+        problem = f"{path}: {len(some)} of {len(images.labels)} files are left out, since they cannot be read"
+        note(f"{problem}: {_some(some)}")
+    rows = _folder_rows(path, images, *split)
     seen = np.isin(images.pixel_digests(rows["test"]), images.pixel_digests(rows["train"]))
     if seen.any():
         note(f"{path}: {seen.sum()} of {len(rows['test'])} test images have the pixels of a training image")
@@ -180,29 +185,20 @@ def _load_folder(
     std = tuple(deviation or 1.0 for deviation in std)  # a channel may be empty, as of fluorescence
     info = folder_info(image_size, images.classes, mean, std)
     if inputs and inputs["classes"]:
-        _check_same_classes(path, images.classes, inputs["classes"])
+        expected, way_out = inputs["classes"], "give the folder of the training images"
+        what = f"the {len(expected)} classes of the checkpoint"
+        _check_classes(f"--data_path {path}", images.classes, expected, what, way_out)
         if inputs["mean"] != list(mean) or inputs["std"] != list(std):
             note(f"{path}: not the images that the members were trained on; means and deviations are those of training")
             info = folder_info(image_size, images.classes, inputs["mean"], inputs["std"])
-    train_labels, mislabelled = mislabel(images.labels[rows["train"]], info.num_classes, label_noise)
-    digest = hashlib.sha256(images.digest(*parts).encode() + repr((images.classes, mean, std)).encode())
-    record = {"dataset": "folder"} | {part: len(rows[part]) for part in PARTS} | {"image_size": image_size}
-    if label_noise:
-        digest.update(train_labels)
-        record |= {"label_noise": label_noise, "mislabelled": int(mislabelled.sum())}
+    digest = hashlib.sha256(images.digest(*(rows[part] for part in PARTS)).encode())
+    digest.update(repr((images.classes, mean, std)).encode())
     files = [{"path": str(path), "classes": images.classes, "left_out": dict(list(images.unreadable.items())[:100])}]
-    record |= {"sha256_of_arrays_and_split": digest.hexdigest(), "files": files}
-    training, unaugmented = _preprocessing(info, augmentation)
-    train = ImageSet(images.pixels, train_labels, training, device, rows["train"])
-    val, test = (
-        ImageSet(images.pixels, images.labels[rows[part]], unaugmented, device, rows[part]) for part in ("val", "test")
-    )
-    return Data("folder", info, train, val, test, mislabelled, record)
+    parts = {part: (images.pixels, images.labels[rows[part]], rows[part]) for part in PARTS}
+    return info, parts, digest, files
 
 
-def _folder_parts(
-    path: Path, images: Images, train: str | Path | None, val: str | Path | None
-) -> dict[str, np.ndarray]:
+def _folder_rows(path: Path, images: Images, train: str | Path | None, val: str | Path | None) -> dict[str, np.ndarray]:
     """The rows of the training, validation and test images of a folder."""
     rows = images.parts
     if ("" in rows or "val" in rows) and (train is not None or val is not None):
@@ -224,14 +220,6 @@ def _folder_parts(
         empty = [images.classes[label] for label in np.flatnonzero(counts == 0)]
         raise InputError(f"--data_path {path}: no training images of {_some(empty)}; add some, or remove the class")
     return rows
-
-
-def _check_same_classes(path: Path, found: list[str], expected: list[str]) -> None:
-    """Refuse a folder whose classes are not those that saved members were trained on."""
-    differ = sorted(set(found) ^ set(expected))
-    if differ:
-        problem = f"--data_path {path}: its {len(found)} classes are not the {len(expected)} of the checkpoint"
-        raise InputError(f"{problem} (they differ in {_some(differ)}); give the folder of the training images")
 
 
 def mislabel(labels: np.ndarray, classes: int, share: float) -> tuple[np.ndarray, np.ndarray]:
@@ -431,12 +419,14 @@ def _annotated(annotations: Path, images: list[Path], number: dict[str, int]) ->
     return list(found.items())
 
 
-def _check_classes(folder: Path, found: list[str], expected: list[str], what: str) -> None:
+def _check_classes(
+    folder: Path | str, found: list[str], expected: list[str], what: str, way_out: str = "unpack the archive anew"
+) -> None:
     """Refuse class folders that are not the expected ones."""
     lacking, strange = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if lacking or strange:
         differ = [f"{words} {_some(names)}" for words, names in (("lacks", lacking), ("also has", strange)) if names]
-        raise InputError(f"{folder}: expected {what}, but it {' and '.join(differ)}; unpack the archive anew")
+        raise InputError(f"{folder}: expected {what}, but it {' and '.join(differ)}; {way_out}")
 
 
 def _some(names: list[str]) -> str:

@@ -10,7 +10,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
@@ -262,6 +262,20 @@ def refusing(problem: str, remedy: str = "") -> Iterator[None]:
     except Exception as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"{problem} ({reason})" + (f"; {remedy}" if remedy else "")) from error
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Hold a file, made if need be, waiting for who holds it; False where the system or file system has no locks."""
+    with ExitStack() as stack:
+        held = True
+        try:
+            import fcntl
+
+            fcntl.flock(stack.enter_context(open(path, "w")), fcntl.LOCK_EX)
+        except (ImportError, OSError):
+            held = False
+        yield held
 
 
 def broken_link(path: Path) -> str | None:

@@ -23,7 +23,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from utils import InputError, RunError, first_line
-from utils.files import JUNK, load_array, load_json, refusing, sync_folder, visible, write_json
+from utils.files import JUNK, load_array, load_json, locked, refusing, sync_folder, visible, write_json
 
 PARTS = ("train", "val", "test")
 OTHER_PARTS = {"training", "valid", "validation", "testing"}
@@ -47,6 +47,8 @@ SCALED_FROM, LARGER = 128, 115
 # Raised by whoever changes what is decoded, so that it is decoded anew.
 CACHE_VERSION = 1
 CHUNK = 16  # files of one request to a process
+# Of processes that decode: glibc keeps freed memory up to 64 MiB, which it would hand back and fault in at every file.
+KEPT_MEMORY = dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(2**26))
 # Of each file: whether it is decoded; SHA-256 of its pixels; their sums, and the sums of their squares, by channel.
 RECORD = np.dtype([("done", "u1"), ("digest", "u1", 32), ("sums", "<i8", 3), ("squares", "<i8", 3)])
 PROGRAMS = {"EPS"}  # formats for which Pillow starts a program
@@ -64,7 +66,6 @@ class Images:
         parts: the rows of the images that could be read, by part; where there are no parts, those of "" are all.
         records: `RECORD` [F].
         unreadable: the files that were left out, and why.
-        cache: the folder of the memory map.
     """
 
     classes: list[str]
@@ -73,7 +74,6 @@ class Images:
     parts: dict[str, np.ndarray]
     records: np.ndarray
     unreadable: dict[str, str]
-    cache: Path
 
     def normalisation(self, rows: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Means and deviations of the pixels in [0, 1] of some images, by channel, from exact sums."""
@@ -124,8 +124,7 @@ def read_images(path: Path, size: int, processes: int) -> Images:
             if not found:
                 raise InputError(f"--data_path {path}: no images in {os.path.join(part, name)}; add some, or remove it")
             files += found
-    cache, unreadable = _decoded(path, [file[2:] for file in files], size, processes)
-    pixels, records = load_array(cache / "images.npy"), np.array(load_array(cache / "records.npy"))
+    pixels, records, unreadable = _decoded(path, [file[2:] for file in files], size, processes)
     labels, done = np.array([file[1] for file in files]), records["done"] == 1
     whose = np.array([file[0] for file in files])
     rows = {part: np.flatnonzero((whose == part) & done) for part in parts}
@@ -135,7 +134,7 @@ def read_images(path: Path, size: int, processes: int) -> Images:
             name = os.path.join(part, classes[int(lost.argmax())])
             reason = next(why for file, why in unreadable.items() if file.startswith(name + os.sep))
             raise InputError(f"--data_path {path}: no file in {name} is an image that can be read ({reason})")
-    return Images(classes, pixels, labels, rows, records, unreadable, cache)
+    return Images(classes, pixels, labels, rows, records, unreadable)
 
 
 def draw_parts(labels: np.ndarray, digests: np.ndarray) -> dict[str, np.ndarray]:
@@ -227,19 +226,24 @@ def _files(folder: Path, inside: str, above: tuple) -> Iterator[tuple[str, int, 
 # The cache.
 
 
-def _decoded(path: Path, files: list[tuple[str, int, int]], size: int, processes: int) -> tuple[Path, dict[str, str]]:
-    """The folder of the decoded images of these files, filled if need be, and which files are left out and why."""
+Cache = tuple[np.memmap, np.ndarray, dict[str, str]]  # pixels, records, and which files are left out and why
+
+
+def _decoded(path: Path, files: list[tuple[str, int, int]], size: int, processes: int) -> Cache:
+    """The cache of these files, filled if need be."""
     key = hashlib.sha256(json.dumps([CACHE_VERSION, size, files]).encode()).hexdigest()
     name, shape = f"{size}-{key[:16]}", (len(files), size, size, 3)
     for place in _places(path):
-        if _whole(place / name, shape):
-            return place / name, load_json(place / name / "about.json")["unreadable"]
+        found = _read_cache(place / name, shape)
+        if found:
+            return found
     place = _writable(path, math.prod(shape))
-    with _locked(place) as locked:
+    with locked(place / "lock") as held:
         cache = place / name
-        if not _whole(cache, shape):  # else another process has done it meanwhile
+        found = _read_cache(cache, shape)
+        if not found:  # else another process has done it meanwhile
             shutil.rmtree(cache, ignore_errors=True)
-            part = place / f"{name}.part{'' if locked else os.getpid()}"
+            part = place / f"{name}.part{'' if held else os.getpid()}"
             unreadable = _fill(path, part, [file[0] for file in files], shape, processes)
             about = {"folder": str(path.absolute()), "pillow": PIL.__version__, "unreadable": unreadable}
             write_json(part / "about.json", about)
@@ -248,7 +252,10 @@ def _decoded(path: Path, files: list[tuple[str, int, int]], size: int, processes
             for other in place.glob(f"{size}-*"):  # of files that were there before
                 if other != cache:
                     shutil.rmtree(other, ignore_errors=True)
-        return cache, load_json(cache / "about.json")["unreadable"]
+            found = _read_cache(cache, shape)
+            if not found:
+                raise RunError(f"{cache}: cannot be read again; re-run the same command")
+        return found
 
 
 def _places(path: Path) -> list[Path]:
@@ -277,34 +284,16 @@ def _writable(path: Path, size: int) -> Path:
     raise InputError(f"{problem}; free some space, or set XDG_CACHE_HOME to a folder elsewhere")
 
 
-@contextmanager
-def _locked(place: Path) -> Iterator[bool]:
-    """Hold a cache folder, waiting for who holds it; False where there are no locks."""
-    with ExitStack() as stack:
-        held = False
-        try:
-            import fcntl
-
-            file = stack.enter_context(open(place / "lock", "w"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            held = True
-        except (ImportError, OSError):
-            pass
-        yield held
-
-
-def _whole(cache: Path, shape: tuple[int, ...]) -> bool:
-    """Whether a cache is complete; it got its name when it was."""
+def _read_cache(cache: Path, shape: tuple[int, ...]) -> Cache | None:
+    """A cache that is complete, as it was when it got its name; else None."""
     try:
-        images, records = load_array(cache / "images.npy"), load_array(cache / "records.npy")
+        images, records = load_array(cache / "images.npy"), np.array(load_array(cache / "records.npy"))
         unreadable = load_json(cache / "about.json")["unreadable"]
         whole = images.shape == shape and images.dtype == np.uint8 and records.shape == shape[:1]
-        return whole and records.dtype == RECORD and len(unreadable) + int(records["done"].sum()) == len(records)
+        whole = whole and records.dtype == RECORD and len(unreadable) + int(records["done"].sum()) == len(records)
+        return (images, records, unreadable) if whole else None
     except (InputError, OSError, LookupError, TypeError, ValueError):
-        return False
+        return None
 
 
 def _fill(path: Path, part: Path, names: list[str], shape: tuple[int, ...], processes: int) -> dict[str, str]:
@@ -320,7 +309,8 @@ def _fill(path: Path, part: Path, names: list[str], shape: tuple[int, ...], proc
         what = f"{len(todo)} of {len(names)} files of {path}"
         print(f"note: decoding {what} to {shape[1]}x{shape[2]} pixels, once, in {part.parent}", file=sys.stderr)
         with tqdm(total=len(todo), disable=not sys.stderr.isatty(), unit="file", dynamic_ncols=True) as bar:
-            chunks = [[(int(row), str(path / names[row])) for row in todo[i : i + CHUNK]] for i in _starts(len(todo))]
+            files = [(int(row), str(path / names[row])) for row in todo]
+            chunks = [files[i : i + CHUNK] for i in range(0, len(files), CHUNK)]
             found = _decode(part, (images.offset, records.offset, shape[1]), chunks, processes, bar)
         for array in (images, records):
             array.flush()
@@ -332,10 +322,6 @@ def _fill(path: Path, part: Path, names: list[str], shape: tuple[int, ...], proc
         way_out = "free some space and re-run the same command, which goes on where it stopped"
         raise RunError(f"{part}: could not be written ({error.strerror}; {room}); {way_out}") from error
     return {names[row]: found[row] for row in np.flatnonzero(records["done"] == 0)}
-
-
-def _starts(count: int) -> range:
-    return range(0, count, CHUNK)
 
 
 def _opened(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
@@ -357,6 +343,7 @@ def _decode(
     root, words = str(Path(__file__).resolve().parent.parent), [str(part), *map(str, form)]
     code = f"import sys; sys.path.insert(0, {root!r}); from utils.folder import work; work(sys.argv[1:])"
     pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    pipe["env"] = KEPT_MEMORY | os.environ
     with selectors.DefaultSelector() as selector:
         workers = [
             subprocess.Popen([sys.executable, "-c", code, *words], **pipe) for _ in range(min(processes, len(chunks)))
@@ -435,9 +422,9 @@ def work(words: list[str]) -> None:
                     break
                 unreadable.append((row, first_line(error)[:120]))
                 continue
-            values = pixels.reshape(-1, 3).astype(np.int64)
+            values = np.ascontiguousarray(pixels.reshape(-1, 3).T, np.int64)  # whole channels sum six times as fast
             digest = np.frombuffer(hashlib.sha256(pixels).digest(), np.uint8)
-            record = np.array((1, digest, values.sum(axis=0), (values**2).sum(axis=0)), RECORD)
+            record = np.array((1, digest, values.sum(axis=1), (values**2).sum(axis=1)), RECORD)
             try:
                 os.pwrite(images, pixels, images_at + row * pixels.nbytes)
                 os.pwrite(records, record.tobytes(), records_at + row * RECORD.itemsize)
@@ -458,10 +445,9 @@ def decode(path: str, size: int) -> np.ndarray:
         ValueError, OSError, ...: for what is no image, or a damaged one; an OSError with an errno if it is not the
             file's content that is at fault.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode if os.path.exists(path) else 0):
+    if not os.path.isfile(path):
         raise ValueError("a link to nothing" if os.path.islink(path) else "not a file")
-    if not Image.ID or "EPS" not in Image.ID:
-        Image.init()
+    Image.init()  # all formats, once
     try:
         image = Image.open(path, formats=[name for name in Image.ID if name not in PROGRAMS])
     except UnidentifiedImageError:
@@ -500,4 +486,4 @@ def _in_colour(image: Image.Image) -> Image.Image:
             white = Image.new("RGBA", image.size, "white")
             white.alpha_composite(image)
             image = white
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it

@@ -51,7 +51,8 @@ def data_of(run: Ensemble, device: torch.device | str = "cpu") -> Data:
     """
     settings, key = run.content["settings"], "sha256_of_arrays_and_split"
     data_path, *split = (settings[name] for name in ("data_path", "train_idx_path", "val_idx_path"))
-    data = load_data(settings["data"], data_path, device, *split, label_noise=settings["label_noise"] or 0.0)
+    how = {"label_noise": settings["label_noise"] or 0.0, "image_size": settings.get("image_size")}
+    data = load_data(settings["data"], data_path, device, *split, **how)
     if data.record[key] != run.content["data"][key]:
         raise InputError(f"{data_path}: its images or split are not those of the run in {run.folder}")
     return data

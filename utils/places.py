@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from utils import InputError, first_line
-from utils.files import refusing, visible
+from utils.files import locked, refusing, visible
 
 # Below --data_path, in the order in which they are tried.
 PLACES = {
@@ -208,14 +208,8 @@ def fetch(name: str, data_path: Path, damaged: bool = False) -> Path:
     source, place, packed = _published(name)
     with refusing(f"--download: {data_path} cannot be written"), ExitStack() as stack:
         data_path.mkdir(parents=True, exist_ok=True)
-        try:
-            import fcntl
-
-            file = stack.enter_context(open(data_path / ".download.lock", "w"))
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except (ImportError, OSError):
-            pass  # a system or file system without locks: where several processes fetch it, each moves whole files
-        else:
+        # Without locks each of several processes that fetch it moves whole files.
+        if stack.enter_context(locked(data_path / ".download.lock")):
             for left in data_path.glob(".download-*"):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
         whole = find(name, data_path)
