@@ -18,10 +18,12 @@ from utils.metrics import (
     ensemble_log_probs,
     expected_calibration_error,
     fit_temperature,
+    mutual_information,
     negative_log_likelihood,
     paired_bootstrap,
     per_sample,
     percentile_interval,
+    predictive_entropy,
     with_temperature,
 )
 
@@ -258,3 +260,23 @@ def test_memory_of_a_bootstrap_does_not_grow_with_the_draws(samples, draws):
     assert found.shape == (draws, 2)
     assert seen.largest <= 40e6
     assert bootstrap_means(torch.ones(5, 2), 0).shape == (0, 2)
+
+
+def test_entropy_and_mutual_information_equal_those_of_scipy():
+    log_probs, _ = case(scale=5)
+    probs = log_probs.exp()
+    assert np.allclose(predictive_entropy(probs), stats.entropy(probs.numpy(), axis=2), atol=1e-14)
+    mean = probs.mean(dim=0).numpy()
+    divergences = [
+        stats.entropy(member.numpy(), mean, axis=1) for member in probs
+    ]  # the mean KL to the mean is the same
+    assert np.allclose(mutual_information(probs), np.mean(divergences, axis=0), atol=1e-14)
+
+
+def test_entropy_and_mutual_information_at_their_ends():
+    sure = torch.eye(3)
+    assert predictive_entropy(sure).tolist() == [0, 0, 0]
+    assert mutual_information(sure[None]).tolist() == [0, 0, 0]  # of one member
+    apart = mutual_information(torch.stack([sure[:1], sure[1:2]]))
+    assert apart.item() == pytest.approx(math.log(2), rel=1e-6)
+    assert (mutual_information(torch.full((7, 5, 10), 0.1)) >= 0).all()

@@ -34,6 +34,23 @@ def ensemble_log_probs(log_probs: Tensor, average: str = "probs") -> Tensor:
     return torch.logsumexp(log_probs, dim=0) - math.log(len(log_probs))
 
 
+def predictive_entropy(probs: Tensor) -> Tensor:
+    """H(p) = -sum_c p_c log p_c of each sample, in nats: [..., N, C] -> [..., N]. 0 log 0 counts 0."""
+    return torch.special.entr(probs).sum(dim=-1)
+
+
+def mutual_information(member_probs: Tensor) -> Tensor:
+    """H(mean_m p_m) - mean_m H(p_m) of each sample, in nats: [M, N, C] -> [N], 0 to log M.
+
+    The members' disagreement as probabilities, of the entropy of their mean: 0 for one member or members that agree.
+    Rounding that would make it negative is cut off.
+
+    Source: Depeweg et al., "Decomposition of uncertainty in Bayesian deep learning", ICML 2018; Houlsby et al., 2011.
+    """
+    entropies = predictive_entropy(member_probs).mean(dim=0)
+    return (predictive_entropy(member_probs.mean(dim=0)) - entropies).clamp(min=0)
+
+
 def per_sample(log_probs: Tensor, labels: Tensor, probs: Tensor | None = None) -> dict[str, Tensor]:
     """What every score is a mean of, by sample.
 
