@@ -267,9 +267,7 @@ def test_entropy_and_mutual_information_equal_those_of_scipy():
     probs = log_probs.exp()
     assert np.allclose(predictive_entropy(probs), stats.entropy(probs.numpy(), axis=2), atol=1e-14)
     mean = probs.mean(dim=0).numpy()
-    divergences = [
-        stats.entropy(member.numpy(), mean, axis=1) for member in probs
-    ]  # the mean KL to the mean is the same
+    divergences = [stats.entropy(member.numpy(), mean, axis=1) for member in probs]  # whose mean it is
     assert np.allclose(mutual_information(probs), np.mean(divergences, axis=0), atol=1e-14)
 
 
