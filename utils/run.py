@@ -1,7 +1,7 @@
 """A run's folder: its settings, its lock, the environment it was trained in, and how it stops.
 
 A run is one folder (--save_path): args.json, environment.json, command.txt, summary.json, and seed_<seed>/ for each
-member (`utils.member`).
+member (`utils.member`); once it has been measured, temperatures.json.
 """
 
 import hashlib
@@ -35,7 +35,8 @@ try:
 except ImportError:  # Windows: what only measures runs there
     fcntl = None
 
-RUN_FILES = ("args.json", "environment.json", "command.txt", "summary.json")
+TEMPERATURES = "temperatures.json"
+RUN_FILES = ("args.json", "environment.json", "command.txt", "summary.json", TEMPERATURES)
 # In a member's folder: the file of each choice of --checkpoint; that of the epoch before the last, and that of an epoch
 # that is not finished.
 CHECKPOINTS = {"last": "checkpoint.pth.tar", "best": "model_best.pth.tar", "averaged": "model_averaged.pth.tar"}
@@ -248,6 +249,35 @@ def find_checkpoints(paths: list[Path], which: str) -> list[Path]:
                 raise InputError(f"--resume {path}: {folder / name} is missing; {way_out}")
             found.append(folder / name)
     return found
+
+
+def keep_temperature(folder: Path, record: dict[str, Any]) -> None:
+    """Add a fitted temperature to a run's temperatures.json, in the place of one of the same members and average.
+
+    Args:
+        folder: of the run.
+        record: `weights`, the sorted digests of the members; `average`, as of `utils.metrics.ensemble_log_probs`;
+            `temperature`; and what made it.
+
+    Raises:
+        RunError: if it cannot be written.
+    """
+    others = [
+        one for one in kept_temperatures(folder) if any(one[key] != record[key] for key in ("weights", "average"))
+    ]
+    write_json(folder / TEMPERATURES, {"temperatures": [*others, record]})
+
+
+def kept_temperatures(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run's temperatures.json; those that are not what `keep_temperature` writes are left out."""
+    try:
+        records = load_json(folder / TEMPERATURES)["temperatures"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+    kinds = {"weights": list, "average": str, "temperature": float}
+    records = [one for one in records if isinstance(one, dict)] if isinstance(records, list) else []
+    records = [one for one in records if all(type(one.get(key)) is kind for key, kind in kinds.items())]
+    return [one for one in records if 0 < one["temperature"] < float("inf")]
 
 
 def environment(device: torch.device) -> dict:
