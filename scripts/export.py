@@ -14,6 +14,7 @@ import io
 import json
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import InputError, RunError, cli, first_line
 from utils.files import write_atomically
 from utils.inference import Ensemble, load_ensemble
+from utils.run import find_checkpoints
 
 OUTPUTS = ("probabilities", "member_probabilities", "entropy", "mutual_information")
 METADATA = "metadata.json"  # within a .pt2
@@ -34,6 +36,7 @@ NEEDED = {".onnx": ("onnx", "onnxscript", "onnxruntime"), ".pt2": ()}
 # What the exporter notes of the code that a step comes from: paths of this machine, which nobody else has a use for.
 OF_THIS_MACHINE = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn")
 BATCHES, TOLERANCE = (1, 7), 1e-5
+TIMED, PAIRS = (1, 32), 10  # batches that are timed, and how often
 MAX_ONNX = 2**31 - 2**20  # bytes that the format allows in one file
 
 Run = Callable[[Tensor], list[Tensor]]  # what a file does with images
@@ -57,6 +60,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_ensemble_options(parser)
     text = "file to write; its name ends in .onnx or .pt2"
     cli.add_option(parser, "to", text, cli.path, "FILE", required=True)
+    cli.add_flag(parser, "timings", "also time the file against the members one by one, on this CPU")
     args = parser.parse_args(argv)
     if args.to.suffix not in NEEDED:
         parser.error(f"--to: expected a name that ends in .onnx or .pt2, got '{args.to.name}'")
@@ -96,6 +100,10 @@ def main(args: argparse.Namespace) -> None:
     write_atomically(args.to, content)
     checked = f"largest difference to the ensemble {difference:.1e}, for {' and '.join(map(str, BATCHES))} images"
     print(f"wrote {args.to} ({len(content) / 2**20:.1f} MiB, {len(ensemble.members)} members; {checked})")
+    if args.timings:
+        print_timings(
+            ensemble, run, [m.stat().st_size for m in find_checkpoints(args.resume, args.checkpoint)], content
+        )
 
 
 @contextlib.contextmanager
@@ -188,6 +196,7 @@ def run_onnx(content: bytes) -> Run:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     return lambda images: [torch.from_numpy(one) for one in session.run(list(OUTPUTS), {"images": images.numpy()})]
 
@@ -201,6 +210,24 @@ def largest_difference(ensemble: Ensemble, run: Run) -> float:
         expected = found.probs, found.member_probs, found.entropy, found.mutual_information
         differences += [(a - b).abs().max() for a, b in zip(run(images), expected, strict=True)]
     return torch.stack(differences).max().item()
+
+
+def print_timings(ensemble: Ensemble, run: Run, sizes: list[int], size: int, versions: str) -> None:
+    """Size and time of the file, and of the members that torch evaluates one after the other, in turn."""
+    members = f"members: {len(sizes)} files of {sum(sizes) / len(sizes) / 2**20:.1f} MiB"
+    print(f"{members}; this file {size / 2**20:.1f} MiB; {torch.get_num_threads()} threads, {', '.join(versions)}")
+    for count in TIMED:
+        images, times = example(ensemble, count), []
+        for _ in range(PAIRS + 3):
+            marks = [time.perf_counter()]
+            for function in (ensemble, run):
+                function(images)
+                marks.append(time.perf_counter())
+            times.append(1000 * np.diff(marks))
+        low, middle, high = np.quantile(times[3:], (0.25, 0.5, 0.75), axis=0)  # the first ones compile kernels
+        both = (f"{m:.2f} ms [{a:.2f}, {b:.2f}]" for a, m, b in zip(low, middle, high, strict=True))
+        print("{} images: members one by one {}, this file {} ".format(count, *both), end="")
+        print(f"(median, quartiles of {PAIRS} pairs)")
 
 
 if __name__ == "__main__":
