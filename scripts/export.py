@@ -101,9 +101,10 @@ def main(args: argparse.Namespace) -> None:
     checked = f"largest difference to the ensemble {difference:.1e}, for {' and '.join(map(str, BATCHES))} images"
     print(f"wrote {args.to} ({len(content) / 2**20:.1f} MiB, {len(ensemble.members)} members; {checked})")
     if args.timings:
-        print_timings(
-            ensemble, run, [m.stat().st_size for m in find_checkpoints(args.resume, args.checkpoint)], content
-        )
+        sizes = [member.stat().st_size for member in find_checkpoints(args.resume, args.checkpoint)]
+        programs = ("torch", *(["onnxruntime"] if args.to.suffix == ".onnx" else []))
+        versions = ", ".join(f"{name} {sys.modules[name].__version__}" for name in programs)
+        print_timings(ensemble, run, sizes, len(content), versions)
 
 
 @contextlib.contextmanager
