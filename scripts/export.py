@@ -138,7 +138,7 @@ def traced(ensemble: Ensemble, path: Path) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch")
     try:
         with torch.no_grad():
-            module = Exported(ensemble).to(memory_format=torch.contiguous_format).eval()
+            module = Exported(ensemble).eval()
             program = torch.export.export(module, (example(ensemble, 2),), dynamic_shapes={"images": {0: batch}})
     except Exception as error:  # whatever a network of a library or of a user's file does
         reason = first_line(error)[:200]
@@ -216,7 +216,7 @@ def largest_difference(ensemble: Ensemble, run: Run) -> float:
 def print_timings(ensemble: Ensemble, run: Run, sizes: list[int], size: int, versions: str) -> None:
     """Size and time of the file, and of the members that torch evaluates one after the other, in turn."""
     members = f"members: {len(sizes)} files of {sum(sizes) / len(sizes) / 2**20:.1f} MiB"
-    print(f"{members}; this file {size / 2**20:.1f} MiB; {torch.get_num_threads()} threads, {', '.join(versions)}")
+    print(f"{members}; this file {size / 2**20:.1f} MiB; {torch.get_num_threads()} threads, {versions}")
     for count in TIMED:
         images, times = example(ensemble, count), []
         for _ in range(PAIRS + 3):

@@ -27,6 +27,7 @@ import torch
 
 from utils import InputError, RunError, distributed, first_line, processes
 from utils.data import Data
+from utils.events import FILES as EVENTS
 from utils.files import broken_link, load_json, without_folder, write_atomically, write_json
 from utils.partition import DRAWS, SCORE_FREE
 
@@ -45,7 +46,7 @@ MEMBER_FILES = (*CHECKPOINTS.values(), PREVIOUS, PARTIAL, "log.jsonl", "fisher.n
 # Settings that do not change what is computed: they may differ when a run is resumed. Data are compared by their
 # content, not by their path. `draws` is what the run began with; the last four are of earlier versions.
 FREE_SETTINGS = ("data_path", "train_idx_path", "val_idx_path", "download", "device", "threads", "jobs", "save_path")
-FREE_SETTINGS += ("save_every", "draws", "resume", "checkpoint", "overwrite", "evaluate")
+FREE_SETTINGS += ("save_every", "tensorboard", "draws", "resume", "checkpoint", "overwrite", "evaluate")
 # Settings that earlier versions lack, and what these versions did. They count where they differ from it.
 OLD_DEFAULTS = {"match_size": None, "augmentation": "standard", "label_noise": 0.0, "average_from": None}
 OLD_DEFAULTS |= {"optimizer": "sgd", "warmup_epochs": 0, "label_smoothing": 0.0, "clip_norm": None, "init_from": None}
@@ -97,6 +98,7 @@ class Settings:
     amp: str
     save_path: Path
     save_every: float
+    tensorboard: bool
     jobs: str | int | None
 
     @property
@@ -317,6 +319,11 @@ def _commit() -> str | None:
     return commit + "-dirty" * bool(dirty) if commit else None
 
 
+def _is_ours(name: str) -> bool:
+    """Whether a file in a member's folder is one that training writes."""
+    return name.removesuffix(".tmp") in MEMBER_FILES or name.startswith(EVENTS)
+
+
 class Run:
     """A run that is trained: what its members share.
 
@@ -395,7 +402,7 @@ class Run:
         members = sorted(folder.glob("seed_*"))
         for member in members:
             try:
-                files += [path for path in member.iterdir() if path.name.removesuffix(".tmp") in MEMBER_FILES]
+                files += [path for path in member.iterdir() if _is_ours(path.name)]
             except OSError as error:
                 reason = broken_link(member) or f"{member} cannot be read ({error.strerror})"
                 raise InputError(f"--overwrite: {reason}; nothing was deleted: remove it, and re-run") from error
