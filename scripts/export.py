@@ -227,8 +227,8 @@ def print_timings(ensemble: Ensemble, run: Run, sizes: list[int], size: int, ver
             times.append(1000 * np.diff(marks))
         low, middle, high = np.quantile(times[3:], (0.25, 0.5, 0.75), axis=0)  # the first ones compile kernels
         both = (f"{m:.2f} ms [{a:.2f}, {b:.2f}]" for a, m, b in zip(low, middle, high, strict=True))
-        print("{} images: members one by one {}, this file {} ".format(count, *both), end="")
-        print(f"(median, quartiles of {PAIRS} pairs)")
+        text = "batch of {}: members one by one {}, this file {} (median, quartiles of {} pairs)"
+        print(text.format(count, *both, PAIRS))
 
 
 if __name__ == "__main__":

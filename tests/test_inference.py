@@ -224,6 +224,7 @@ def test_names_of_classes(tmp_path):
         (torch.full((2, 1, 8, 8), 255.0), "floats from 0 to 1, neither normalised nor of 0 to 255, got 255 to 255"),
         (torch.full((2, 1, 8, 8), float("nan")), "floats from 0 to 1"),
         (np.zeros((2, 0, 8, 1), np.uint8), "a pixel or more, got 0x8"),
+        ([[0]], "expected a tensor or an array of numpy, got list"),
     ],
 )
 def test_other_forms_are_refused(run, images, words):

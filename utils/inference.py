@@ -107,6 +107,8 @@ class Ensemble(nn.Module):
         Raises:
             ValueError: for images of another form or range.
         """
+        if not isinstance(images, Tensor | np.ndarray):
+            raise ValueError(f"images: expected a tensor or an array of numpy, got {type(images).__name__}")
         whole = images.dtype in (torch.uint8, np.uint8)
         floats = images.is_floating_point() if isinstance(images, Tensor) else images.dtype.kind == "f"
         channels = images.shape[-1 if whole else 1] if images.ndim == 4 else None
