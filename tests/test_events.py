@@ -114,7 +114,7 @@ def events(folder):
 
 
 def test_a_run_with_events_is_the_same_run(tmp_path, monkeypatch):
-    """Bit for bit, also where it is interrupted within an epoch and resumed; no step is there twice."""
+    """Bit for bit, also where it is interrupted within an epoch, or once its events are written; no step is twice."""
     pytest.importorskip("tensorboard")
     train(tmp_path / "without")
     train(tmp_path / "with", "--tensorboard")
@@ -122,15 +122,19 @@ def test_a_run_with_events_is_the_same_run(tmp_path, monkeypatch):
     whole = Member.save_partial
 
     def stop(member):
-        whole(member)
-        saves.append(member.position["steps"])
         if len(saves) == 5:
             raise KeyboardInterrupt
+        saves.append(member.epoch)
+        whole(member)
 
     with monkeypatch.context() as patch:
         patch.setattr(Member, "save_partial", stop)
         with pytest.raises(SystemExit):
             train(stopped, "--tensorboard", "--save_every", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Member, "_save", stop)  # events of the epoch are written, its checkpoint is not
+        with pytest.raises(SystemExit):
+            train(stopped, "--tensorboard", "--save_every", 600)
     train(stopped, "--tensorboard")
     settings = load_json(tmp_path / "with" / "args.json")
     folders = [f"seed_{seed}" for seed in settings["seed"]]

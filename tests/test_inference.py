@@ -154,6 +154,7 @@ def test_temperatures_are_kept_beside_each_other(run, measured, tmp_path):
         (1, "probs"),
         (3, "logits"),
     ]
+    (run / "temperatures.json").write_text(json.dumps({"temperatures": content[::-1]}))
     assert load_ensemble(run).temperature == measured["ensemble"]
     assert load_ensemble(run / "seed_5").temperature == one
 
