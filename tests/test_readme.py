@@ -257,6 +257,8 @@ def test_commands(command, inside, stub):
         return
     if any(word.startswith("timm:") for word in argv):
         pytest.importorskip("timm")
+    if "--tensorboard" in argv:
+        pytest.importorskip("tensorboard")
     parse(script, argv)
     simulates = argv[:1] == ["theory"] and "--from" not in argv
     if script in TINY and not command.startswith("torchrun") and not simulates:
