@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from utils import InputError, first_line, metrics, printable
+from utils import InputError, first_line, metrics, printable, some
 from utils.files import load_json, read_json, write_json
 from utils.metrics import crossed_interval, paired_bootstrap, t_interval, unpack_counts, unpack_values
 from utils.run import CHECKPOINTS, FREE_SETTINGS, current_settings, read_settings
@@ -401,7 +401,7 @@ def check_alike(ensembles: list[Ensemble]) -> None:
     if unknown:
         where = {}
         for name, missing in unknown.items():
-            where.setdefault(f"{missing[0]}" + f" and {len(missing) - 1} more" * (len(missing) > 1), []).append(name)
+            where.setdefault(some(missing, 1), []).append(name)
         text = "; ".join(f"{', '.join(names)} (of {place})" for place, names in where.items())
         print(f"note: not recorded, so that it may differ: {printable(text)}", file=sys.stderr)
 
