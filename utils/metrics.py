@@ -160,6 +160,29 @@ def calibration_mse(
     return square, [max((b + sign * root) / (2 * a), 0.0) for sign in (-1, 1)]
 
 
+def reliability(columns: dict[str, Tensor], n_bins: int) -> dict[str, list[float]]:
+    """The reliability diagram: sums over each bin of `expected_calibration_error`, divided by the number of samples.
+
+    So divided, their means over parts are those of all samples.
+
+    Args:
+        columns: of `per_sample`, [N] each.
+        n_bins: number of bins.
+
+    Returns:
+        `share`, `correct` and `confidence`, [n_bins] each: of samples, of right ones, of their confidences. Accuracy
+        and mean confidence of a bin are the latter two divided by its share.
+
+    Source: Niculescu-Mizil and Caruana, ICML 2005; Guo et al., ICML 2017.
+    """
+    bins, samples = calibration_bins(columns["confidence"], n_bins), len(columns["confidence"])
+    parts = {"share": torch.ones(samples), "correct": columns["correct"], "confidence": columns["confidence"]}
+    return {
+        name: (torch.zeros(n_bins, dtype=torch.float64).index_add_(0, bins, part.double()) / samples).tolist()
+        for name, part in parts.items()
+    }
+
+
 def calibration_gaps(columns: dict[str, Tensor], n_bins: int) -> Tensor:
     """Of each sample, correct less confidence in the column of its bin: [N, n_bins].
 

@@ -40,17 +40,18 @@ NAMED = "named one by one"  # the value of "checkpoint" for files that are of no
 # Bytes that a process takes while it measures: before, and for each weight. They are a rough upper end.
 MEMORY_OF_PROCESS, MEMORY_OF_WEIGHT = 5e8, 60
 RESULT_FILES = ("diversity.json", "variance.json", "sharpness.json")
-LISTS = ("mode", "split", "norms")  # of what is measured: options that do not change a value
+LISTS = ("mode", "split", "norms", "ood")  # of what is measured: options that do not change a value
 VALUE_OPTIONS = ("average", "bins", "bootstrap", "corruptions", "severities")  # that do
 # By the kind of a kept number, the version of the code that makes it. Whoever changes such numbers raises it, so that
 # what was kept before is made anew. tests/test_predictions.py holds values of each.
 VERSIONS = {
     "logits": 1,
-    **{"predict": 2, "disagreement": 1, "KL": 1, "CKA": 2, "variance": 2, "variance_mse": 1, "variance_mse_c": 1},
+    **{"predict": 3, "disagreement": 1, "KL": 1, "CKA": 2, "ood": 1},
+    **{"variance": 2, "variance_mse": 1, "variance_mse_c": 1},
     **{"APGD_worst": 1, "APGD_average": 2, "hessian_t": 1, "hessian_e": 1, "fisher": 1, "NTK": 1},
     **{"along": 1, "top": 1, "between": 1},  # curves of a landscape
 }
-FROM_LOGITS = ("predict", "disagreement", "KL", "CKA", "variance", "variance_mse", "variance_mse_c")
+FROM_LOGITS = ("predict", "disagreement", "KL", "CKA", "ood", "variance", "variance_mse", "variance_mse_c")
 
 
 def made_by(kind: str, environment: dict[str, Any]) -> dict[str, Any]:
@@ -478,10 +479,15 @@ class Measurement:
         """The parts of a split; the bar counts them in."""
         if split not in self._parts:
             s = self.settings
-            self._parts[split] = parts_of(self.data, s.data_path, split, s.corruptions, s.severities)
+            parts = parts_of(self.data, s.data_path, split, s.corruptions, s.severities)
             images = len(getattr(self.data, "test" if split == "corrupted" else split))
-            self.bar.total = (self.bar.total or 0) + images * len(self._parts[split]) * len(self.members)
+            self.add_parts(split, parts, images * len(parts))
         return self._parts[split]
+
+    def add_parts(self, split: str, parts: list[Part], images: int) -> None:
+        """Name parts of so many images together, of other data too; the bar counts them in."""
+        self._parts[split] = parts
+        self.bar.total = (self.bar.total or 0) + images * len(self.members)
 
     def predict(self, splits: list[str]) -> None:
         """Make the logits that are not kept, members and parts side by side."""
@@ -562,9 +568,13 @@ class Measurement:
 
     def _made_by(self, split: str, modes: list[str]) -> dict[str, Any]:
         """By mode, what made its numbers of a split; the logits may come from an earlier commit."""
-        commits = [commit for part in self._parts[split] for commit in self.predictions.commits[part.name]]
-        logits = {"commits_of_logits": list(dict.fromkeys(commits))}
-        return {mode: made_by(mode, self.environment) | logits for mode in modes}
+
+        def commits(parts: list[Part]) -> list[str | None]:
+            found = [commit for part in parts for commit in self.predictions.commits[part.name]]
+            return list(dict.fromkeys(found))
+
+        parts = {mode: self._parts[split] + (self._parts["ood"] if mode == "ood" else []) for mode in modes}
+        return {m: made_by(m, self.environment) | {"commits_of_logits": commits(of)} for m, of in parts.items()}
 
 
 def _with_earlier(path: Path, content: dict[str, Any], keep: Keep) -> dict[str, Any]:
