@@ -68,15 +68,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     text = (
         "with --mode ood: what the test images are told from, DATA or DATA:PATH: another data set, a folder of images "
     )
-    text += "(folder:PATH), the corrupted copies of the test images (corrupted), or random pixels (noise)"
+    text += "(folder:PATH), the corrupted copies of the test images (corrupted), or random pixels (noise, the default)"
     cli.add_option(group, "ood", text, other_data, "DATA[:PATH]", nargs="+", default=[])
     cli.add_option(group, "bins", "equal-width bins of the ECE", cli.COUNT, "N", default=15)
     cli.add_option(group, "bootstrap", "resamples of the 95%% intervals, 0 for none", cli.NATURAL, "N", default=1000)
     args = parser.parse_args(argv)
-    if ("ood" in args.mode) != bool(args.ood):
-        given, missing = ("--ood", "--mode ood") if args.ood else ("--mode ood", "--ood DATA")
-        parser.error(f"{given}: given without {missing}; add it, for instance --mode ood --ood noise")
+    if args.ood and "ood" not in args.mode:
+        parser.error("--ood: given without --mode ood; add that mode, or leave it out")
     if "ood" in args.mode:
+        args.ood = args.ood or [ood.NOISE]
         if args.split is not None and "test" not in args.split:
             parser.error(f"--split {','.join(args.split)}: --mode ood compares with the test images; add test")
         if args.mode == ["ood"] and args.split is None:
