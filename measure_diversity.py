@@ -21,6 +21,7 @@ from utils import InputError, cli, diversity, metrics, ood
 from utils.diversity import mean_over_pairs
 from utils.metrics import mean_of
 from utils.predictions import Measurement, Part, measure_settings
+from utils.results import OF_SIZE
 
 MODES = ("predict", "disagreement", "KL", "CKA", "ood")
 PAIR_MODES = {"disagreement", "KL", "CKA"}
@@ -46,7 +47,6 @@ LINES = (
 # What is kept by sample: columns as counts, by their names in a result, and columns as they are.
 COUNTS = {"member_accuracy": "members", "disagreement": "differing_pairs", "ensemble_accuracy": "ensemble"}
 KEPT_VALUES = ("ensemble_nll", "ensemble_nll_calibrated", "ensemble_brier", "aurc", "entropy", "mutual_information")
-OF_SIZE = "ensemble_nll_calibrated_of_{}"  # members: mean over the subsets of that size
 
 
 class PartResult(NamedTuple):
@@ -254,7 +254,7 @@ def calibrated_by_size(
     for size, subsets in of_subsets.items():
         outputs = ((metrics.ensemble_log_probs(log_probs[list(s)], average), t) for s, t in subsets)
         columns = (metrics.per_sample(metrics.with_temperature(output, t), labels)["nll"] for output, t in outputs)
-        found[OF_SIZE.format(size)] = sum(columns) / len(subsets)
+        found[f"{OF_SIZE}{size}"] = sum(columns) / len(subsets)
     return found
 
 
@@ -394,7 +394,7 @@ def of_samples(parts: list[Part], found: dict[str, PartResult], members: int) ->
     sums = {name: sum(one[name] for one in columns).numpy() for name in columns[0]}
     whole = {"member_accuracy": members, "disagreement": math.comb(members, 2), "ensemble_accuracy": 1}
     counts = {COUNTS[name]: (sums[name] * whole[name]).round() for name in COUNTS if name in sums}
-    kept = [name for name in sums if name in KEPT_VALUES or name.startswith(OF_SIZE.format(""))]
+    kept = [name for name in sums if name in KEPT_VALUES or name.startswith(OF_SIZE)]
     values = {name: sums[name] / len(parts) for name in kept}
     return {
         "right_of_samples": {name: metrics.pack_counts(n) for name, n in counts.items() if n.max() < 2**16},
@@ -462,10 +462,10 @@ def print_set(name: str, found: dict[str, Any]) -> None:
     """How well each score tells a set from the test images."""
     each = " each" if found["parts"] > 1 else ""
     print(f"\nout of distribution: {name} ({found['images']} images{each}), from {found['test_images']} test images")
-    print("                            " + "".join(f"{text:26}" for text in ood.METRICS.values()).rstrip())
-    for score, text in ood.SCORES.items():
+    print("                            " + "".join(f"{text:26}" for text in metrics.OOD_METRICS.values()).rstrip())
+    for score, text in metrics.OOD_SCORES.items():
         cells = []
-        for metric in ood.METRICS:
+        for metric in metrics.OOD_METRICS:
             edges, value = found["intervals_95"][score][metric], found["scores"][score][metric]
             cells.append(f"{value:.4f}" + ("  [{:.4f}, {:.4f}]".format(*edges) if edges else ""))
         print(f"  {text:26}" + "".join(f"{cell:26}" for cell in cells).rstrip())

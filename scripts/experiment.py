@@ -40,8 +40,8 @@ from utils.data import Data
 from utils.datasets import CORRUPTED, DATASETS, find_corrupted, load_data
 from utils.distributed import cores
 from utils.files import load_json, read_json, write_array, write_atomically, write_json
+from utils.kept import VERSIONS
 from utils.places import PLACES, find
-from utils.predictions import VERSIONS
 from utils.results import copy_results
 from utils.run import environment, read_settings
 

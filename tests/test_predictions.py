@@ -11,6 +11,7 @@ import measure_diversity
 import measure_diversity_variance
 import measure_sharpness
 import utils.landscape
+import utils.metrics
 import utils.ood
 import utils.predictions
 import utils.training
@@ -22,10 +23,10 @@ from tests.test_plots import SAM, make_run
 from utils import InputError
 from utils.data import ImageSet, Preprocessing
 from utils.files import load_json, write_json
-from utils.predictions import FROM_LOGITS, VERSIONS
+from utils.kept import FROM_LOGITS, VERSIONS
 
 # By kind: the version that made these values, and the values. Where a change of the code turns one red, raise the
-# version in utils.predictions.VERSIONS and here, and put the new values in: what users have kept is then made anew.
+# version in utils.kept.VERSIONS and here, and put the new values in: what users have kept is then made anew.
 GOLDEN = {
     "logits": (1, [-0.9752219, 8.624287, -3.611703, 16.18901]),
     "predict": (
@@ -125,7 +126,7 @@ def out_of_distribution():
     others = torch.stack([utils.training.predict(network(seed), negatives)[0][:6] for seed in (1, 2, 3)])
     both = [utils.ood.scores(one, "probs") for one in (logits, others)]
     found = utils.ood.summarize([utils.ood.compare(*both, utils.ood.largest_scores(3, 3), False)], {})
-    numbers = [found["scores"][score][name] for score in utils.ood.SCORES for name in utils.ood.METRICS]
+    numbers = [found["scores"][score][name] for score in utils.metrics.OOD_SCORES for name in utils.metrics.OOD_METRICS]
     return [*numbers, *found["intervals_95"]["energy"]["aupr"]]
 
 

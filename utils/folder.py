@@ -153,7 +153,7 @@ def read_unlabelled(path: Path, size: int, processes: int) -> tuple[np.ndarray, 
         if not path.is_dir():
             raise
     # Of no classes, such as images alone.
-    files = [file for file in _files(path, "", ()) if Path(file[0]).suffix.lower() not in (".npy", ".json", ".txt", "")]
+    files = [file for file in _files(path, "", ()) if Path(file[0]).suffix.lower() not in (".npy", ".json", ".txt")]
     pixels, records, unreadable = _decoded(path, files, size, processes) if files else (None, None, {})
     rows = np.flatnonzero(records["done"] == 1) if files else np.zeros(0)
     if not len(rows):

@@ -16,6 +16,10 @@ import scipy  # its submodules are loaded when they are used: scipy.stats alone 
 import torch
 from torch import Tensor
 
+# The scores that tell other data from test images, and what is said of each, by their names in a result.
+OOD_SCORES = {"max_probability": "maximum probability", "entropy": "entropy"}
+OOD_SCORES |= {"mutual_information": "mutual information", "energy": "energy"}
+OOD_METRICS = {"auroc": "AUROC", "aupr": "AUPR", "fpr95": "FPR95"}
 SMALLEST = 1e-100  # avoids 0 / 0
 MAX_KEPT = 2**24  # bytes of the counts of resamples that are kept
 MAX_COUNTS = 2**24  # bytes of unpacked counts: a text may hold a thousand times its own size

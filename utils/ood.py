@@ -17,6 +17,7 @@ from utils.data import Data, ImageSet
 from utils.datasets import NAMES, corrupted_name, find_corrupted, load_data, note
 from utils.distributed import cores
 from utils.folder import read_unlabelled, stored_size
+from utils.metrics import OOD_METRICS, OOD_SCORES
 
 # What --ood names besides data sets: the corrupted copies of the test images, and pixels that are drawn.
 CORRUPTED, NOISE = "corrupted", "noise"
@@ -26,16 +27,8 @@ NOISE_SEED, MAX_NOISE = 0, 2_000
 LUMA = (19595, 38470, 7471)
 AT_ONCE = 256  # images that are scaled together
 CURVE_POINTS, HISTOGRAM_BINS = 101, 30
-# The scores, each higher for what is less like the training images, by their names in a result.
-SCORES = {
-    "max_probability": "maximum probability",
-    "entropy": "entropy",
-    "mutual_information": "mutual information",
-    "energy": "energy",
-}
 # Of one part: numbers by score; and columns [N + K], or [N], by score and number.
 Compared = tuple[dict[str, dict[str, Any]], dict[str, dict[str, Tensor]]]
-METRICS = {"auroc": "AUROC", "aupr": "AUPR", "fpr95": "FPR95"}
 
 
 def split_word(text: str) -> tuple[str, Path | None]:
@@ -147,7 +140,7 @@ def require_corrupted(data: Data, data_path: Path) -> None:
 
 
 def scores(logits: Tensor, average: str = "probs") -> dict[str, Tensor]:
-    """The scores of `SCORES` of an ensemble, float64 [N] each.
+    """The scores of `OOD_SCORES` of an ensemble, float64 [N] each.
 
     `max_probability`, 1 less the largest probability of the ensemble; `entropy` of its probabilities, and
     `mutual_information` between prediction and member, both in nats; `energy`, -log sum_c exp(logit_c), mean over
@@ -229,7 +222,8 @@ def summarize(parts: list[Compared], about: dict[str, Any]) -> dict[str, Any]:
     tells everything apart, or nothing.
     """
     columns: dict[str, dict[str, Tensor]] = {
-        score: {name: sum(one[1][score][name] for one in parts) / len(parts) for name in METRICS} for score in SCORES
+        score: {name: sum(one[1][score][name] for one in parts) / len(parts) for name in OOD_METRICS}
+        for score in OOD_SCORES
     }
     return about | {
         "parts": len(parts),
@@ -246,7 +240,7 @@ def means(parts: list[Compared], curves: bool = False) -> dict[str, Any]:
     """The numbers of each score, means over parts; with `curves` also what figures show."""
     rows = [numbers for numbers, _ in parts]
     if not curves:
-        rows = [{score: {name: of[name] for name in METRICS} for score, of in row.items()} for row in rows]
+        rows = [{score: {name: of[name] for name in OOD_METRICS} for score, of in row.items()} for row in rows]
     return metrics.mean_of(rows)
 
 
