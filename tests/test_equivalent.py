@@ -1,6 +1,7 @@
 """The deep ensemble equivalent: from curves of NLL to a number of members."""
 
 import csv
+import json
 import math
 
 import numpy as np
@@ -9,12 +10,13 @@ import torch
 from scipy import stats
 
 from scripts import summarize
-from tests.test_summarize import IMAGES, SHARPBALANCE, write
+from tests.test_summarize import IMAGES, SAM, SHARPBALANCE, write
 from utils import cli
 from utils.equivalent import deep_ensemble_equivalent
 from utils.files import load_json, write_json
 from utils.metrics import pack_values
 from utils.results import BOTH
+from utils.run import training_passes
 
 SIZES = np.arange(1, 10)
 
@@ -39,14 +41,13 @@ def test_a_power_law_gives_back_its_members(members, ensembles, others):
     """Its interval holds them about as often as it says; of one pair it is over images, of these networks."""
     random, hits, draws = np.random.default_rng(members), 0, 40
     for _ in range(draws):
-        found = drawn(random, ensembles + others, [*SIZES, members], images := 300)
+        found = drawn(random, ensembles + others, [*SIZES, members], 300)
         plain, other = [one[:-1] for one in found[:ensembles]], [one[-1] for one in found[ensembles:]]
         result = deep_ensemble_equivalent(plain, other)
         low, high = result.interval
         assert low <= result.members <= high
         assert (result.over, result.largest) == (BOTH if min(ensembles, others) > 1 else "images", 9)
         hits += low <= members <= high
-    assert images == 300
     assert hits >= stats.binom.ppf(1e-3, draws, 0.95) or ensembles == others == 1, hits
 
 
@@ -80,14 +81,7 @@ def test_a_wide_interval_is_open():
     assert result.interval[1] == math.inf
 
 
-PLAIN = {
-    "sam": False,
-    "rho": 0.1,
-    "sam_adaptive": False,
-    "flat_ratio": 0.0,
-    "partition": "released",
-    "unselected": None,
-}
+PLAIN = SAM | {"sam": False}
 
 
 def write_nll(folder, settings, seeds, columns, passes=None, by_image=True):
