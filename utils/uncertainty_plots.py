@@ -1,9 +1,12 @@
 """Every figure of what ensembles do not know, drawn like those of `utils.plots`: ensembles in, a Figure out."""
 
+import math
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
 from scipy import stats
 
 from utils import InputError
@@ -11,6 +14,7 @@ from utils.metrics import OOD_SCORES, t_interval
 from utils.plots import POPULATIONS, Group, about, finished, line_styles, panels, styled
 from utils.results import Ensemble, Interval, require
 
+PARTS = ("share", "correct", "confidence")  # of a reliability curve
 MIN_IMAGES = 10  # of a bin whose accuracy is drawn
 
 
@@ -42,28 +46,23 @@ def ood(ensembles: list[Ensemble]) -> Figure:
         left.set_title(name.removeprefix("folder:"))
         for axis, score in zip(right, ("entropy", "mutual_information"), strict=True):
             _diagonal(axis)
-            axis.set(xlabel="test images taken for others  [%]" if score == "entropy" else "", title=OOD_SCORES[score])
+            axis.set(xlabel="false positives  [%]", title=OOD_SCORES[score])
             axis.set(xlim=(-2, 102), ylim=(-2, 102), xticks=(0, 50, 100), yticks=(0, 50, 100))
-        right[0].set_ylabel("others found  [%]")
+        right[0].set_ylabel("true positives  [%]")
         right[1].set_yticklabels([])
     counts = ", ".join(f"{found[0][name]['images']} of {name}" for name in sets)
-    note = (
-        f"{about(groups)}; other images: {counts}. Entropy: test images broken, others solid. ROC curves of two scores"
+    copies = "".join(f" {n}: mean of {found[0][n]['parts']} comparisons." for n in sets if found[0][n]["parts"] > 1)
+    note = f"{about(groups)}; other images: {counts}. Left: entropy of test images (broken) and of others (solid). "
+    note += (
+        "ROC curves of both scores, positive: others; on the dotted line a score says nothing. Means over ensembles, "
     )
-    note += ", of no use on the dotted line; means over ensembles at equal shares of test images." + _copies(
-        found[0], sets
-    )
+    note += f"at equal false positives.{copies}"
     handles = [Line2D([], [], label=group.label, **_line(group)) for group in groups]
     return finished(figure, handles, note)
 
 
 def _line(group: Group) -> dict:
     return {"color": group.colour, "linestyle": group.line, "linewidth": 1.1}
-
-
-def _copies(found: dict, sets: list[str]) -> str:
-    parts = [f" {name}: mean of {found[name]['parts']} comparisons." for name in sets if found[name]["parts"] > 1]
-    return "".join(parts)
 
 
 def _diagonal(axis: Axes) -> None:
@@ -82,7 +81,9 @@ def reliability(ensembles: list[Ensemble]) -> Figure:
     for column, (when, title) in zip(axes.T, (("before", "as trained"), ("after", "with a temperature")), strict=True):
         for group in groups:
             rows = [require(one, "test", "reliability", when) for one in group.ensembles]
-            share, correct, confidence = (np.array([row[key] for row in rows]) for key in rows[0])
+            share, correct, confidence = (
+                np.array([row[key] for row in rows]) for key in ("share", "correct", "confidence")
+            )
             shown = share.mean(axis=0) * samples >= MIN_IMAGES
             with np.errstate(invalid="ignore"):
                 accuracy = correct / share
@@ -101,6 +102,10 @@ def reliability(ensembles: list[Ensemble]) -> Figure:
         _diagonal(column[0])
         column[0].set(title=title, xlim=(-2, 102), ylim=(-2, 102), xticks=range(0, 101, 25))
         column[1].set(xlabel="confidence  [%]", yscale="log")
+    decades = [10.0**power for power in range(math.floor(math.log10(100 / samples)), 3)]
+    axes[1, 0].set_yticks(decades, map("{:g}".format, decades))
+    axes[1, 0].set_ylim(100 / samples, 100)
+    axes[1, 0].yaxis.set_minor_locator(NullLocator())
     axes[0, 0].set_ylabel("accuracy  [%]")
     axes[1, 0].set_ylabel("images  [%]")
     note = f"{about(groups)}. Bins of confidence of the ensemble, on the clean test images; one temperature, fitted on "
