@@ -18,6 +18,7 @@ from utils.metrics import (
     calibration_bins,
     calibration_gaps,
     calibration_mse,
+    crossed_interval,
     ensemble_log_probs,
     expected_calibration_error,
     fit_temperature,
@@ -417,3 +418,29 @@ def test_influence_on_aurc(levels):
         rows = torch.from_numpy(random.integers(0, 200, 200))
         drawn.append(risk_coverage(confidence[rows], correct[rows])["aurc"])
     assert influence.square().sum().sqrt().item() == pytest.approx(np.std(drawn), rel=0.1)
+
+
+@pytest.mark.parametrize(("ensembles", "of_ensemble", "paired"), [(2, 0.1, False), (4, 0.02, False), (4, 0.1, True)])
+def test_crossed_intervals_of_out_of_distribution_cover(ensembles, of_ensemble, paired):
+    """Ensembles and images both random: what ensembles add, what images add, and what both do, to normal scores."""
+    random, draws, hits, truth = np.random.default_rng(0), 150, dict.fromkeys(("auroc", "fpr95"), 0), []
+
+    def drawn(count, n, k):
+        inside, outside = random.normal(size=n), random.normal(1.2, 1, size=k)
+        outside = outside + (0.5 * inside[:k] if paired else 0)
+        pairs = (
+            (inside + random.normal(0, 0.5, n), outside + random.normal(0, 0.5, k) + random.normal(0, of_ensemble))
+            for _ in range(count)
+        )
+        return [tuple(map(torch.from_numpy, pair)) for pair in pairs]
+
+    for _ in range(40):
+        truth += [out_of_distribution(*pair) for pair in drawn(3, 2000, 1000)]
+    for _ in range(draws):
+        pairs = drawn(ensembles, 200, 100)
+        columns = [out_of_distribution_columns(out_of_distribution(*pair), *pair, paired) for pair in pairs]
+        for name in hits:
+            low, high = crossed_interval(torch.stack([column[name] for column in columns]))
+            hits[name] += low <= np.mean([one[name] for one in truth]) <= high
+    for name, count in hits.items():
+        assert count >= stats.binom.ppf(1e-3, draws, 0.95), (name, count)
