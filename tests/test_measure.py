@@ -172,6 +172,10 @@ def test_diversity_equals_the_slow_forms(saved, tmp_path):
     sizes = [f"ensemble_nll_calibrated_of_{size}" for size in (1, 2)]
     assert values.keys() == {*expected, "aurc", *sizes}
     assert values["aurc"].mean() == pytest.approx(test["rates"]["aurc"], rel=1e-3)
+    by_size = test["calibrated_nll_by_size"]
+    members = [row["calibrated"]["nll"] for row in test["members"]]
+    assert by_size["1"] == pytest.approx(np.mean(members), rel=1e-9)
+    assert by_size["3"] == pytest.approx(test["ensemble"]["calibrated"]["nll"], rel=1e-9)
     for name, size in zip(sizes, "12", strict=True):
         assert values[name].mean() == pytest.approx(test["calibrated_nll_by_size"][size], rel=1e-3)
     for name, column in expected.items():
