@@ -16,6 +16,13 @@ expect and why.
 
 --networks prints a table of what the sharpness scores of any networks cost, at batches of 16 colour images of 64x64
 pixels and 10 classes, against training passes of the same images, and their largest deviation from one pass a sample.
+
+--pipeline times whole commands by turns, as a user gives them: main.py for SharpBalance, SAM and late SAM against three
+plain trainings in one process and against the plain program of scripts/pipeline.py. Each round is kept in pipeline.json
+under --save, and rounds of another call on the same commit and machine are added to it.
+
+    python scripts/benchmark.py --pipeline width8 --repeats 5
+    python scripts/benchmark.py --pipeline width8 --arms diversity passes
 """
 
 import argparse
@@ -45,6 +52,8 @@ import main as main_script
 import measure_diversity
 from models import create_model
 from sam import SAM
+from scripts import pipeline
+from scripts.pipeline import PilDataset
 from tests.reference import fisher_by_samples, fisher_by_vmap, simulate_sam_step_by_step
 from utils import cli
 from utils.checkpoint import pack_checkpoint
@@ -164,25 +173,6 @@ def step(share: float, width: int = 16, size: int = 128) -> Timed:
         "sharpbalance_step": lambda: sharpbalance_step(model, optimizer, images, labels, mask),
         "passes": passes,
     }
-
-
-class PilDataset(torch.utils.data.Dataset):
-    """Images that are augmented one by one, with PIL."""
-
-    def __init__(self, data: ImageSet):
-        from torchvision import transforms as t
-
-        self.images, self.labels, info = data.images.numpy(), data.labels.numpy(), data.preprocessing
-        augment = [t.ToPILImage(), t.RandomCrop(32, padding=4), t.RandomHorizontalFlip()]
-        self.transform = t.Compose([*augment, t.ToTensor(), t.Normalize(info.mean, info.std)])
-
-    def __len__(self) -> int:
-        """The number of images."""
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        """One augmented image."""
-        return self.transform(self.images[index]), self.labels[index]
 
 
 def loading() -> Timed:
@@ -519,6 +509,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_flag(parser, "check", "exit with status 1 if a ratio misses its target")
     text = "the cost of these networks' scores instead"
     parser.add_argument("--networks", type=cli.network, nargs="+", metavar="NAME", help=text)
+    parser.add_argument("--pipeline", choices=pipeline.SETTINGS, nargs="+", help="time whole commands of these instead")
+    text = "with --pipeline: what to time (default: %(default)s)"
+    parser.add_argument("--arms", choices=pipeline.ARMS, nargs="+", default=list(pipeline.BY_DEFAULT), help=text)
+    cli.add_flag(parser, "busy", "with --pipeline: each command again beside a program that takes one core")
+    cli.add_option(parser, "data_path", "of --pipeline: folder of the data sets", cli.path, "DIR", default=Path("data"))
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--to", type=cli.path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -605,6 +600,11 @@ def main(args: argparse.Namespace) -> None:
         return
     if args.scaling:
         scaling(args)
+        return
+    for setting in args.pipeline or ():
+        found = pipeline.run(setting, args.arms, args.repeats, args.busy, args.data_path, args.save)
+        print(*pipeline.table(setting, found["rounds"]), sep="\n")
+    if args.pipeline:
         return
     results, any_missed = networks(args) if args.networks else {}, False
     if not args.networks:

@@ -3,8 +3,13 @@
 import json
 
 import pytest
+import torch
 
-from scripts import benchmark
+from models import create_model
+from sam import SAM
+from scripts import benchmark, pipeline
+from utils import RunError
+from utils.training import sharpbalance_step
 
 
 def call(*argv):
@@ -58,3 +63,47 @@ def test_on_a_gpu_there_are_fewer_cases(capsys):
         with pytest.raises(SystemExit, match="2"):
             benchmark.parse_args(["--device", "cuda", *words])
         assert problem in capsys.readouterr().err
+
+
+def test_whole_commands_by_turns(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(
+        pipeline.SETTINGS, "digits", (None, 2, "--data digits --width 4 --initial_epochs 1 --batch_size 64")
+    )
+    arms = ["passes", "first_version_shared"]
+    for busy in (False, True):
+        pipeline.run("digits", arms[busy:], 1, busy, tmp_path, tmp_path / "saved")
+    content = json.loads((tmp_path / "saved/pipeline.json").read_text())["digits"]
+    assert [set(found) for found in content["rounds"]] == [set(arms), {arms[1], f"{arms[1]}, busy"}]
+    for found in content["rounds"]:
+        assert all(seconds > 0 and 50 < mib < 20_000 for seconds, mib in found.values())
+    # What another commit or machine made is replaced.
+    (tmp_path / "saved/pipeline.json").write_text(json.dumps({"digits": content | {"environment": {}}}))
+    result = pipeline.run("digits", ["passes"], 1, False, tmp_path, tmp_path / "saved")
+    assert len(result["rounds"]) == 1
+    monkeypatch.setitem(pipeline.ARMS, "passes", ("no_such", ""))
+    with pytest.raises(RunError, match=r"no_such.*ended with status"):
+        pipeline.run("digits", ["passes"], 1, False, tmp_path, tmp_path / "saved")
+
+
+def test_table_of_whole_commands():
+    rounds = [
+        {"sharpbalance": [s, 900], "first_version": [10, 800], "sharpbalance, busy": [4 * s, 950]} for s in (5, 6, 7)
+    ]
+    lines = pipeline.table("width8", rounds)
+    assert any("sharpbalance  " in line and "6.0 s" in line and "900 MiB   3" in line for line in lines)
+    assert any("sharpbalance / first_version" in line and "0.60" in line and line.endswith("0.60 ok") for line in lines)
+    assert any(line.startswith("sharpbalance, busy / sharpbalance") and line.endswith("2.20 MISSED") for line in lines)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_the_plain_step_is_that_of_the_method(share):
+    images, labels = torch.randn(10, 1, 8, 8, dtype=torch.float64), torch.arange(10)
+    mask, models = torch.arange(10) < 10 * share, []
+    for step in (pipeline.plain_step, sharpbalance_step):
+        torch.manual_seed(0)
+        model = create_model("resnet18", 10, 2, image_size=8, in_channels=1).double()
+        optimizer = SAM(model.parameters(), rho=0.1, lr=0.1, momentum=0.9, weight_decay=5e-4)
+        step(model, optimizer, images, labels, mask)
+        models.append(model)
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)

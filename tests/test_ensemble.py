@@ -422,7 +422,7 @@ def flipped(content):
         ),
         ("checkpoint.pth.tar", flipped, "damaged.*resuming from"),
         ("checkpoint.pth.tar", lambda b: None, "missing; resuming from"),
-        ("checkpoint.pth.tar", "seed_17", r"of another member or run \(seed 17\); resuming from"),
+        ("checkpoint.pth.tar", "seed_17", r"of another member \(seed 17\); resuming from"),
         ("checkpoint_partial.pth.tar", lambda b: b"", "damaged.*is repeated"),
         ("fisher.npy", flipped, ""),
         ("fisher.npy", lambda b: None, ""),
@@ -447,6 +447,18 @@ def test_damage_is_mended(name, damage, message, whole, tmp_path, capsys):
     error = capsys.readouterr().err
     assert re.search(message, error), error
     assert error.count("\n") == bool(message)
+
+
+def test_settings_changed_by_hand_are_refused(whole, tmp_path):
+    """The line names the file with the settings, not an option that nobody gave."""
+
+    def break_it(folder):
+        settings = json.loads((folder / "args.json").read_text())
+        (folder / "args.json").write_text(json.dumps(settings | {"rho": 0.3}))
+
+    copy = changed(whole, tmp_path, break_it)
+    with pytest.raises(InputError, match=r"of a run of other settings or images than .*args\.json has"):
+        main.main(main.parse_args(["--resume", str(copy)]))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from tests.test_inference import NETWORKS, members_of
 from tests.test_measure import save_member
 from utils import cli, datasets
 from utils.inference import load_ensemble
+from utils.kept import VERSIONS
 from utils.predictions import load_members
 from utils.run import keep_temperature
 
@@ -98,7 +99,7 @@ def test_it_is_loaded_where_modules_have_our_names(ending, tmp_path):
     members = [save_member(tmp_path / f"seed_{seed}" / "model_best.pth.tar", seed) for seed in (3, 5)]
     (tmp_path / "args.json").write_text(json.dumps({"seed": [3, 5], "data": "digits", "partition": "released"}))
     weights = sorted(member.digest for member in load_members(members))
-    versions = {"logits": 1, "predict": 2}
+    versions = {kind: VERSIONS[kind] for kind in ("logits", "predict")}
     keep_temperature(tmp_path, {"weights": weights, "average": "probs", "temperature": 2.5, "versions": versions})
     exported(path, [tmp_path])
     for name in ("utils", "models"):

@@ -1,5 +1,6 @@
 """A folder of one's own images: what is found, what is read of each file, the decoded cache, and whole runs."""
 
+import gzip
 import json
 import os
 import re
@@ -712,13 +713,20 @@ def test_a_run_is_resumed_to_the_bits(trained, tmp_path, monkeypatch, capsys):
     assert "the images or their split are not those that the run began with" in line
 
 
-def test_fashion_mnist_as_pictures_trains_to_the_same_bits(tmp_path, monkeypatch):
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_fashion_mnist_as_pictures_trains_to_the_same_bits(real, tmp_path, monkeypatch):
     """The same pixels in three channels, the same order, split and normalisation: the same weights.
 
     The order of a folder is by class, so the set is written by class; channels, means and deviations of
-    fashion_mnist are set to those of the folder.
+    fashion_mnist are set to those of the folder. The real set is that of Debian's dataset-fashion-mnist.
     """
     files.write_fashion_mnist(tmp_path / "fashion_mnist", train=200, test=40, zipped=False)
+    if real:
+        packed = sorted(Path("/usr/share/datasets/fashion-mnist").glob("*.gz"))
+        if len(packed) != 4:
+            pytest.skip("no Fashion-MNIST in /usr/share/datasets")
+        for path in packed:
+            (tmp_path / "fashion_mnist" / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
     arrays = {}
     for part, kind in (("train", "train"), ("t10k", "test")):
         images, labels = (tmp_path / "fashion_mnist" / f"{part}-{k}-ubyte" for k in ("images-idx3", "labels-idx1"))

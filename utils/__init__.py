@@ -1,6 +1,7 @@
 """What the scripts share; each module says in its first line what it holds."""
 
 import re
+from collections.abc import Sequence
 
 
 class InputError(ValueError):
@@ -20,6 +21,12 @@ def first_line(error: BaseException) -> str:
 def printable(text: str) -> str:
     """A text with its control characters, and what is not Unicode, as escapes: a name must not control a terminal."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def some(names: Sequence[object], count: int = 3) -> str:
+    """The first of some names, and how many more there are: a list of any length on one line."""
+    text = ", ".join(str(name) for name in names[:count])
+    return text + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 def table_cell(value: object) -> str:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from models import MODELS, full_name
 from utils import InputError, RunError, out_of_memory, printable, processes
-from utils.datasets import CORRUPTIONS, NAMES, SEVERITIES, SPLITS
+from utils.datasets import CORRUPTIONS, DEFAULT_SIZE, NAMES, SEVERITIES, SPLITS
 from utils.files import PINNED, broken_link, pinned
 
 UNSET = object()
@@ -334,14 +334,14 @@ def add_data_options(parser: Parser, measuring: bool = False) -> None:
 def add_image_size(group: Any) -> None:
     """The size of a user's own images."""
     text = "with --data folder: height and width of the inputs; the shorter side of an image is scaled to it, the "
-    add_option(group, "image_size", text + "middle cut out (default: 64)", number(int, 8, 1024), "N")
+    add_option(group, "image_size", text + f"middle cut out (default: {DEFAULT_SIZE})", number(int, 8, 1024), "N")
 
 
 def image_size_of(parser: Parser, data: str, given: int | None) -> int | None:
     """The value of --image_size, which no published set has."""
     if given is not None and data != "folder":
         parser.error(f"--image_size: given with --data {data}, whose images have a size of their own; leave it out")
-    return given or (64 if data == "folder" else None)
+    return given or (DEFAULT_SIZE if data == "folder" else None)
 
 
 def add_network_option(group: Any) -> None:

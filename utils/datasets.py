@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils import InputError, places
+from utils import InputError, places, some
 from utils.corruptions import CONSTANTS, SEVERITIES
 from utils.data import Data, DatasetInfo, ImageSet, Preprocessing
 from utils.distributed import cores, rank
@@ -41,6 +41,7 @@ DATASETS = {
     "digits": DatasetInfo(10, 8, Preprocessing((0.3053,), (0.3763,), padding=1)),
 }
 NAMES = (*DATASETS, "folder")
+DEFAULT_SIZE = 64  # of the images of a folder
 
 # The corrupted copies of the test sets: those that are published, and those that scripts/make_corrupted.py makes.
 CORRUPTED = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C", "tiny_imgnet": "Tiny-ImageNet-C"}
@@ -100,7 +101,7 @@ def load_data(
     if name == "folder":
         if download:
             raise InputError("--download: given with --data folder, which is nowhere to be fetched; leave it out")
-        info, parts, digest, files = _folder_parts(Path(data_path), split, image_size or 64, inputs)
+        info, parts, digest, files = _folder_parts(Path(data_path), split, image_size or DEFAULT_SIZE, inputs)
     else:
         info, parts, digest, files = _published_parts(name, Path(data_path), split, download)
     record: dict = {"dataset": name} | {part: len(labels) for part, (_, labels, _) in parts.items()}
@@ -172,9 +173,9 @@ def _folder_parts(path: Path, split: SplitPaths, image_size: int, inputs: dict[s
     """Of a folder of images, which stay in the memory map."""
     images = read_images(path, stored_size(image_size), cores())
     if images.unreadable:
-        some = [f"{name} ({why})" for name, why in images.unreadable.items()]
-        problem = f"{path}: {len(some)} of {len(images.labels)} files are left out, since they cannot be read"
-        note(f"{problem}: {_some(some)}")
+        unread = [f"{name} ({why})" for name, why in images.unreadable.items()]
+        problem = f"{path}: {len(unread)} of {len(images.labels)} files are left out, since they cannot be read"
+        note(f"{problem}: {some(unread)}")
     rows = _folder_rows(path, images, *split)
     seen = np.isin(images.pixel_digests(rows["test"]), images.pixel_digests(rows["train"]))
     if seen.any():
@@ -218,7 +219,7 @@ def _folder_rows(path: Path, images: Images, train: str | Path | None, val: str 
     counts = np.bincount(images.labels[rows["train"]], minlength=len(images.classes))
     if not counts.all():
         empty = [images.classes[label] for label in np.flatnonzero(counts == 0)]
-        raise InputError(f"--data_path {path}: no training images of {_some(empty)}; add some, or remove the class")
+        raise InputError(f"--data_path {path}: no training images of {some(empty)}; add some, or remove the class")
     return rows
 
 
@@ -316,8 +317,7 @@ def _compare_with_published(name: str, arrays: Arrays, files: list[dict]) -> Non
         if sizes.min() < sizes.max() and not others:
             facts.append(f"classes have {sizes.min()} to {sizes.max()} {part} images, published are equally many")
     if others:
-        more = f" and {len(others) - 2} more" if others[2:] else ""
-        facts.append(f"the md5 of {', '.join(others[:2])}{more} differs")
+        facts.append(f"the md5 of {some(others, 2)} differs")
     if facts:
         note(f"--data {name}: not the published set: {'; '.join(facts)}")
 
@@ -415,7 +415,7 @@ def _annotated(annotations: Path, images: list[Path], number: dict[str, int]) ->
     rest = [path.name for path in images if path not in found]
     if rest:
         problem = f"{annotations}: names {len(found)} of the {len(images)} images of {images[0].parent}, not"
-        raise InputError(f"{problem} {_some(rest)}; unpack the archive anew")
+        raise InputError(f"{problem} {some(rest)}; unpack the archive anew")
     return list(found.items())
 
 
@@ -425,12 +425,8 @@ def _check_classes(
     """Refuse class folders that are not the expected ones."""
     lacking, strange = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if lacking or strange:
-        differ = [f"{words} {_some(names)}" for words, names in (("lacks", lacking), ("also has", strange)) if names]
+        differ = [f"{words} {some(names)}" for words, names in (("lacks", lacking), ("also has", strange)) if names]
         raise InputError(f"{folder}: expected {what}, but it {' and '.join(differ)}; {way_out}")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
 
 
 def _folder_names(folder: Path) -> list[str]:
@@ -449,7 +445,7 @@ def _files_of_classes(folder: Path, names: list[str]) -> list[tuple[Path, int]]:
     classes = [images_in(folder / name / "images") or images_in(folder / name) for name in names]
     empty = [name for name, images in zip(names, classes, strict=True) if not images]
     if empty:
-        raise InputError(f"{folder}: no images (.JPEG, .jpg or .png) in {_some(empty)}; unpack the archive anew")
+        raise InputError(f"{folder}: no images (.JPEG, .jpg or .png) in {some(empty)}; unpack the archive anew")
     return [(path, label) for label, images in enumerate(classes) for path in images]
 
 

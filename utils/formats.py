@@ -33,11 +33,10 @@ def cifar_batch(path: Path, content: bytes, key: str, classes: int) -> tuple[np.
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != 3072:
         found = f"{images.dtype} {list(images.shape)}" if isinstance(images, np.ndarray) else type(images).__name__
         raise InputError(f"{path}: expected 'data' to be uint8 [images, 3072], got {found}")
-    whole = labels.dtype.kind in "iu" if isinstance(labels, np.ndarray) else isinstance(labels, list | tuple)
-    if whole and isinstance(
-        labels, list | tuple
-    ):  # of lists in lists, numpy would make more numbers than the file has bytes
+    if isinstance(labels, list | tuple):  # of lists in lists, numpy would make more numbers than the file has bytes
         whole = all(type(label) is int and abs(label) < 2**31 for label in labels)
+    else:
+        whole = isinstance(labels, np.ndarray) and labels.dtype.kind in "iu"
     if not whole or np.shape(labels) != (len(images),) or not len(images):
         found = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, np.ndarray) else type(labels).__name__
         found += f" of {len(labels)}" if isinstance(labels, list | tuple) else ""

@@ -21,8 +21,9 @@ from utils.data import DatasetInfo
 from utils.datasets import DATASETS, NAMES, folder_info, note
 from utils.files import load_json
 from utils.folder import stored_size
+from utils.kept import VERSIONS
 from utils.metrics import ensemble_log_probs, mutual_information, predictive_entropy
-from utils.predictions import VERSIONS, SavedMember, load_members
+from utils.predictions import SavedMember, load_members
 from utils.run import CHECKPOINTS, find_checkpoints, kept_temperatures, read_settings, run_of
 
 AT_ONCE, LARGE = 128, 64  # the most images in one pass, and the size from which on there are fewer

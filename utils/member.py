@@ -348,8 +348,10 @@ class Member:
     def _load_own(self, path: Path) -> dict[str, Any]:
         """Read a checkpoint that must be this member's."""
         checkpoint = load_checkpoint(path, ours=True)
-        if (checkpoint.get("run"), checkpoint.get("seed")) != (self.run.digest, self.seed):
-            raise DamagedError(f"{path}: of another member or run (seed {checkpoint.get('seed')})")
+        if checkpoint.get("seed") != self.seed:
+            raise DamagedError(f"{path}: of another member (seed {checkpoint.get('seed')})")
+        if checkpoint.get("run") != self.run.digest:
+            raise DamagedError(f"{path}: of a run of other settings or images than {self.run.folder / 'args.json'} has")
         kind, expected = _kind_of(checkpoint), KINDS.get(path.name, "of a whole epoch")
         if kind != expected:  # files that were swapped may be of the same epoch
             raise DamagedError(f"{path}: expected a checkpoint {expected}, got one {kind}")

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from utils import InputError, first_line
+from utils import InputError, first_line, some
 from utils.files import locked, refusing, visible
 
 # Below --data_path, in the order in which they are tried.
@@ -147,7 +147,7 @@ def _content(folder: Path) -> str:
         names = [path.name for path in visible(folder)]
     except InputError as error:
         return str(error)
-    return f"found there: {', '.join(names[:5]) or 'nothing'}" + (f" and {len(names) - 5} more" if names[5:] else "")
+    return f"found there: {some(names, 5) or 'nothing'}"
 
 
 def _hint(name: str, data_path: Path) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from utils import InputError
+from utils import InputError, some
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -48,16 +48,12 @@ def start_from(model: nn.Module, state: dict[str, Tensor], num_classes: int, pat
     loaded = sum(p.numel() for name, p in weights.items() if name in fitting)
     if 2 * loaded < body or not loaded:
         what = f"{len(fitting)} of the {len(own)} tensors of this network are in it, {loaded:,} of {body:,} weights"
-        some = ", ".join(list(state)[:3]) or "none"
-        raise InputError(f"--init_from {path}: {what}; others in it: {some}; give weights of the same network")
+        others = some(list(state)) or "none"
+        raise InputError(f"--init_from {path}: {what}; others in it: {others}; give weights of the same network")
     load_state(model, fitting)
     missing = [name for name in own if name not in fitting and name not in other_size]
     text = f"{path}: {len(fitting)} of {len(own)} tensors loaded"
     others = list(other_size.values())
     for what, names in (("drawn anew, of another size there", others), ("drawn anew, missing there", missing)):
-        text += f"; {what}: {_some(names)}" if names else ""
-    return text + (f"; not in this network: {_some(list(state))}" if state else "")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+        text += f"; {what}: {some(names, 6)}" if names else ""
+    return text + (f"; not in this network: {some(list(state), 6)}" if state else "")
