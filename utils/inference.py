@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils import InputError
-from utils.data import DatasetInfo
+from utils.data import DatasetInfo, coloured, scaled
 from utils.datasets import DATASETS, NAMES, folder_info, note
 from utils.files import load_json
 from utils.folder import stored_size
@@ -158,15 +158,8 @@ class Ensemble(nn.Module):
         return pictures[:, start : start + self.image_size, start : start + self.image_size]
 
     def coloured(self, images: Tensor) -> Tensor:
-        """Images [N, H, W, 1 or 3] with as many channels as the networks have, by Pillow's formula for grey."""
-        if images.shape[3] == self.channels:
-            return images
-        if self.channels == 3:
-            return images.expand(-1, -1, -1, 3)
-        if images.dtype == torch.uint8:
-            weights = torch.tensor([19595, 38470, 7471], dtype=torch.int32, device=images.device)
-            return (((images.int() * weights).sum(dim=3, keepdim=True) + 2**15) >> 16).to(torch.uint8)
-        return (images * torch.tensor([0.299, 0.587, 0.114], device=images.device)).sum(dim=3, keepdim=True)
+        """Images [N, H, W, 1 or 3] with as many channels as the networks have."""
+        return coloured(images, self.channels)
 
     def _say_what_is_done(self, height: int, width: int, channels: int) -> None:
         if (height, width) != (self.image_size, self.image_size):
@@ -184,25 +177,6 @@ class Ensemble(nn.Module):
     def how_coloured(self) -> str:
         """What is done with images of other channels, in words."""
         return "repeated for networks of colour" if self.channels == 3 else "turned grey for networks of grey images"
-
-
-def scaled(images: Tensor, size: int) -> Tensor:
-    """The middle square of images [N, H, W, C], scaled by a triangle filter, antialiased; uint8 remains uint8.
-
-    As `utils.folder.decode`, which has Pillow do it, but for the last bit of uint8.
-    """
-    height, width = images.shape[1:3]
-    side = min(height, width)
-    if not side:
-        raise ValueError(f"images: expected a pixel or more, got {height}x{width}")
-    top, left = (height - side) // 2, (width - side) // 2
-    images = images[:, top : top + side, left : left + side]
-    if side == size:
-        return images
-    channels_first = images.permute(0, 3, 1, 2).float()
-    result = F.interpolate(channels_first, (size, size), mode="bilinear", align_corners=False, antialias=True)
-    result = result.permute(0, 2, 3, 1)
-    return result.round().clamp(0, 255).to(torch.uint8) if images.dtype == torch.uint8 else result.clamp(0, 255)
 
 
 def load_ensemble(
