@@ -1,12 +1,14 @@
 """Accuracy, calibration and diversity of a saved ensemble, on clean and corrupted images.
 
     python measure_diversity.py --resume runs/digits_sharpbalance --mode predict,disagreement,KL,CKA
+    python measure_diversity.py --resume runs/digits_sharpbalance --mode ood --ood noise corrupted folder:PICTURES
 
 Writes under --save (default measurements/<run>): diversity.json, and the members' logits under predictions/, which all
 measuring scripts share.
 """
 
 import argparse
+import hashlib
 import itertools
 import math
 from functools import partial
@@ -15,18 +17,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from utils import InputError, cli, diversity, metrics
+from utils import InputError, cli, diversity, metrics, ood
 from utils.diversity import mean_over_pairs
 from utils.metrics import mean_of
 from utils.predictions import Measurement, Part, measure_settings
+from utils.results import OF_SIZE
 
-MODES = ("predict", "disagreement", "KL", "CKA")
+MODES = ("predict", "disagreement", "KL", "CKA", "ood")
 PAIR_MODES = {"disagreement", "KL", "CKA"}
 # The lines below the table of scores: title, where the value is in a result, and the name of its interval.
 LINES = (
     ("member accuracy", ("rates", "member_accuracy"), "member_accuracy"),
     ("ensemble accuracy", ("rates", "ensemble_accuracy"), "ensemble_accuracy"),
     ("RMSCE of the ensemble", ("rmsce",), "ensemble_rmsce"),
+    ("AURC of the ensemble", ("rates", "aurc"), "aurc"),
+    ("excess AURC", ("excess_aurc",), None),
+    ("entropy, nats", ("rates", "entropy"), "entropy"),
+    ("mutual information, nats", ("rates", "mutual_information"), "mutual_information"),
     ("disagreement", ("disagreement", "mean"), "disagreement"),
     ("DER", ("der",), "der"),
     ("EIR", ("eir",), "eir"),
@@ -39,7 +46,7 @@ LINES = (
 
 # What is kept by sample: columns as counts, by their names in a result, and columns as they are.
 COUNTS = {"member_accuracy": "members", "disagreement": "differing_pairs", "ensemble_accuracy": "ensemble"}
-KEPT_VALUES = ("ensemble_nll", "ensemble_nll_calibrated", "ensemble_brier")
+KEPT_VALUES = ("ensemble_nll", "ensemble_nll_calibrated", "ensemble_brier", "aurc", "entropy", "mutual_information")
 
 
 class PartResult(NamedTuple):
@@ -58,9 +65,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--mode", action=cli.Choices, among=MODES, default=list(MODES[:3]), help="what to measure")
     text = "the ensemble's output: mean of the members' probabilities, or softmax of their mean logit"
     cli.add_choice(group, "average", text, ("probs", "logits"), default="probs")
+    text = (
+        "with --mode ood: what the test images are told from, DATA or DATA:PATH: another data set, a folder of images "
+    )
+    text += "(folder:PATH), the corrupted copies of the test images (corrupted), or random pixels (noise, the default)"
+    cli.add_option(group, "ood", text, other_data, "DATA[:PATH]", nargs="+", default=[])
     cli.add_option(group, "bins", "equal-width bins of the ECE", cli.COUNT, "N", default=15)
     cli.add_option(group, "bootstrap", "resamples of the 95%% intervals, 0 for none", cli.NATURAL, "N", default=1000)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.ood and "ood" not in args.mode:
+        parser.error("--ood: given without --mode ood; add that mode, or leave it out")
+    if "ood" in args.mode:
+        args.ood = args.ood or [ood.NOISE]
+        if args.split is not None and "test" not in args.split:
+            parser.error(f"--split {','.join(args.split)}: --mode ood compares with the test images; add test")
+        if args.mode == ["ood"] and args.split is None:
+            args.split = ["test"]
+    return args
+
+
+def other_data(text: str) -> str:
+    """An argument type: a value of --ood."""
+    try:
+        _, place = ood.split_word(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text if place is None else f"{text.partition(':')[0]}:{cli.path(str(place))}"
 
 
 def main(args: argparse.Namespace) -> None:
@@ -68,19 +98,28 @@ def main(args: argparse.Namespace) -> None:
     pairs = sorted(PAIR_MODES & set(args.mode))
     why = f"--mode {','.join(pairs)} compares members"
     measurement = Measurement(measure_settings(args), 2 if pairs else 1, why, features="CKA" in args.mode)
-    measurement.predict(["val"] * ("predict" in args.mode) + measurement.splits)
+    sets = other_sets(args.ood, measurement)
+    measurement.predict(["val"] * ("predict" in args.mode) + measurement.splits + ["ood"] * bool(sets))
     temperatures: dict[str, Any] = {}
+    of_subsets: dict[int, list[tuple[tuple[int, ...], float]]] = {}
     if "predict" in args.mode:
         logits, labels, _ = measurement.predictions(measurement.parts("val")[0])
         temperatures = fit_temperatures(torch.log_softmax(logits.double(), dim=2), labels, args.average)
+        of_subsets = subset_temperatures(logits, labels, args.average)
     results: dict[str, Any] = {}
     for split in measurement.splits:
         found = {}
         for part in measurement.parts(split):
             logits, labels, features = measurement.predictions(part)
             result, columns, gaps = measure_part(args, logits, labels, features, temperatures)
+            if split == "test" and of_subsets:
+                columns |= (by_size := calibrated_by_size(logits, labels, args.average, of_subsets))
+                means = [*by_size.values(), columns["ensemble_nll_calibrated"]]
+                result["calibrated_nll_by_size"] = {n + 1: column.mean().item() for n, column in enumerate(means)}
             found[part.name] = PartResult(result, columns, resample(args.bootstrap, columns, gaps))
         results[split] = summarize(measurement.parts(split), found, len(logits))
+        if split == "test" and sets:
+            results[split]["ood"] = measure_sets(args.average, measurement, sets)
     path = measurement.write("diversity.json", {"temperatures": temperatures, **results}, vars(args))
     for split, result in results.items():
         print_tables(split, result)
@@ -129,6 +168,8 @@ def measure_part(
         result["ensemble_by_size"] = {size: mean_of([row for _, row in rows]) for size, rows in by_size.items()}
         columns |= {"member_nll": members["nll"].mean(dim=0), "ensemble_nll": ensemble["nll"]}
         columns |= {"ensemble_nll_calibrated": calibrated["nll"], "ensemble_brier": ensemble["brier"]}
+        uncertainty, more = uncertainty_of(probs, output, ensemble, calibrated, args.bins)
+        result, columns = result | uncertainty, columns | more
         gaps = metrics.calibration_gaps(ensemble, args.bins)
         _, edges = metrics.calibration_mse(ensemble["confidence"], ensemble["correct"], args.bins)
         result["rmsce_interval"] = [math.sqrt(edge) for edge in edges]
@@ -168,6 +209,103 @@ def calibrated_scores(
     calibrated = metrics.per_sample(with_it, labels)
     result: dict[str, Any] = metrics.scores(columns, log_probs.exp(), labels, args.bins)
     return result | {"calibrated": metrics.scores(calibrated, with_it.exp(), labels, args.bins)}, calibrated
+
+
+def uncertainty_of(
+    probs: Tensor, output: Tensor, ensemble: dict[str, Tensor], calibrated: dict[str, Tensor], bins: int
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The risk-coverage and reliability curves of an ensemble; and entropy, mutual information and AURC by image.
+
+    Args:
+        probs: of the members, [M, N, C].
+        output: log-probabilities of the ensemble, [N, C].
+        ensemble, calibrated: its columns, before and after its temperature.
+        bins: of the reliability curves.
+    """
+    found = metrics.risk_coverage(ensemble["confidence"], ensemble["correct"])
+    points = torch.arange(1, 101, dtype=torch.float64) * len(output) / 100
+    risk = found["risk"][points.ceil().long() - 1]
+    columns = {
+        "entropy": metrics.predictive_entropy(output.exp()),
+        "mutual_information": metrics.mutual_information(probs),
+    }
+    columns["aurc"] = metrics.aurc_influence(ensemble["confidence"], ensemble["correct"]) * len(output) + found["aurc"]
+    curves = {"excess_aurc": found["excess_aurc"], "risk_at_percent": risk.tolist()}
+    both = (("before", ensemble), ("after", calibrated))
+    return curves | {"reliability": {when: metrics.reliability(one, bins) for when, one in both}}, columns
+
+
+def subset_temperatures(logits: Tensor, labels: Tensor, average: str) -> dict[int, list[tuple[tuple[int, ...], float]]]:
+    """A temperature for each subset of the members but all of them, fitted on validation logits [M, N, C], by size."""
+    log_probs = torch.log_softmax(logits.double(), dim=2)
+
+    def fitted(subset: tuple[int, ...]) -> float:
+        return metrics.fit_temperature(metrics.ensemble_log_probs(log_probs[list(subset)], average), labels)
+
+    sizes = diversity.subsets_by_size(len(logits))
+    return {n: [(subset, fitted(subset)) for subset in chosen] for n, chosen in sizes.items() if n < len(logits)}
+
+
+def calibrated_by_size(
+    logits: Tensor, labels: Tensor, average: str, of_subsets: dict[int, list[tuple[tuple[int, ...], float]]]
+) -> dict[str, Tensor]:
+    """Calibrated NLL [N] of ensembles of fewer members, by size: mean over `subset_temperatures`' subsets."""
+    log_probs, found = torch.log_softmax(logits.double(), dim=2), {}
+    for size, subsets in of_subsets.items():
+        outputs = ((metrics.ensemble_log_probs(log_probs[list(s)], average), t) for s, t in subsets)
+        columns = (metrics.per_sample(metrics.with_temperature(output, t), labels)["nll"] for output, t in outputs)
+        found[f"{OF_SIZE}{size}"] = sum(columns) / len(subsets)
+    return found
+
+
+def other_sets(words: list[str], measurement: Measurement) -> dict[str, list[Part]]:
+    """The parts of each set that --ood names, by its name in the result."""
+    settings, data, sets, images = measurement.settings, measurement.data, {}, 0
+    for word in words:
+        name, path = ood.split_word(word)
+        key = f"folder:{path.resolve().name}" if path and name == "folder" else name
+        if key in sets:
+            raise InputError(
+                f"--ood {word}: a set named {key} is given twice; name each once, folders by different names"
+            )
+        if name == ood.CORRUPTED:
+            ood.require_corrupted(data, settings.data_path)
+            sets[key] = measurement.parts("corrupted")
+            continue
+        found = ood.read_set(name, path, data, settings.data_path, settings.download)
+        place = hashlib.sha256(str(path and path.resolve()).encode()).hexdigest()[:8]
+        sets[key] = [Part(f"ood-{name}" + f"-{place}" * (path is not None), partial(lambda images: images, found))]
+        images += len(found)
+    if sets:
+        measurement.add_parts("ood", [part for parts in sets.values() for part in parts], images)
+    return sets
+
+
+def measure_sets(average: str, measurement: Measurement, sets: dict[str, list[Part]]) -> dict[str, Any]:
+    """What `utils.ood` finds of each set against the test images; of corrupted copies also by severity.
+
+    Copies are compared with the images that they were made of, where their labels are those of the first test images.
+    """
+    (test,) = measurement.parts("test")
+    logits, labels, _ = measurement.predictions(test)
+    inside, largest, results = ood.scores(logits, average), ood.largest_scores(len(logits), logits.shape[2]), {}
+    for key, parts in sets.items():
+        compared, digests = [], []
+        for part in parts:
+            others, copied, _ = measurement.predictions(part)
+            paired = part.corruption is not None and torch.equal(copied, labels[: len(copied)])
+            known = {name: score[: len(copied)] if paired else score for name, score in inside.items()}
+            compared.append(ood.compare(known, ood.scores(others, average), largest, paired))
+            digests.append(measurement.predictions.digests[part.name])
+        about = {"test_images": len(known["entropy"]), "images": len(copied), "members": len(logits)}
+        about["sha256_of_images"] = hashlib.sha256("".join(digests).encode()).hexdigest()
+        results[key] = ood.summarize(compared, about)
+        if parts[0].corruption is not None:
+            results[key]["by_severity"] = {
+                s: ood.means([one for one, part in zip(compared, parts, strict=True) if part.severity == s])
+                for s in sorted({part.severity for part in parts})
+            }
+    return results
 
 
 def resample(count: int, columns: dict[str, Tensor], gaps: Tensor | None) -> dict[str, Tensor]:
@@ -256,7 +394,8 @@ def of_samples(parts: list[Part], found: dict[str, PartResult], members: int) ->
     sums = {name: sum(one[name] for one in columns).numpy() for name in columns[0]}
     whole = {"member_accuracy": members, "disagreement": math.comb(members, 2), "ensemble_accuracy": 1}
     counts = {COUNTS[name]: (sums[name] * whole[name]).round() for name in COUNTS if name in sums}
-    values = {name: sums[name] / len(parts) for name in KEPT_VALUES if name in sums}
+    kept = [name for name in sums if name in KEPT_VALUES or name.startswith(OF_SIZE)]
+    values = {name: sums[name] / len(parts) for name in kept}
     return {
         "right_of_samples": {name: metrics.pack_counts(n) for name, n in counts.items() if n.max() < 2**16},
         "values_of_samples": {name: metrics.pack_values(value) for name, value in values.items()},
@@ -315,6 +454,23 @@ def print_tables(split: str, result: dict[str, Any]) -> None:
             if value is not None:
                 edges = row["intervals_95"].get(interval)
                 print(f"  {title:26} {value:8.4f}" + ("  [{:.4f}, {:.4f}]".format(*edges) if edges else ""))
+        for name, found in row.get("ood", {}).items():
+            print_set(name, found)
+
+
+def print_set(name: str, found: dict[str, Any]) -> None:
+    """How well each score tells a set from the test images."""
+    each = " each" if found["parts"] > 1 else ""
+    print(f"\nout of distribution: {name} ({found['images']} images{each}), from {found['test_images']} test images")
+    print("                            " + "".join(f"{text:26}" for text in metrics.OOD_METRICS.values()).rstrip())
+    for score, text in metrics.OOD_SCORES.items():
+        cells = []
+        for metric in metrics.OOD_METRICS:
+            edges, value = found["intervals_95"][score][metric], found["scores"][score][metric]
+            cells.append(f"{value:.4f}" + ("  [{:.4f}, {:.4f}]".format(*edges) if edges else ""))
+        print(f"  {text:26}" + "".join(f"{cell:26}" for cell in cells).rstrip())
+    if found["members"] == 1:
+        print("  One member: its mutual information is 0 for every image, and tells nothing apart.")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ from utils.data import ImageSet
 from utils.files import load_json, write_json
 from utils.fisher import ntk_gram, per_sample_fisher
 from utils.hessian import hessian_trace, matching_parameters, to_float64, top_eigenpairs
-from utils.predictions import Measurement, SavedMember, made_by, measure_settings, why_stale
+from utils.kept import made_by, why_stale
+from utils.predictions import Measurement, SavedMember, measure_settings
 from utils.results import standard_deviation
 from utils.sharpness import MAXIMISERS, NORMS, average_sharpness, relative_sizes, worst_case_sharpness
 

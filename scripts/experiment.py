@@ -40,8 +40,8 @@ from utils.data import Data
 from utils.datasets import CORRUPTED, DATASETS, find_corrupted, load_data
 from utils.distributed import cores
 from utils.files import load_json, read_json, write_array, write_atomically, write_json
+from utils.kept import VERSIONS
 from utils.places import PLACES, find
-from utils.predictions import VERSIONS
 from utils.results import copy_results
 from utils.run import environment, read_settings
 
@@ -53,11 +53,12 @@ TENS = ",".join(f"{ten}1 {ten}2 {ten}3" for ten in range(1, 11))
 PAPER = f"--methods {','.join(FOUR)} --seeds '13 17 27,113 117 127,43 59 223' --model resnet18 --rho 0.2"
 PAPER += " --flat_ratio 0.5 --initial_epochs 100 --variance --figures tradeoff benchmark ensemble_size severity"
 PAPER += " --sharpness_flags '--mode APGD_worst,APGD_average,hessian_t,hessian_e,fisher,NTK'"
-FASHION = "--data fashion_mnist --methods deep_ensemble,eoa,sam,sharpbalance,sharpbalance_paper,random"
-FASHION += f" --rho 0.05 0.1 0.2 --flat_ratio 0.3 0.5 0.7 --initial_epochs 7 15 22 --seeds '{TENS}' --epochs 30"
-FASHION += " --validation 500 --batch_size 64 --augmentation flip --threads 1 --checkpoint last --jobs auto"
-FASHION += " --sharpness_flags '--mode APGD_worst --norms l2 --batch_num 40'"
-FASHION += " --figures tradeoff benchmark severity ensemble_size"
+SMALL = f"--data fashion_mnist --seeds '{TENS}' --epochs 30 --validation 500 --batch_size 64 --augmentation flip"
+SMALL += " --threads 1 --checkpoint last --jobs auto --sharpness_flags '--mode APGD_worst --norms l2 --batch_num 40'"
+FASHION = f"{SMALL} --methods deep_ensemble,eoa,sam,sharpbalance,sharpbalance_paper,random"
+FASHION += " --rho 0.05 0.1 0.2 --flat_ratio 0.3 0.5 0.7 --initial_epochs 7 15 22"
+FASHION += " --measure_flags '--mode predict,disagreement,KL,ood --ood digits corrupted noise'"
+FASHION += " --figures tradeoff benchmark severity ensemble_size ood reliability"
 # By the name of an experiment, the words of its command line.
 PRESETS = {
     "quickstart": "--data digits --methods deep_ensemble,deep_ensemble_sam,sharpbalance --rho 0.1 --flat_ratio 0.5 "
@@ -71,8 +72,11 @@ PRESETS = {
     "tiny_imgnet": f"{PAPER} --data tiny_imgnet",
     "ablations": f"{PAPER} --methods sam,sharpbalance,sharpbalance_paper,random,same,asam,eoa --checkpoint last "
     "--runs runs/{data} --measurements measurements/{data}_ablations --results results/{data}_ablations",
-    "members": f"{PAPER} --seeds '13 17 27 113 117 127 43 59 223' --runs runs/{{data}}_nine "
-    "--measurements measurements/{data}_nine --results results/{data}_nine",
+    # As noisy_labels, by the rho, k and T_d that were chosen there.
+    "members": f"{SMALL} --methods {','.join(FOUR)} --ensembles 5 --plain_members 9 --rho 0.1 --flat_ratio 0.7 "
+    "--initial_epochs 22 --width 8 --label_noise 0.2 --images 2000 --figures tradeoff ensemble_size ood reliability "
+    "--measure_flags '--mode predict,disagreement,ood --ood digits noise' --runs runs/{data}_members "
+    "--measurements measurements/{data}_members --results results/{data}_members",
     "fashion_mnist/noisy_labels": f"{FASHION} --width 8 --label_noise 0.2 --images 2000 --ensembles 7 --corrupted 500",
     "fashion_mnist/clean_labels": f"{FASHION} --width 16 --images 750 --ensembles 5 --corrupted 200",
     "regime": "--data fashion_mnist --methods deep_ensemble,sam --rho 0.05 0.1 --seeds '11 12 13' --batch_size 64 "
@@ -115,6 +119,8 @@ def build_parser() -> cli.Parser:
     parser.add_argument("--methods", action=cli.Choices, among=METHODS, help="what is compared")
     cli.add_option(parser, "seeds", "of each ensemble, separated by commas", str, "LIST")
     cli.add_option(parser, "ensembles", "the first N of these (default: all)", cli.COUNT, "N")
+    text = "members of each deep ensemble, of seeds that follow on the last (default: as many as the others have)"
+    cli.add_option(parser, "plain_members", text, cli.COUNT, "N")
     cli.add_option(parser, "rho", "of SAM", cli.POSITIVE, "R", nargs="+")
     cli.add_option(parser, "flat_ratio", "of SharpBalance", cli.SHARE, "K", nargs="+")
     cli.add_option(parser, "initial_epochs", "of SharpBalance", cli.NATURAL, "N", nargs="+", default=[None])
@@ -293,6 +299,10 @@ class Experiment:
     def training(self, method: str, values: dict[str, Any], seeds: str) -> Job:
         """A run of main.py."""
         folder = self.place(self.args.runs, self.run_name(method, values), seeds)
+        if method == "deep_ensemble" and self.args.plain_members:
+            first = list(map(int, seeds.split()))
+            more = range(max(first) + 1, max(first) + 1 + self.args.plain_members)
+            seeds = " ".join(map(str, [*first, *more][: self.args.plain_members]))
         flags = [*self.flags, *self.flags_of(method, values), "--seed", seeds]
         command = ["main.py", *flags, "--save_path", folder, *(["--jobs", 1] if self.args.jobs > 1 else [])]
         if self.args.nproc > 1:
@@ -422,13 +432,14 @@ class Experiment:
             folders = copies
         form = ["--format", "markdown", "--to", args.results / "tables.md"] if args.results else []
         call(["scripts/summarize.py", *folders, *form])
-        corrupted = "corrupted" in load_json(folders[0] / "diversity.json")["result"]
+        measured = load_json(folders[0] / "diversity.json")["result"]
+        parts = {"severity": "corrupted" in measured, "ood": "ood" in measured["test"]}
         # Of more than four curves, none could be told from the others.
         four = [name for name, method, values in self.measured() if method in FOUR and values == self.chosen]
         few = [self.place(folders[0].parent, name, seeds) for name in four for seeds in args.seeds]
         for kind in args.figures:
-            if kind != "severity" or corrupted:
-                shown = few if kind in ("severity", "ensemble_size") and few else folders
+            if parts.get(kind, True):
+                shown = few if kind not in ("tradeoff", "benchmark") and few else folders
                 call(["scripts/plot.py", kind, "--from", *shown, "--to", (args.results or args.runs) / kind])
 
 

@@ -6,7 +6,9 @@
 From folders that the measuring scripts wrote:
 tradeoff: sharpness against diversity, a point an ensemble. benchmark: accuracy of members and ensemble. severity:
 accuracy, NLL and RMSCE against the severity of corruption. ensemble_size: the same against the number of members. The
-second and the third also show the differences to SAM of the same seeds.
+second and the third also show the differences to SAM of the same seeds. ood: entropy of test images and of other data,
+and ROC curves of entropy and mutual information. reliability: accuracy against confidence, before and after one
+temperature.
 
 From run folders of main.py:
 curves: training curves. sets: which samples are trained with SAM, of one SharpBalance run. landscape: the loss around
@@ -30,14 +32,16 @@ os.environ["MPLBACKEND"] = "agg"  # figures need no display, and matplotlib refu
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from utils import InputError, plots, run_plots, theory_plots
+from utils import InputError, plots, run_plots, theory_plots, uncertainty_plots
 from utils.cli import Parser, number, path, run
 from utils.files import read_json, write_json
 from utils.landscape import compute_landscape, compute_sets, read_landscape, read_sets
 from utils.results import Ensemble, check_alike, read_ensemble, read_run, require
 from utils.verification import published, simulate_all
 
+# Kinds by what they are drawn from; each is a function of its module.
 MEASURED, OF_RUNS = ("tradeoff", "benchmark", "severity", "ensemble_size"), ("curves", "sets", "landscape")
+UNCERTAINTY = ("ood", "reliability")
 # Kinds whose numbers are computed from run folders and saved beside the figure: how to compute and how to read them.
 COMPUTED = {"sets": (compute_sets, read_sets), "landscape": (compute_landscape, read_landscape)}
 
@@ -46,7 +50,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("kind", choices=[*MEASURED, *OF_RUNS, "theory"], help="which figure")
+    add("kind", choices=[*MEASURED, *UNCERTAINTY, *OF_RUNS, "theory"], help="which figure")
     add("--from", type=path, nargs="+", dest="folders", metavar="FOLDER", help="result folders, or a file of numbers")
     add("--to", type=path, required=True, metavar="FILE", help="the figure, without suffix; of theory a folder")
     add("--data_sets", type=number(int, 2), default=20, metavar="N", help="data sets of each setting of theory")
@@ -74,7 +78,8 @@ def main(args: argparse.Namespace) -> None:
 
 def draw(args: argparse.Namespace) -> Figure:
     """The figure of a kind other than theory."""
-    return getattr(plots if args.kind in MEASURED else run_plots, args.kind)(read(args))
+    modules = dict.fromkeys(MEASURED, plots) | dict.fromkeys(UNCERTAINTY, uncertainty_plots)
+    return getattr(modules.get(args.kind, run_plots), args.kind)(read(args))
 
 
 def read(args: argparse.Namespace) -> list[Ensemble]:

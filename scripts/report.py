@@ -48,6 +48,11 @@ FIGURES = {
     "severity": "scores against the severity of corruption, and differences to SAM",
     "ensemble_size": "scores against the number of members",
 }
+# Of settings where other data were measured.
+UNCERTAINTY = {
+    "ood": "entropy of test images and of other data, and ROC curves",
+    "reliability": "accuracy against confidence, before and after a temperature",
+}
 
 Measured = dict[str, dict[str, Ensemble]]  # by method, by seeds
 
@@ -266,9 +271,11 @@ def section(folder: Path, plan: dict[str, Any]) -> list[str]:
             f"with SAM once samples are assigned: {'; '.join(sets)}."
         )
     place = quote(os.fsencode(folder.name))
-    figures = [f"![{text}]({place}/{kind}.png)" for kind, text in FIGURES.items()]
+    uncertain = uncertainty(measured)
+    shown = FIGURES | (UNCERTAINTY if uncertain else {})
+    figures = [f"![{text}]({place}/{kind}.png)" for kind, text in shown.items()]
     tables = f"[{table_cell(folder.name)}/tables.md]({place}/tables.md)"
-    return [*blocks, f"All methods: {tables}.", *by_corruption(measured), *figures]
+    return [*blocks, f"All methods: {tables}.", *uncertain, *by_corruption(measured), *figures]
 
 
 def looks(plan: dict[str, Any]) -> str:
@@ -329,6 +336,31 @@ def claims_table(claims: tuple[Claim, ...], measured: Measured, seeds: list[str]
         rows.append(row + [f"{p:.4f}", f"{corrected:.3f}", margin, f"**{word}**"] * decide)
     header = ["claim", "", "mean", "95 % interval"] + ["p", "p, Holm", "margin", "verdict"] * decide
     return _table(rows, header)
+
+
+def uncertainty(measured: Measured) -> list[str]:
+    """What flatness does to uncertainty: sharpness, disagreement, AURC and AUROC of each method in one table."""
+    methods = {method: list(measured[method].values()) for method in NAMES}
+    ensembles = [one for group in methods.values() for one in group]
+    columns = results.SHARPNESS | results.VALUES | results.ood_values(ensembles)
+    chosen = ["sharpness", "disagreement", "aurc", *(name for name in columns if name.startswith("auroc "))]
+    chosen = [name for name in chosen if all(one.values.get(name) is not None for one in ensembles)]
+    if not any(name.startswith("auroc ") for name in chosen):
+        return []
+
+    def cell(name: str, group: list[Ensemble]) -> str:
+        mean, interval = results.estimate_of(group, name)
+        _, _, factor, digits = columns[name]
+        edges = " [{:.{d}f}, {:.{d}f}]".format(*(factor * edge for edge in interval), d=digits) if interval else ""
+        return f"{factor * mean:.{digits}f}{edges}"
+
+    rows = [[columns[name].title, *(cell(name, group) for group in methods.values())] for name in chosen]
+    text = (
+        "What flatness does to uncertainty: how well four scores tell other data from the test images (AUROC, 50 % for "
+        "a score that says nothing), and the error at each coverage (AURC, lower is better), beside disagreement and "
+        "sharpness. Means and 95 % intervals over new ensembles and new images, but of sharpness over ensembles:"
+    )
+    return [text, _table(rows, ["", *NAMES.values()])]
 
 
 def by_corruption(measured: Measured) -> list[str]:

@@ -5,9 +5,10 @@
 Each folder holds the measurements of one ensemble. Ensembles that were trained by the same settings apart from their
 seeds share a row: mean ± standard deviation over ensembles and the 95 % interval over new ensembles and test images, or
 over ensembles alone where values by image are not kept. One ensemble is in a table of its own, with the standard
-deviation over members and the interval over test images, of these networks only. A last table has the paired
+deviation over members and the interval over test images, of these networks only. A further table has the paired
 differences between ensembles of the same seeds and SAM with the same rho, or else the first SAM ensemble, with
-intervals over the same populations; one pair alone has no interval.
+intervals over the same populations; one pair alone has no interval. Where plain deep ensembles were measured, a last
+one has the number of plain members that each method is worth.
 """
 
 import argparse
@@ -23,8 +24,9 @@ from tabulate import tabulate
 
 from utils import InputError, first_line, printable, results, table_cell
 from utils.cli import Parser, path, run
+from utils.equivalent import Equivalent, plain_group, training_cost, worth
 from utils.files import write_atomically
-from utils.results import Ensemble
+from utils.results import Ensemble, Value
 from utils.run import OLD_DEFAULTS
 
 # The columns, by the names of `Ensemble.values`.
@@ -33,7 +35,8 @@ COLUMNS = results.VALUES | {
     for name, value in results.VALUES.items()
     if name not in ("der", "variance", "ece", "ece_calibrated")  # ECE is biased upwards by few images: RMSCE is not
 }
-COLUMNS |= results.SHARPNESS
+WORTH = ("worth of", "ensembles", "members", "plain members", "95 % interval", "over", "training, plain members")
+Columns = dict[str, Value]
 LONG = ("and", "trained with")  # sources that are left out on the terminal
 
 
@@ -70,25 +73,38 @@ def main(args: argparse.Namespace) -> None:
 def tables(ensembles: list[Ensemble], form: str) -> str:
     """All tables with notes and sources, in one of the formats of --format."""
     groups, first = results.groups_of(ensembles), ensembles[0].content
-    shown = [name for name in COLUMNS if any(one.values.get(name) is not None for one in ensembles)]
-    titles = [COLUMNS[name].title for name in shown]
+    columns = COLUMNS | results.ood_values(ensembles) | results.SHARPNESS
+    shown = {name: of for name, of in columns.items() if any(one.values.get(name) is not None for one in ensembles)}
+    titles = [column.title for column in shown.values()]
     head, rows = ["method", "ensembles", "members", *titles], {"single": [], "several": []}
-    for name, group in groups.items():
-        cells = [name, str(len(group)), str(len(group[0].seeds)), *(_cell(column, group) for column in shown)]
+    for title, group in groups.items():
+        cells = [
+            title,
+            str(len(group)),
+            str(len(group[0].seeds)),
+            *(_cell(column, name, group) for name, column in shown.items()),
+        ]
         rows["several" if len(group) > 1 else "single"].append(cells)
     differences = [["difference of", "to", "pairs", *titles], *difference_rows(groups, shown)]
     # Rows of one ensemble and of several have intervals over different populations: not in one table.
     blocks = [_table([head, *part], form) for part in rows.values() if part]
     blocks += [_table(differences, form)] * (len(differences) > 1)
+    members = [[*WORTH], *worth_rows(groups)]
+    blocks += [_table(members, form)] * (len(members) > 1)
     if form == "csv":
         sources = [[str(one.folder), *source_of(one).values()] for one in ensembles]
         return "\n".join([*blocks, _table([["folder", *source_of(ensembles[0])], *sources], form)])
     note = f"{results.setting_of(first)}, checkpoints '{results.protocol_of(ensembles[0], 'checkpoint')}', "
     note += f"test set of {first['data']['test']} images. "
     note += " ".join(explain(list(groups.values()), shown))
+    if len(members) > 1:
+        note += f" Worth: the number of members at which {len(plain_group(groups)[0].seeds)} plain ones or fewer have "
+        note += "the same calibrated NLL (deep ensemble equivalent); training: in trainings of one plain member."
     if any(map(results.beyond_linf, ensembles)):
         note += f" Sharpness in linf at a radius above {results.MAX_LINF} is left out."
-    unknown = [COLUMNS[name].title for name in shown if any(_infinite(one.values.get(name)) for one in ensembles)]
+    unknown = [
+        column.title for name, column in shown.items() if any(_infinite(one.values.get(name)) for one in ensembles)
+    ]
     if unknown:
         note += f" inf, nan: the loss leaves the range of float32 ({', '.join(unknown)})."
     lead = {"text": "", "markdown": "- ", "latex": "% "}[form]
@@ -106,7 +122,7 @@ def _infinite(value: float | None) -> bool:
     return value is not None and not math.isfinite(value)
 
 
-def explain(groups: list[list[Ensemble]], shown: list[str]) -> list[str]:
+def explain(groups: list[list[Ensemble]], shown: Columns) -> list[str]:
     """What ± and [ ] stand for in the tables, and over what population."""
     several, found = [group for group in groups if len(group) > 1], []
     if len(several) < len(groups):
@@ -118,13 +134,13 @@ def explain(groups: list[list[Ensemble]], shown: list[str]) -> list[str]:
         text = "±: standard deviation over ensembles; [ ]: 95 % interval"
         over = "over new ensembles and new test images"
         if only:
-            names = ", ".join(COLUMNS[column].title for column in only)
+            names = ", ".join(shown[column].title for column in only)
             over = f"over new ensembles, with the images as they are: {names}" + ("; else " + over) * (only != known)
         found.append(("Several: " if found else "") + f"{text} {over}.")
     return found
 
 
-def difference_rows(groups: dict[str, list[Ensemble]], shown: list[str]) -> list[list[str]]:
+def difference_rows(groups: dict[str, list[Ensemble]], shown: Columns) -> list[list[str]]:
     """The rows of the table of differences: of each group to the SAM ensembles of the same seeds."""
     rows = []
     for name, group in groups.items():
@@ -134,7 +150,7 @@ def difference_rows(groups: dict[str, list[Ensemble]], shown: list[str]) -> list
         by_seeds = {one.seeds: one for one in groups[baseline]}
         pairs = [(one, by_seeds[one.seeds]) for one in group if one.seeds in by_seeds]
         found = {column: results.difference_of(pairs, column) for column in shown}
-        cells = ["-" if part is None else _text(column, *part[:2], sign="+") for column, part in found.items()]
+        cells = ["-" if part is None else _text(shown[name], *part[:2], sign="+") for name, part in found.items()]
         rows.append([name, baseline, str(len(pairs)) if pairs else "no same seeds", *cells])
     return rows
 
@@ -165,17 +181,42 @@ def commands_of(content: dict) -> str:
     return " && ".join([*(call["command"] for call in content.get("earlier", [])), content.get("command", "")])
 
 
-def _cell(column: str, group: list[Ensemble]) -> str:
-    values = [one.values.get(column) for one in group]
+def worth_rows(groups: dict[str, list[Ensemble]]) -> list[list[str]]:
+    """The rows of the table of plain members: what each group is worth, and what its training cost, in plain ones."""
+    plain, rows = plain_group(groups), []
+    for name, group in groups.items() if plain else ():
+        found, cost = worth(group, plain), training_cost(group)
+        if found is None or (group is plain):
+            continue
+        over = {results.BOTH: "new ensembles, new images", "images": "images, these networks", "ensembles": "ensembles"}
+        row = [name, str(len(group)), str(len(group[0].seeds)), *_members(found), over[found.over]]
+        rows.append([*row, "-" if cost is None else f"{cost:.2f}"])
+    return rows
+
+
+def _members(found: Equivalent) -> tuple[str, str]:
+    """A deep ensemble equivalent and its interval in words."""
+
+    def text(members: float) -> str:
+        return f"more than {found.largest}" if math.isinf(members) else f"{members:.2f}"
+
+    if found.interval is None:
+        return text(found.members), "-"
+    low, high = found.interval
+    return text(found.members), text(low) if math.isinf(low) else f"{text(low)} to {text(high)}"
+
+
+def _cell(column: Value, name: str, group: list[Ensemble]) -> str:
+    values = [one.values.get(name) for one in group]
     if None in values:
         return "-"
-    spread = results.standard_deviation(values) if len(values) > 1 else group[0].spread.get(column)
-    return _text(column, *results.estimate_of(group, column), spread)
+    spread = results.standard_deviation(values) if len(values) > 1 else group[0].spread.get(name)
+    return _text(column, *results.estimate_of(group, name), spread)
 
 
-def _text(column: str, mean: float, interval: list[float] | None, spread: float | None = None, sign: str = "") -> str:
+def _text(column: Value, mean: float, interval: list[float] | None, spread: float | None = None, sign: str = "") -> str:
     """A mean with its standard deviation and interval, where they are known."""
-    _, _, factor, digits = COLUMNS[column]
+    _, _, factor, digits = column
 
     def number(value: float, sign: str = "") -> str:
         # Worst-case sharpness in linf can exceed 1e9.

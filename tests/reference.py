@@ -1,5 +1,6 @@
 """Slow and obvious versions of what the repository computes fast. The tests compare the two."""
 
+import itertools
 import math
 
 import numpy as np
@@ -174,6 +175,46 @@ def ece(probs, labels, bins):
             gap = np.mean([right for right, _ in inside]) - np.mean([confidence for _, confidence in inside])
             total += len(inside) / len(labels) * abs(gap)
     return total
+
+
+def out_of_distribution(scores_in, scores_out, weights_in=None, weights_out=None):
+    """Pair by pair, and threshold by threshold; weights are shares of the images of a kind, times their number."""
+    weights = []
+    for scores, given in ((scores_in, weights_in), (scores_out, weights_out)):
+        given = given or [1] * len(scores)
+        weights.append([weight * len(scores) / sum(given) for weight in given])
+    low, high = (list(zip(*both, strict=True)) for both in zip((scores_in, scores_out), weights, strict=True))
+    auroc = sum(v * w * ((a < b) + (a == b) / 2) for a, v in low for b, w in high) / (len(low) * len(high))
+    aupr, before, fpr95 = 0.0, 0.0, 1.0
+    for threshold in sorted({*scores_in, *scores_out}, reverse=True):
+        false, true = (sum(weight for score, weight in scores if score >= threshold) for scores in (low, high))
+        recall = true / len(high)
+        aupr += (recall - before) * true / (true + false) if true else 0
+        if recall >= 0.95:
+            fpr95 = min(fpr95, false / len(low))
+        before = recall
+    return {"auroc": auroc, "aupr": aupr, "fpr95": fpr95}
+
+
+def risks_over_all_orders(confidence, correct):
+    """The risk at each coverage, mean over all orders of samples whose confidence falls."""
+    orders = [
+        order
+        for order in itertools.permutations(range(len(confidence)))
+        if all(confidence[i] >= confidence[j] for i, j in itertools.pairwise(order))
+    ]
+    risks = [[np.mean([1 - correct[i] for i in order[: n + 1]]) for n in range(len(order))] for order in orders]
+    return np.mean(risks, axis=0)
+
+
+def aurc(confidence, correct, weights):
+    """AURC of samples with weights, none of equal confidence."""
+    order = sorted(range(len(confidence)), key=lambda i: -confidence[i])
+    total = reached = wrong = 0.0
+    for i in order:
+        reached, wrong = reached + weights[i], wrong + weights[i] * (1 - correct[i])
+        total += weights[i] * wrong / reached
+    return total / sum(weights)
 
 
 def cka_by_gram(x, y, debiased):

@@ -202,6 +202,25 @@ def test_choices_on_validation(tmp_path, monkeypatch):
     assert "| deep_ensemble_21 " in (tmp_path / "results" / "validation.md").read_text()
 
 
+def test_members(tmp_path, monkeypatch):
+    """Plain ensembles of more members than the others, and what the others are worth in plain members."""
+    files.write_fashion_mnist(tmp_path / "data" / "fashion-mnist", train=130)
+    places = [word for name in ("runs", "measurements", "results") for word in (f"--{name}", str(tmp_path / name))]
+    words = ["--images", "40", "--validation", "10", "--ensembles", "2", "--plain_members", "4", "--jobs", "1"]
+    words += [*places, *TINY, "--sharpness_flags", FEWER, "--methods", "deep_ensemble,sam"]
+    run(["members", "--data_path", str(tmp_path / "data"), *words], monkeypatch)
+    for name, seeds in (("deep_ensemble_21", [21, 22, 23, 24]), ("sam_21", [21, 22, 23])):
+        assert json.loads((tmp_path / "runs" / name / "args.json").read_text())["seed"] == seeds
+    lines = (tmp_path / "results" / "tables.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| worth of"))
+    (row,) = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[start + 2 : start + 3])
+    assert (row[:3], row[6]) == (["SAM, rho 0.1", "2", "3"], "6.00")
+    assert row[5] == "new ensembles, new images"
+    assert "AUROC %, digits, mutual information" in lines[2]
+    figures = {path.name for path in (tmp_path / "results").glob("*.png")}
+    assert figures == {f"{kind}.png" for kind in ("tradeoff", "ensemble_size", "ood", "reliability")}
+
+
 def test_what_cannot_be(tmp_path, monkeypatch, capsys):
     for words, message in (
         (["nothing"], "preset: expected one of quickstart, digits"),

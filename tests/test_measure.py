@@ -105,13 +105,16 @@ def outputs(paths, images):
     return torch.stack(probs)
 
 
-def values_by_image(probs, labels, temperature):
-    """NLL before and after a temperature, and Brier score, of probabilities [N, C]: [N] each."""
+def values_by_image(members, labels, temperature):
+    """NLL before and after a temperature, Brier score, entropy and mutual information, of [M, N, C]: [N] each."""
+    probs = members.mean(dim=0)
     images, onehot = range(len(labels)), torch.nn.functional.one_hot(labels, probs.shape[1])
     cooled = torch.softmax(probs.log() / temperature, dim=1)
     nll, calibrated = (-p[images, labels].log() for p in (probs, cooled))
     brier = (probs - onehot).square().sum(dim=1)
-    return {"ensemble_nll": nll, "ensemble_nll_calibrated": calibrated, "ensemble_brier": brier}
+    entropy, single = (-(p * p.log()).sum(dim=-1) for p in (probs, members))
+    found = {"ensemble_nll": nll, "ensemble_nll_calibrated": calibrated, "ensemble_brier": brier, "entropy": entropy}
+    return found | {"mutual_information": entropy - single.mean(dim=0)}
 
 
 def test_diversity_equals_the_slow_forms(saved, tmp_path):
@@ -165,8 +168,16 @@ def test_diversity_equals_the_slow_forms(saved, tmp_path):
     differ = sum((predictions[i] != predictions[j]).long() for i, j in itertools.combinations(range(3), 2))
     assert (counts["differing_pairs"] == differ.numpy()).all()
     values = {name: unpack_values(text) for name, text in test["values_of_samples"].items()}
-    expected = values_by_image(mean, labels, result["temperatures"]["ensemble"])
-    assert values.keys() == expected.keys()
+    expected = values_by_image(probs, labels, result["temperatures"]["ensemble"])
+    sizes = [f"ensemble_nll_calibrated_of_{size}" for size in (1, 2)]
+    assert values.keys() == {*expected, "aurc", *sizes}
+    assert values["aurc"].mean() == pytest.approx(test["rates"]["aurc"], rel=1e-3)
+    by_size = test["calibrated_nll_by_size"]
+    members = [row["calibrated"]["nll"] for row in test["members"]]
+    assert by_size["1"] == pytest.approx(np.mean(members), rel=1e-9)
+    assert by_size["3"] == pytest.approx(test["ensemble"]["calibrated"]["nll"], rel=1e-9)
+    for name, size in zip(sizes, "12", strict=True):
+        assert values[name].mean() == pytest.approx(test["calibrated_nll_by_size"][size], rel=1e-3)
     for name, column in expected.items():
         assert values[name] == pytest.approx(column.numpy(), rel=1e-3, abs=1e-4)
         assert test["rates"][name] == pytest.approx(column.mean().item(), rel=1e-5)
@@ -189,6 +200,11 @@ BROKEN = [
     ("metrics", "per_sample", "nll", "ensemble  "),
     ("metrics", "per_sample", "brier", "ensemble  "),
     ("metrics", "expected_calibration_error", None, "ensemble  "),
+    ("metrics", "risk_coverage", "aurc", "AURC of the ensemble"),
+    ("metrics", "risk_coverage", "excess_aurc", "excess AURC"),
+    ("metrics", "predictive_entropy", None, "entropy, nats"),
+    ("metrics", "mutual_information", None, "mutual information, nats"),
+    ("metrics", "out_of_distribution", "auroc", "maximum probability"),
     ("diversity", "disagreement", None, "disagreement"),
     ("diversity", "disagreement_error_ratio", None, "DER"),
     ("diversity", "ensemble_improvement_rate", None, "EIR"),
@@ -307,8 +323,8 @@ def test_corrupted_by_part_severity_and_mean(saved, tmp_path):
     assert again["parts"]["fog-4"]["ensemble"] == one["ensemble"]
     part[5] = "fog"
     again = call("diversity", "--resume", *paths, "--save", tmp_path / "fog", *part)["result"]
-    mean, temperature = torch.stack(outputs_of_fog).mean(dim=0), again["temperatures"]["ensemble"]
-    for name, column in values_by_image(mean, labels, temperature).items():
+    temperature = again["temperatures"]["ensemble"]
+    for name, column in values_by_image(torch.stack(outputs_of_fog), labels, temperature).items():
         found = unpack_values(again["corrupted"]["mean"]["values_of_samples"][name])
         assert found == pytest.approx(column.numpy(), rel=2e-3, abs=1e-3)
     # The file tells which corrupted images these were: others have another digest.

@@ -1,7 +1,9 @@
+import itertools
 import math
 
 import numpy as np
 import pytest
+import sklearn.metrics
 import torch
 from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -10,20 +12,27 @@ import utils.metrics
 from tests import reference
 from utils.metrics import (
     accuracy,
+    aurc_influence,
     bootstrap_counts,
     bootstrap_means,
     calibration_bins,
     calibration_gaps,
     calibration_mse,
+    crossed_interval,
     ensemble_log_probs,
     expected_calibration_error,
     fit_temperature,
     mutual_information,
     negative_log_likelihood,
+    out_of_distribution,
+    out_of_distribution_columns,
+    out_of_distribution_influence,
     paired_bootstrap,
     per_sample,
     percentile_interval,
     predictive_entropy,
+    risk_coverage,
+    t_interval,
     with_temperature,
 )
 
@@ -278,3 +287,160 @@ def test_entropy_and_mutual_information_at_their_ends():
     apart = mutual_information(torch.stack([sure[:1], sure[1:2]]))
     assert apart.item() == pytest.approx(math.log(2), rel=1e-6)
     assert (mutual_information(torch.full((7, 5, 10), 0.1)) >= 0).all()
+
+
+def tied(seed, samples=60, levels=9):
+    """Scores of test images and of others, many of them equal."""
+    random = np.random.default_rng(seed)
+    low, high = random.random(samples) * 0.8, random.random(samples // 2) * 0.7 + 0.3
+    return [torch.from_numpy(np.round(scores * levels) / levels if levels else scores) for scores in (low, high)]
+
+
+@pytest.mark.parametrize("levels", [0, 4, 9, 60])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_out_of_distribution_equals_the_slow_form_and_torchmetrics(levels, seed):
+    torchmetrics = pytest.importorskip("torchmetrics.functional.classification")
+    low, high = tied(seed, levels=levels)
+    found = out_of_distribution(low, high)
+    assert found == pytest.approx(reference.out_of_distribution(low.tolist(), high.tolist()), abs=1e-12)
+    scores, is_out = torch.cat([low, high]), torch.tensor([0] * len(low) + [1] * len(high))
+    torch.set_default_dtype(torch.float64)  # of what torchmetrics divides
+    try:
+        theirs = {
+            "auroc": torchmetrics.binary_auroc(scores, is_out),
+            "aupr": torchmetrics.binary_average_precision(scores, is_out),
+            "fpr95": 1 - torchmetrics.binary_specificity_at_sensitivity(scores, is_out, 0.95)[0],
+        }
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found == pytest.approx({name: value.item() for name, value in theirs.items()}, abs=1e-9)
+
+
+def test_out_of_distribution_at_its_ends():
+    low, high = torch.arange(40.0), torch.arange(20.0)
+    assert out_of_distribution(low, high + 40) == {"auroc": 1, "aupr": 1, "fpr95": 0}
+    nothing = out_of_distribution(torch.zeros(30), torch.zeros(10))  # such as the mutual information of one member
+    assert nothing == {"auroc": 0.5, "aupr": 0.25, "fpr95": 1}
+    assert out_of_distribution(low, low - 100)["auroc"] == 0
+    # 19 of 20 other images are reached at the score of 1, which 5 test images have; for 20 of 20 it takes all.
+    few = torch.tensor([0.0] * 15 + [1.0] * 5)
+    assert out_of_distribution(few, torch.tensor([0.0] + [1.0] * 19))["fpr95"] == 0.25
+    for bad in (torch.zeros(0), torch.tensor([math.nan]), torch.zeros(2, 2), torch.tensor([math.inf, 1])):
+        with pytest.raises(ValueError, match="scores_out: expected one finite number or more"):
+            out_of_distribution(low, bad)
+        with pytest.raises(ValueError, match="confidence: expected one finite number or more"):
+            risk_coverage(bad, torch.ones(len(bad)))
+
+
+@pytest.mark.parametrize("levels", [0, 9])
+def test_influences_are_derivatives_by_weights(levels):
+    low, high = tied(3, samples=24, levels=levels)
+    lists, step = (low.tolist(), high.tolist()), 1e-5
+    found = out_of_distribution_influence(low, high)
+    for kind, i in itertools.product((0, 1), (0, 5, 11)):
+        sides = []
+        for sign in (1, -1):
+            weights = [[1.0] * len(scores) for scores in lists]
+            weights[kind][i] += sign * step
+            sides.append(reference.out_of_distribution(*lists, *weights))
+        for name in ("auroc", "aupr"):  # fpr95 is a step function of the weights
+            derivative = (sides[0][name] - sides[1][name]) / (2 * step)
+            assert found[name][kind][i].item() == pytest.approx(derivative, abs=1e-8), (name, kind, i)
+    assert all(part.sum().item() == pytest.approx(0, abs=1e-12) for both in found.values() for part in both)
+
+
+@pytest.mark.parametrize(("shift", "ratio", "samples"), [(1, 1, 400), (2, 0.5, 1000), (0.5, 1.2, 300)])
+def test_intervals_of_out_of_distribution_cover(shift, ratio, samples):
+    """Normal scores of deviations 1 and `ratio`, whose AUROC and FPR95 are known."""
+    random, draws = np.random.default_rng(0), 300
+    true = {"auroc": stats.norm.cdf(shift / math.hypot(1, ratio))}
+    true["fpr95"] = stats.norm.sf(shift + ratio * stats.norm.ppf(0.05))
+    hits, found = dict.fromkeys(("auroc", "aupr", "fpr95"), 0), []
+    sets = [random.normal(size=(draws, samples)), shift + ratio * random.normal(size=(draws, samples // 2))]
+    sets = [torch.from_numpy(scores) for scores in sets]
+    found = [out_of_distribution(*pair) for pair in zip(*sets, strict=True)]
+    true["aupr"] = np.mean([one["aupr"] for one in found])  # biased a little, of which no interval knows
+    for value, *pair in zip(found, *sets, strict=True):
+        for name, column in out_of_distribution_columns(value, *pair).items():
+            assert column.mean().item() == pytest.approx(value[name], abs=1e-12)
+            low, high = t_interval(column)
+            hits[name] += low <= true[name] <= high
+    for name, count in hits.items():
+        assert stats.binomtest(count, draws, 0.95).pvalue > 1e-3, (name, count)
+
+
+def test_risk_coverage():
+    random = np.random.default_rng(0)
+    for levels in (1, 2, 3):
+        confidence = np.round(random.random(7) * levels)
+        correct = (random.random(7) < 0.6).astype(float)
+        found = risk_coverage(torch.from_numpy(confidence), torch.from_numpy(correct))
+        expected = reference.risks_over_all_orders(confidence, correct)
+        assert found["risk"].numpy() == pytest.approx(expected, abs=1e-12)
+        assert found["aurc"] == pytest.approx(expected.mean(), abs=1e-12)
+        assert found["coverage"].tolist() == pytest.approx([n / 7 for n in range(1, 8)])
+        best = reference.risks_over_all_orders(range(7), sorted(correct)).mean()
+        assert found["excess_aurc"] == pytest.approx(found["aurc"] - best, abs=1e-12)
+    right = torch.tensor([1.0, 1, 1, 0, 0])
+    assert risk_coverage(torch.tensor([5.0, 4, 3, 2, 1]), right)["excess_aurc"] == 0
+    assert risk_coverage(torch.ones(5), right)["aurc"] == pytest.approx(0.4)  # of no order
+    assert risk_coverage(torch.rand(5), torch.ones(5)) | {"coverage": 0, "risk": 0} == {
+        **{"aurc": 0, "excess_aurc": 0},
+        **{"coverage": 0, "risk": 0},
+    }
+    # torch_uncertainty 0.13 says 0.0833 of this (its documentation): by trapezoids between the N risks, not their mean.
+    three = risk_coverage(torch.tensor([0.7, 0.6, 0.8]), torch.tensor([1.0, 0, 1]))
+    trapezoids = sklearn.metrics.auc(three["coverage"], three["risk"]) / (1 - 1 / 3)
+    assert trapezoids == pytest.approx(0.0833, abs=5e-5)
+    assert three["aurc"] == pytest.approx(2 / 3 * trapezoids + (three["risk"][0] + three["risk"][-1]).item() / 2 / 3)
+
+
+@pytest.mark.parametrize("levels", [0, 12])
+def test_influence_on_aurc(levels):
+    random = np.random.default_rng(1)
+    confidence = random.random(200)
+    correct = (random.random(200) < confidence).astype(float)
+    if not levels:
+        influence = aurc_influence(torch.from_numpy(confidence), torch.from_numpy(correct))
+        for i in (0, 17, int(confidence.argmax()), int(confidence.argmin())):
+            sides = []
+            for weight in (1 + 1e-5, 1 - 1e-5):
+                weights = [1.0] * 200
+                weights[i] = weight
+                sides.append(reference.aurc(confidence, correct, weights))
+            assert influence[i].item() == pytest.approx((sides[0] - sides[1]) / 2e-5, abs=1e-8)
+        return
+    confidence = torch.from_numpy(np.round(confidence * levels))
+    correct = torch.from_numpy(correct)
+    influence, drawn = aurc_influence(confidence, correct), []
+    assert influence.sum().item() == pytest.approx(0, abs=1e-12)
+    for _ in range(1000):
+        rows = torch.from_numpy(random.integers(0, 200, 200))
+        drawn.append(risk_coverage(confidence[rows], correct[rows])["aurc"])
+    assert influence.square().sum().sqrt().item() == pytest.approx(np.std(drawn), rel=0.1)
+
+
+@pytest.mark.parametrize(("ensembles", "of_ensemble", "paired"), [(2, 0.1, False), (4, 0.02, False), (4, 0.1, True)])
+def test_crossed_intervals_of_out_of_distribution_cover(ensembles, of_ensemble, paired):
+    """Ensembles and images both random: what ensembles add, what images add, and what both do, to normal scores."""
+    random, draws, hits, truth = np.random.default_rng(0), 150, dict.fromkeys(("auroc", "fpr95"), 0), []
+
+    def drawn(count, n, k):
+        inside, outside = random.normal(size=n), random.normal(1.2, 1, size=k)
+        outside = outside + (0.5 * inside[:k] if paired else 0)
+        pairs = (
+            (inside + random.normal(0, 0.5, n), outside + random.normal(0, 0.5, k) + random.normal(0, of_ensemble))
+            for _ in range(count)
+        )
+        return [tuple(map(torch.from_numpy, pair)) for pair in pairs]
+
+    for _ in range(40):
+        truth += [out_of_distribution(*pair) for pair in drawn(3, 2000, 1000)]
+    for _ in range(draws):
+        pairs = drawn(ensembles, 200, 100)
+        columns = [out_of_distribution_columns(out_of_distribution(*pair), *pair, paired) for pair in pairs]
+        for name in hits:
+            low, high = crossed_interval(torch.stack([column[name] for column in columns]))
+            hits[name] += low <= np.mean([one[name] for one in truth]) <= high
+    for name, count in hits.items():
+        assert count >= stats.binom.ppf(1e-3, draws, 0.95), (name, count)

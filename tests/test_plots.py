@@ -175,7 +175,7 @@ def drawn_well(one, panels):
         assert axis.get_legend() is None
         shared = axis.get_shared_y_axes().joined(axis, axes[0])
         first = axes[0] if shared else axis
-        words = first.get_yticklabels()[0].get_text().startswith("members")
+        words = "".join(tick.get_text() for tick in first.get_yticklabels()[:1]).startswith("members")
         alike = axis.get_subplotspec().colspan.start > 0 and not axis.get_ylabel()
         assert words or alike or "[" in first.get_ylabel()
         assert "[" in axis.get_xlabel() or not axis.get_subplotspec().is_last_row() or axis.patches

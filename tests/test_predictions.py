@@ -11,6 +11,8 @@ import measure_diversity
 import measure_diversity_variance
 import measure_sharpness
 import utils.landscape
+import utils.metrics
+import utils.ood
 import utils.predictions
 import utils.training
 from models import create_model
@@ -21,13 +23,26 @@ from tests.test_plots import SAM, make_run
 from utils import InputError
 from utils.data import ImageSet, Preprocessing
 from utils.files import load_json, write_json
-from utils.predictions import FROM_LOGITS, VERSIONS
+from utils.kept import FROM_LOGITS, VERSIONS
 
 # By kind: the version that made these values, and the values. Where a change of the code turns one red, raise the
-# version in utils.predictions.VERSIONS and here, and put the new values in: what users have kept is then made anew.
+# version in utils.kept.VERSIONS and here, and put the new values in: what users have kept is then made anew.
 GOLDEN = {
     "logits": (1, [-0.9752219, 8.624287, -3.611703, 16.18901]),
-    "predict": (2, [0.1, 1.310314, 0.8016208, 0.3800999, 0.1095258, 1.10043, 0.2342431, 1.586411, 1.272719, 1.560766]),
+    "predict": (
+        3,
+        [
+            *(0.99, 1.069151, 0.09013507, 0.2828968, 1.0, 0.0, 0.3342431, 0.0, 0.0, 0.0),
+            *(0.1, 1.310314, 0.8016208, 0.3800999, 0.1095258, 1.10043, 0.2342431, 1.586411, 1.272719, 1.560766),
+        ],
+    ),
+    "ood": (
+        1,
+        [
+            *(0.7166667, 0.6992063, 0.8, 0.6666667, 0.6717593, 1.0, 0.4333333, 0.4233059, 1.0),
+            *(0.8333333, 0.7867424, 0.5, 0.5285568, 1.0),
+        ],
+    ),
     "disagreement": (1, [0.7333333, 1.0, -0.2272727, 0.08018228]),
     "KL": (1, [0.296763, 0.06821408]),
     "CKA": (2, [-0.1534791, 0.09294971, -0.1010724, 0.05847727]),
@@ -86,8 +101,11 @@ def diversity(mode):
     found = {"test": measure_diversity.PartResult(row, columns, measure_diversity.resample(1, columns, gaps))}
     found = measure_diversity.summarize([part], found, len(logits))
     ensemble = found.get("ensemble", {})
+    reliability = found.get("reliability", {}).get("after", {})
     return {
         "predict": lambda: [
+            *(found["rates"][name] for name in ("aurc", "entropy", "mutual_information")),
+            *(found["excess_aurc"], found["risk_at_percent"][49], *reliability["confidence"]),
             *(ensemble[name] for name in ("accuracy", "nll", "brier", "ece", "calibration_mse")),
             *(ensemble["calibrated"][name] for name in ("nll", "ece")),
             *(member["nll"] for member in found["members"]),
@@ -99,6 +117,17 @@ def diversity(mode):
         "KL": lambda: [found["kl"]["mean"], found["jensen_shannon"]["mean"]],
         "CKA": lambda: [found["cka"][of][form]["mean"] for of in found["cka"] for form in ("debiased", "biased")],
     }[mode]()
+
+
+def out_of_distribution():
+    """The ten images against the negatives of the first six."""
+    logits, negatives = logits_of_three(), images()
+    negatives.images = 255 - negatives.images
+    others = torch.stack([utils.training.predict(network(seed), negatives)[0][:6] for seed in (1, 2, 3)])
+    both = [utils.ood.scores(one, "probs") for one in (logits, others)]
+    found = utils.ood.summarize([utils.ood.compare(*both, utils.ood.largest_scores(3, 3), False)], {})
+    numbers = [found["scores"][score][name] for score in utils.metrics.OOD_SCORES for name in utils.metrics.OOD_METRICS]
+    return [*numbers, *found["intervals_95"]["energy"]["aupr"]]
 
 
 def sharpness(mode):
@@ -125,6 +154,8 @@ def landscape(kind):
 def numbers_of(kind):
     if kind == "logits":
         return logits_of_a_resnet()
+    if kind == "ood":
+        return out_of_distribution()
     if kind.startswith("variance"):
         return [*measure_diversity_variance.decompose(logits_of_three(), images().labels, {kind}).values()]
     measured = diversity if kind in FROM_LOGITS else landscape if kind in ("along", "top", "between") else sharpness

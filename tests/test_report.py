@@ -15,8 +15,8 @@ from scripts import experiment, report, summarize
 from tests.test_ensemble import ROOT
 from tests.test_summarize import SAM, write
 from utils import cli
-from utils.metrics import crossed_interval
-from utils.results import METHODS, Ensemble, gap_between, interval_of, p_value_of
+from utils.metrics import OOD_SCORES, crossed_interval
+from utils.results import METHODS, Ensemble, gap_between, interval_of, ood_name, p_value_of
 
 
 def test_p_value():
@@ -312,6 +312,38 @@ def test_table_of_corruptions():
     for ensemble in measured["sam"].values():
         ensemble.content["result"] = {}
     assert report.by_corruption(measured) == []
+
+
+def test_table_of_uncertainty():
+    """AUROC beside disagreement and sharpness; no table without other data."""
+    measured = {method: {} for method in ("deep_ensemble", "sam", "sharpbalance", "sharpbalance_paper", "random")}
+    sets = {"noise": 0.9, "digits": 0.7}
+    for i, method in enumerate(measured):
+        for seeds, shift in (("11", 0.0), ("21", 0.02)):
+            content = {"result": {"test": {"ood": sets}}}
+            ensemble = measured[method][seeds] = Ensemble(Path(), method, (11,), content=content)
+            ensemble.values = {"sharpness": 2.0 - i / 10 + shift, "disagreement": 0.2 + shift}
+            for of, value in sets.items():
+                for score in OOD_SCORES:
+                    column = torch.linspace(-0.1, 0.1, 40) + value + shift + i / 100
+                    name = ood_name(of, score, "auroc")
+                    ensemble.values[name], ensemble.by_sample[name] = column.mean().item(), column
+    text, table = report.uncertainty(measured)
+    assert text.startswith("What flatness does to uncertainty")
+    header, _, *rows = map(squeezed, table.splitlines())
+    assert re.findall(r"[^|]+", header)[1:] == [f" {name} " for name in report.NAMES.values()]
+    assert rows[0].startswith("| sharpness (worst, l2) | 2.0100 [1.8829, 2.1371] | 1.9100 [")
+    assert rows[1].startswith("| disagreement % | 21.00 [")
+    assert [row.split("|")[1].strip() for row in rows[2:]] == [
+        f"AUROC %, {of}, {score}" for of in sets for score in OOD_SCORES.values()
+    ]
+    low, high = crossed_interval(
+        torch.stack([one.by_sample["auroc energy digits"] for one in measured["sam"].values()])
+    )
+    assert f"| 72.00 [{100 * low:.2f}, {100 * high:.2f}] |" in rows[-1]
+    for ensemble in measured["sam"].values():
+        ensemble.values = {"sharpness": 1.0}
+    assert report.uncertainty(measured) == []
 
 
 def test_the_report_in_the_repository_is_that_of_its_result_files(tmp_path):

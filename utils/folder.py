@@ -137,6 +137,33 @@ def read_images(path: Path, size: int, processes: int) -> Images:
     return Images(classes, pixels, labels, rows, records, unreadable)
 
 
+def read_unlabelled(path: Path, size: int, processes: int) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
+    """The images of a folder of any form, decoded as by `read_images`: of one with train/ and test/ those of test/.
+
+    Returns:
+        uint8 [F, S, S, 3], the memory map of all files; the rows of those that could be read; and why others could not.
+
+    Raises:
+        InputError: naming the folder: missing, or without images.
+    """
+    try:
+        images = read_images(path, size, processes)
+        return images.pixels, images.parts["" if "" in images.parts else "test"], images.unreadable
+    except InputError:
+        if not path.is_dir():
+            raise
+    # Of no classes, such as images alone.
+    files = [file for file in _files(path, "", ()) if Path(file[0]).suffix.lower() not in (".npy", ".json", ".txt")]
+    pixels, records, unreadable = _decoded(path, files, size, processes) if files else (None, None, {})
+    rows = np.flatnonzero(records["done"] == 1) if files else np.zeros(0)
+    if not len(rows):
+        some = next(iter(unreadable.items()), ("", "it holds no such files"))
+        raise InputError(
+            f"--data_path {path}: expected images, found none that can be read ({': '.join(some).strip(': ')})"
+        )
+    return pixels, rows, unreadable
+
+
 def draw_parts(labels: np.ndarray, digests: np.ndarray) -> dict[str, np.ndarray]:
     """The sorted indices of training, validation and test images, drawn class by class from a fixed seed.
 

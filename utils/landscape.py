@@ -25,8 +25,9 @@ from utils.datasets import load_data
 from utils.distributed import start_device
 from utils.files import load_array, read_json, write_json
 from utils.hessian import full_float32, to_float64, top_eigenpairs
+from utils.kept import made_by, why_stale
 from utils.partition import PARTITION_RULE
-from utils.predictions import load_members, made_by, why_stale
+from utils.predictions import load_members
 from utils.results import Ensemble, check_alike, method_of, read_run, setting_of
 from utils.run import current_settings, environment, find_checkpoints
 

@@ -16,6 +16,10 @@ import scipy  # its submodules are loaded when they are used: scipy.stats alone 
 import torch
 from torch import Tensor
 
+# The scores that tell other data from test images, and what is said of each, by their names in a result.
+OOD_SCORES = {"max_probability": "maximum probability", "entropy": "entropy"}
+OOD_SCORES |= {"mutual_information": "mutual information", "energy": "energy"}
+OOD_METRICS = {"auroc": "AUROC", "aupr": "AUPR", "fpr95": "FPR95"}
 SMALLEST = 1e-100  # avoids 0 / 0
 MAX_KEPT = 2**24  # bytes of the counts of resamples that are kept
 MAX_COUNTS = 2**24  # bytes of unpacked counts: a text may hold a thousand times its own size
@@ -160,6 +164,29 @@ def calibration_mse(
     return square, [max((b + sign * root) / (2 * a), 0.0) for sign in (-1, 1)]
 
 
+def reliability(columns: dict[str, Tensor], n_bins: int) -> dict[str, list[float]]:
+    """The reliability diagram: sums over each bin of `expected_calibration_error`, divided by the number of samples.
+
+    So divided, their means over parts are those of all samples.
+
+    Args:
+        columns: of `per_sample`, [N] each.
+        n_bins: number of bins.
+
+    Returns:
+        `share`, `correct` and `confidence`, [n_bins] each: of samples, of right ones, of their confidences. Accuracy
+        and mean confidence of a bin are the latter two divided by its share.
+
+    Source: Niculescu-Mizil and Caruana, ICML 2005; Guo et al., ICML 2017.
+    """
+    bins, samples = calibration_bins(columns["confidence"], n_bins), len(columns["confidence"])
+    parts = {"share": torch.ones(samples), "correct": columns["correct"], "confidence": columns["confidence"]}
+    return {
+        name: (torch.zeros(n_bins, dtype=torch.float64).index_add_(0, bins, part.double()) / samples).tolist()
+        for name, part in parts.items()
+    }
+
+
 def calibration_gaps(columns: dict[str, Tensor], n_bins: int) -> Tensor:
     """Of each sample, correct less confidence in the column of its bin: [N, n_bins].
 
@@ -217,6 +244,154 @@ def with_temperature(log_probs: Tensor, temperature: float) -> Tensor:
     return torch.log_softmax(log_probs.double() / temperature, dim=1)
 
 
+def out_of_distribution(scores_in: Tensor, scores_out: Tensor) -> dict[str, float]:
+    """How well a score tells images of other data, which are the positive class, from test images.
+
+    Args:
+        scores_in: of the test images, [N]; higher stands for out of distribution.
+        scores_out: of the images of other data, [K].
+
+    Returns:
+        `auroc`, the probability that the score of another image is above that of a test image, equal ones counting
+        half; `aupr`, the average precision, sum_t (R_t - R_(t-1)) P_t over falling thresholds t, K / (N + K) for a
+        score that says nothing; `fpr95`, the smallest share of the test images at or above a threshold that 95 % or
+        more of the other images reach. All are from 0 to 1. Equal scores share a threshold: no order among them counts.
+
+    Raises:
+        ValueError: for no scores, or some that are not finite.
+
+    Source: Hendrycks and Gimpel, ICLR 2017; Hendrycks, Mazeika and Dietterich, "Deep anomaly detection with outlier
+    exposure", ICLR 2019, where other data are the positive class too (in others, such as ODIN, test images are).
+    """
+    from sklearn import metrics  # whose import takes more than a second
+
+    inside, outside = (_finite(*named) for named in (("scores_in", scores_in), ("scores_out", scores_out)))
+    scores, is_out = np.concatenate([inside, outside]), np.repeat([0, 1], [len(inside), len(outside)])
+    false, true, _ = metrics.roc_curve(is_out, scores, drop_intermediate=False)
+    return {
+        "auroc": float(metrics.auc(false, true)),
+        "aupr": min(float(metrics.average_precision_score(is_out, scores)), 1.0),  # which rounding can exceed
+        "fpr95": float(false[true >= 0.95].min()),
+    }
+
+
+def out_of_distribution_influence(scores_in: Tensor, scores_out: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """By how much each image moves the numbers of `out_of_distribution`, to first order: float64 [N] and [K] of each.
+
+    The derivative of the number by the image's weight among its own kind; both sum to 0. The sum of their squares is
+    the variance of the number over new images: of `auroc` DeLong's, up to (N - 1) / N. `fpr95` moves with the slope of
+    the ROC curve there, which is taken between 1.96 standard errors of 0.95 to either side.
+
+    Source: DeLong, DeLong and Clarke-Pearson, Biometrics 1988; Efron, "The jackknife, the bootstrap and other
+    resampling plans", 1982, chapter 6; of quantiles, McKean and Schrader, Communications in Statistics 1984.
+    """
+    inside, outside = (_finite(*named) for named in (("scores_in", scores_in), ("scores_out", scores_out)))
+    low, high, n, k = np.sort(inside), np.sort(outside), len(inside), len(outside)
+
+    def ranks(values: np.ndarray, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.searchsorted(among, values, "left"), np.searchsorted(among, values, "right")
+
+    below_in, below_out = (sum(ranks(*pair)) / 2 for pair in ((outside, low), (inside, high)))
+    found = {"auroc": ((1 - below_out / k) / n, below_in / n / k)}
+
+    # Of each other image: how many of both kinds reach its score; their derivatives are summed over lower thresholds.
+    true, false = k - ranks(high, high)[0], n - ranks(high, low)[0]
+    lost, gained = (np.append(0, np.cumsum(part / (true + false) ** 2)) / k for part in (true, false))
+    precision = (true / (true + false))[ranks(outside, high)[0]]
+    found["aupr"] = (-lost[ranks(inside, high)[1]], precision / k + gained[ranks(outside, high)[1]])
+
+    step = 1.96 * math.sqrt(0.95 * 0.05 / k)
+    shares = [max(0.95 - step, 0.0), 0.95, min(0.95 + step, 1.0)]
+    edges = [high[k - max(math.ceil(share * k - 1e-9), 1)] for share in shares]  # which these shares reach
+    fewer, _, more = (np.mean(inside >= edge) for edge in edges)
+    slope = (more - fewer) / (shares[2] - shares[0])
+    found["fpr95"] = ((inside >= edges[1]) / n, -slope * (outside >= edges[1]) / k)
+    return {
+        name: tuple(torch.from_numpy(part - part.mean()) for part in map(np.asarray, both))
+        for name, both in found.items()
+    }
+
+
+def out_of_distribution_columns(
+    values: dict[str, float], scores_in: Tensor, scores_out: Tensor, paired: bool = False
+) -> dict[str, Tensor]:
+    """Columns by image whose means are the numbers of `out_of_distribution`, and the intervals of these means theirs.
+
+    Args:
+        values: of `out_of_distribution` for these scores.
+        scores_in, scores_out: [N] and [K].
+        paired: the other images are copies of the first K test images, one image in two forms.
+
+    Returns:
+        float64 [N + K] of each number, the test images first; [N] if paired.
+    """
+    columns = {}
+    for name, (inside, outside) in out_of_distribution_influence(scores_in, scores_out).items():
+        moves = torch.cat([inside, outside])
+        if paired:
+            moves = inside.clone()
+            moves[: len(outside)] += outside
+        columns[name] = values[name] + len(moves) * moves
+    return columns
+
+
+def _finite(name: str, scores: Tensor) -> np.ndarray:
+    values = torch.as_tensor(scores).double().numpy()
+    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+        raise ValueError(f"{name}: expected one finite number or more in a row, got {list(values.shape)}")
+    return values
+
+
+def risk_coverage(confidence: Tensor, correct: Tensor) -> dict[str, Any]:
+    """The error among the most confident part of the samples, against the size of that part.
+
+    The risk at coverage i / N is the share of errors among the i most confident samples. Among samples of equal
+    confidence no order is known: it is the expected one over all of them, so that a group of g of which e are wrong
+    counts e / g errors for each. AURC is the mean of the N risks; the excess is what it has above the least possible of
+    as many errors, where these come last: 0 for a confidence that separates right from wrong.
+
+    Args:
+        confidence: of the prediction, [N]; only its order matters.
+        correct: 1 where the prediction is right, else 0, [N].
+
+    Returns:
+        `aurc`, 0 to 1; `excess_aurc`; `coverage` and `risk`, float64 [N].
+
+    Raises:
+        ValueError: for no samples, or a confidence that is not finite.
+
+    Source: Geifman and El-Yaniv, "Selective classification for deep neural networks", NeurIPS 2017; Geifman, Uziel and
+    El-Yaniv, "Bias-reduced uncertainty estimation for deep neural classifiers", ICLR 2019 (AURC and excess AURC).
+    """
+    confidence, wrong = _finite("confidence", confidence), 1 - _finite("correct", correct)
+    order = np.argsort(-confidence, kind="stable")
+    _, group, sizes = np.unique(-confidence, return_inverse=True, return_counts=True)
+    expected = (np.bincount(group, wrong) / sizes)[group[order]]
+    count = np.arange(1, len(wrong) + 1)
+    risk = np.cumsum(expected) / count
+    least = np.maximum(count - (len(wrong) - wrong.sum()), 0) / count
+    aurc = float(risk.mean())
+    whole = {"coverage": torch.from_numpy(count / len(wrong)), "risk": torch.from_numpy(risk)}
+    return {"aurc": aurc, "excess_aurc": max(aurc - float(least.mean()), 0.0), **whole}
+
+
+def aurc_influence(confidence: Tensor, correct: Tensor) -> Tensor:
+    """By how much each sample moves the AURC of `risk_coverage`, to first order: float64 [N], whose sum is 0.
+
+    The derivative by the sample's weight, as of `out_of_distribution_influence`; a sample among g of equal confidence
+    is at the place of each of them with probability 1 / g.
+    """
+    confidence, wrong = _finite("confidence", confidence), 1 - _finite("correct", correct)
+    risk = risk_coverage(torch.from_numpy(confidence), torch.from_numpy(1 - wrong))["risk"].numpy()
+    order, count = np.argsort(-confidence, kind="stable"), np.arange(1, len(wrong) + 1)
+    _, group, sizes = np.unique(-confidence, return_inverse=True, return_counts=True)
+    # A sample at place i adds (wrong - risk_j) / j to each risk_j from there on.
+    ones, risks = (np.cumsum((part / count)[::-1])[::-1] for part in (np.ones_like(risk), risk))
+    at, ones, risks = (np.bincount(group[order], part) / sizes for part in (risk, ones, risks))
+    moves = (at[group] + wrong * ones[group] - risks[group]) / len(wrong)
+    return torch.from_numpy(moves - moves.mean())
+
+
 def bootstrap_means(values: Tensor, draws: int, seed: int = 0) -> Tensor:
     """Means over resamples of the samples with replacement: [N, ...] -> float64 [B, ...].
 
@@ -271,11 +446,11 @@ def paired_bootstrap(difference: Tensor, level: float = 0.95, draws: int = 2000,
     return percentile_interval(bootstrap_means(difference, draws, seed), level)
 
 
-def t_interval(values: Sequence[float], level: float = 0.95) -> list[float] | None:
+def t_interval(values: Sequence[float] | Tensor, level: float = 0.95) -> list[float] | None:
     """Student's interval of the mean of independent values; None for fewer than two."""
     if len(values) < 2:
         return None
-    return _interval(torch.tensor(values, dtype=torch.float64), level)
+    return _interval(torch.as_tensor(values, dtype=torch.float64), level)
 
 
 def crossed_interval(values: Tensor, level: float = 0.95) -> list[float]:

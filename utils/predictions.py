@@ -28,48 +28,26 @@ from utils.checkpoint import NETWORK, load_model
 from utils.data import Data, ImageSet
 from utils.datasets import DATASETS, NAMES, check_corrupted, find_corrupted, load_data, read_corrupted
 from utils.distributed import default_jobs, default_threads, start_device
-from utils.files import array_of, json_text, load_json, parse_json, write_atomically, write_json
-from utils.run import CHECKPOINTS, FREE_SETTINGS, environment, find_checkpoints, read_settings, relative_paths, run_of
+from utils.files import array_of, parse_json, write_atomically, write_json
+from utils.kept import Keep, keep_modes, made_by, read_entry, why_stale, with_earlier
+from utils.run import (
+    CHECKPOINTS,
+    FREE_SETTINGS,
+    environment,
+    find_checkpoints,
+    read_settings,
+    relative_paths,
+    run_of,
+    training_passes,
+)
 from utils.training import predict
 
 Progress = Callable[[int], object]  # called with the number of images that are done
-# The result with what an earlier content of its file has beside it, from both contents; or why it replaces that.
-Keep = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any] | str]
 INPUTS = ("classes", "mean", "std")  # what a checkpoint holds of its images, besides their size
 NAMED = "named one by one"  # the value of "checkpoint" for files that are of no kind of `CHECKPOINTS`
 # Bytes that a process takes while it measures: before, and for each weight. They are a rough upper end.
 MEMORY_OF_PROCESS, MEMORY_OF_WEIGHT = 5e8, 60
 RESULT_FILES = ("diversity.json", "variance.json", "sharpness.json")
-LISTS = ("mode", "split", "norms")  # of what is measured: options that do not change a value
-VALUE_OPTIONS = ("average", "bins", "bootstrap", "corruptions", "severities")  # that do
-# By the kind of a kept number, the version of the code that makes it. Whoever changes such numbers raises it, so that
-# what was kept before is made anew. tests/test_predictions.py holds values of each.
-VERSIONS = {
-    "logits": 1,
-    **{"predict": 2, "disagreement": 1, "KL": 1, "CKA": 2, "variance": 2, "variance_mse": 1, "variance_mse_c": 1},
-    **{"APGD_worst": 1, "APGD_average": 2, "hessian_t": 1, "hessian_e": 1, "fisher": 1, "NTK": 1},
-    **{"along": 1, "top": 1, "between": 1},  # curves of a landscape
-}
-FROM_LOGITS = ("predict", "disagreement", "KL", "CKA", "variance", "variance_mse", "variance_mse_c")
-
-
-def made_by(kind: str, environment: dict[str, Any]) -> dict[str, Any]:
-    """What a kept number carries: the versions that it depends on, and device and commit of an environment."""
-    kinds = ("logits", kind) if kind in FROM_LOGITS else (kind,)
-    return {"versions": {k: VERSIONS[k] for k in kinds}, **{k: environment[k] for k in ("device", "commit")}}
-
-
-def why_stale(kind: str, record: Any, environment: dict[str, Any]) -> str | None:
-    """Why a kept number with this record of `made_by` has to be made anew here, as the end of a sentence; else None."""
-    if kind not in VERSIONS:
-        return f"by a version whose {kind!s:.20} is not known here"
-    here = made_by(kind, environment)
-    if not isinstance(record, dict) or not isinstance(record.get("versions"), dict) or "device" not in record:
-        return f"by a version of {kind} that is not recorded"
-    for name, version in here["versions"].items():
-        if record["versions"].get(name) != version:
-            return f"by version {record['versions'].get(name)!s:.20} of {name}, which is now {version}"
-    return None if record["device"] == here["device"] else f"on another device ({record['device']!s:.40})"
 
 
 @dataclass
@@ -153,7 +131,7 @@ def trained_settings(paths: list[Path]) -> dict[str, Any] | None:
     known = {}
     for run in runs.values():
         known[run] = {name: value for name, value in read_settings(run).items() if name not in FREE_SETTINGS}
-        digest = _read(run / "environment.json", "data", "sha256_of_arrays_and_split")
+        digest = read_entry(run / "environment.json", "data", "sha256_of_arrays_and_split")
         known[run] |= {} if digest is None else {"digest of images and split": digest}
     if not runs:
         return None
@@ -171,33 +149,6 @@ def trained_settings(paths: list[Path]) -> dict[str, Any] | None:
     settings.pop("digest of images and split", None)
     seeds = [seed for one in known.values() for seed in one["seed"]]
     return settings | {"seed": seeds} if len(runs) == len(paths) else None
-
-
-def _read(path: Path, *keys: str) -> Any:
-    """What a JSON file holds at these keys; None where it is missing, damaged or holds nothing there."""
-    try:
-        content = load_json(path)
-        for key in keys:
-            content = content[key]
-        return content
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-
-
-def keep_modes(before: dict[str, Any], content: dict[str, Any]) -> dict[str, Any] | str:
-    """The result with the values of other modes and splits of an earlier call, if it measured alike; else why not."""
-
-    def merged(old: Any, new: Any) -> Any:
-        if not (isinstance(old, dict) and isinstance(new, dict)):
-            return new
-        return old | {name: merged(old.get(name), value) for name, value in new.items()}
-
-    if any(before["protocol"].get(name) != content["protocol"].get(name) for name in VALUE_OPTIONS):
-        return "by other options"
-    # Earlier versions recorded nothing.
-    made = before.get("made_by") or {"": dict.fromkeys(content["protocol"]["mode"])}
-    stale = [why_stale(mode, one, content["environment"]) for by in made.values() for mode, one in by.items()]
-    return next(filter(None, stale), None) or merged(before["result"], content["result"])
 
 
 @dataclass
@@ -478,10 +429,15 @@ class Measurement:
         """The parts of a split; the bar counts them in."""
         if split not in self._parts:
             s = self.settings
-            self._parts[split] = parts_of(self.data, s.data_path, split, s.corruptions, s.severities)
+            parts = parts_of(self.data, s.data_path, split, s.corruptions, s.severities)
             images = len(getattr(self.data, "test" if split == "corrupted" else split))
-            self.bar.total = (self.bar.total or 0) + images * len(self._parts[split]) * len(self.members)
+            self.add_parts(split, parts, images * len(parts))
         return self._parts[split]
+
+    def add_parts(self, split: str, parts: list[Part], images: int) -> None:
+        """Name parts of so many images together, of other data too; the bar counts them in."""
+        self._parts[split] = parts
+        self.bar.total = (self.bar.total or 0) + images * len(self.members)
 
     def predict(self, splits: list[str]) -> None:
         """Make the logits that are not kept, members and parts side by side."""
@@ -520,7 +476,7 @@ class Measurement:
         save, mine = self.settings.save, {_place(member.path) for member in self.members}
         digests = {member.digest for member in self.members}
         for name in RESULT_FILES:
-            members = _read(save / name, "members")
+            members = read_entry(save / name, "members")
             found = [row for row in members if isinstance(row, dict)] if isinstance(members, list) else []
             theirs = {_place(Path(str(row.get("path")))) for row in found}
             if found and not mine & theirs and not digests & {row.get("sha256_of_weights") for row in found}:
@@ -550,6 +506,7 @@ class Measurement:
             "members": [member.describe() for member in self.members],
             "network": self.members[0].network,
             "trained": self.trained,
+            "passes": training_passes([member.path for member in self.members]),
             "data": data,
             "protocol": protocol,
             "environment": self.environment,
@@ -557,47 +514,18 @@ class Measurement:
         }
         if made := {split: self._made_by(split, options["mode"]) for split in result if split in self._parts}:
             content["made_by"] = made
-        write_json(path, _with_earlier(path, content, keep))
+        write_json(path, with_earlier(path, content, keep))
         return path
 
     def _made_by(self, split: str, modes: list[str]) -> dict[str, Any]:
         """By mode, what made its numbers of a split; the logits may come from an earlier commit."""
-        commits = [commit for part in self._parts[split] for commit in self.predictions.commits[part.name]]
-        logits = {"commits_of_logits": list(dict.fromkeys(commits))}
-        return {mode: made_by(mode, self.environment) | logits for mode in modes}
 
+        def commits(parts: list[Part]) -> list[str | None]:
+            found = [commit for part in parts for commit in self.predictions.commits[part.name]]
+            return list(dict.fromkeys(found))
 
-def _with_earlier(path: Path, content: dict[str, Any], keep: Keep) -> dict[str, Any]:
-    """The content of a result file with the results of earlier calls, which the file holds now, and their commands."""
-    before, content = _read(path), parse_json(json_text(content))
-    try:
-        weights = [[row["sha256_of_weights"] for row in one["members"]] for one in (before, content)]
-        known = [{k: v for k, v in one["data"].items() if k.startswith("sha256")} for one in (before, content)]
-        corrupted, replaced = known[0].get("sha256_of_corrupted"), None
-        if weights[0] != weights[1]:
-            replaced = "of other weights"
-        elif any(known[0].get(name, value) != value for name, value in known[1].items()):
-            replaced = "on other images"
-        elif isinstance(result := keep(before, content), str):
-            replaced = result
-        if replaced:
-            print(f"note: {path}: replaces what was measured {replaced}", file=sys.stderr)
-        if replaced or result == content["result"]:
-            return content
-        if made := before.get("made_by", {}):
-            here = content["made_by"]
-            content["made_by"] = {split: made.get(split, {}) | here.get(split, {}) for split in made | here}
-        calls = [*before.get("earlier", []), {key: before[key] for key in ("command", "environment")}]
-        for name in LISTS:
-            old, new = before["protocol"].get(name), content["protocol"].get(name)
-            if isinstance(old, list) and isinstance(new, list):
-                content["protocol"][name] = list(dict.fromkeys([*old, *new]))
-    except (AttributeError, LookupError, TypeError):
-        return content  # there is none, or it is damaged
-    if corrupted is not None:
-        content["data"]["sha256_of_corrupted"] = corrupted
-    earlier = [call for call in calls if call["command"] != content["command"]]
-    return content | {"result": result} | ({"earlier": earlier} if earlier else {})
+        parts = {mode: self._parts[split] + (self._parts["ood"] if mode == "ood" else []) for mode in modes}
+        return {m: made_by(m, self.environment) | {"commits_of_logits": commits(of)} for m, of in parts.items()}
 
 
 def _place(path: Path) -> Path:

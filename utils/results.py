@@ -1,5 +1,6 @@
 """Result files and run folders as ensembles: read them, name their methods, check that they compare, group them."""
 
+import itertools
 import json
 import math
 import statistics
@@ -13,7 +14,15 @@ import torch
 
 from utils import InputError, first_line, metrics, printable, some
 from utils.files import load_json, read_json, write_json
-from utils.metrics import crossed_interval, paired_bootstrap, t_interval, unpack_counts, unpack_values
+from utils.metrics import (
+    OOD_METRICS,
+    OOD_SCORES,
+    crossed_interval,
+    paired_bootstrap,
+    t_interval,
+    unpack_counts,
+    unpack_values,
+)
 from utils.run import CHECKPOINTS, FREE_SETTINGS, current_settings, read_settings
 
 
@@ -64,7 +73,11 @@ VALUES = {
     "ece": Value("ensemble_ece", "ensemble ECE %", 100, 2),
     "ece_calibrated": Value("ensemble_ece_calibrated", "ensemble ECE %, calibrated", 100, 2),
     "rmsce": Value("ensemble_rmsce", "ensemble RMSCE %", 100, 2),
+    "aurc": Value("aurc", "AURC %", 100, 3),
+    "entropy": Value("entropy", "entropy, nats", 1, 4),
+    "mutual_information": Value("mutual_information", "mutual information, nats", 1, 4),
 }
+OF_SIZE = "ensemble_nll_calibrated_of_"  # of fewer members, by image; the number follows
 # Values in sharpness.json, means over members.
 SHARPNESS = {
     "sharpness": Value("APGD_worst-l2", "sharpness (worst, l2)", 1, 4),
@@ -214,6 +227,11 @@ def _add_part(ensemble: Ensemble, row: dict[str, Any], prefix: str = "") -> None
     for name, (key, *_) in VALUES.items():
         if key in row.get("values_of_samples", {}):
             by_sample[name] = torch.from_numpy(unpack_values(row["values_of_samples"][key]))
+    for key, text in row.get("values_of_samples", {}).items():
+        if key.startswith(OF_SIZE):
+            by_sample[key.removeprefix("ensemble_")] = torch.from_numpy(unpack_values(text))
+    if "aurc" in by_sample:
+        by_sample["aurc"] = _centred(by_sample["aurc"], known["aurc"])
     if {"member", "ensemble"} <= by_sample.keys():
         by_sample["gain"] = by_sample["ensemble"] - by_sample["member"]
         wrong = 1 - by_sample["member"]
@@ -225,6 +243,32 @@ def _add_part(ensemble: Ensemble, row: dict[str, Any], prefix: str = "") -> None
         ensemble.values[prefix + name] = known.get(key)
         ensemble.intervals[prefix + name] = row["intervals_95"].get(key)
     ensemble.by_sample |= {prefix + name: column for name, column in by_sample.items()}
+    for of, found in row.get("ood", {}).items():
+        for score, metric in itertools.product(OOD_SCORES, OOD_METRICS):
+            name, value = ood_name(of, score, metric), found["scores"][score][metric]
+            column = torch.from_numpy(unpack_values(found["values_of_samples"][score][metric]))
+            ensemble.values[name], ensemble.by_sample[name] = value, _centred(column, value)
+            ensemble.intervals[name] = found["intervals_95"][score][metric]
+
+
+def _centred(column: torch.Tensor, mean: float) -> torch.Tensor:
+    """A column of which only the deviations from its mean are kept exactly, with its mean."""
+    return column + (mean - column.mean())
+
+
+def ood_name(of: str, score: str, metric: str) -> str:
+    """The name in `Ensemble.values` of how well a score tells a set of other data from the test images."""
+    return f"{metric} {score} {of}"
+
+
+def ood_values(ensembles: list[Ensemble], metric: str = "auroc") -> dict[str, Value]:
+    """The columns of tables of all sets of other data that were measured, by their names in `Ensemble.values`."""
+    sets = dict.fromkeys(of for one in ensembles for of in one.content["result"]["test"].get("ood", {}))
+    return {
+        ood_name(of, score, metric): Value("", f"{OOD_METRICS[metric]} %, {of}, {text}", 100, 2)
+        for of in sets
+        for score, text in OOD_SCORES.items()
+    }
 
 
 def _add_sharpness(ensemble: Ensemble) -> None:
@@ -418,6 +462,8 @@ def _facts(ensemble: Ensemble, settings: dict[str, Any]) -> dict[str, Any]:
         "data": content["data"]["sha256_of_arrays_and_split"],
         "network": "{model} of width {width}".format(**content["network"]),
     }
+    for of, found in content.get("result", {}).get("test", {}).get("ood", {}).items():
+        facts[f"the images of --ood {of}"] = found.get("sha256_of_images", UNKNOWN)
     corrupted, digest = content.get("result", {}).get("corrupted"), content["data"].get("sha256_of_corrupted")
     if corrupted or digest:
         facts["the corrupted set"] = digest or UNKNOWN

@@ -222,6 +222,25 @@ def run_of(path: Path) -> Path | None:
     return next((folder for folder in places if os.path.isfile(folder / "args.json")), None)
 
 
+def training_passes(paths: list[Path]) -> float | None:
+    """The forward-backward passes that a member's training took, over those of plain training by as many epochs.
+
+    A sample trained with SAM takes two, one that is scored one more; mean over members. None where a log is missing.
+
+    Args:
+        paths: checkpoint files.
+    """
+    found = []
+    for folder in {path.parent for path in paths}:
+        try:
+            lines = (folder / "log.jsonl").read_text().splitlines()
+            shares = [float(json.loads(line)["sam_share"]) for line in lines]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            return None
+        found.append(1 + (sum(shares) + (folder / "fisher.npy").is_file()) / max(len(shares), 1))
+    return sum(found) / len(found)
+
+
 def find_checkpoints(paths: list[Path], which: str) -> list[Path]:
     """The checkpoint files that --resume stands for: a run folder for all its members, a member folder for itself.
 

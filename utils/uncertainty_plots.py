@@ -1,0 +1,124 @@
+"""Every figure of what ensembles do not know, drawn like those of `utils.plots`: ensembles in, a Figure out."""
+
+import math
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
+from scipy import stats
+
+from utils import InputError
+from utils.metrics import OOD_SCORES, t_interval
+from utils.plots import POPULATIONS, Group, about, finished, line_styles, panels, styled
+from utils.results import Ensemble, Interval, require
+
+PARTS = ("share", "correct", "confidence")  # of a reliability curve
+MIN_IMAGES = 10  # of a bin whose accuracy is drawn
+
+
+@styled
+def ood(ensembles: list[Ensemble]) -> Figure:
+    """How well entropy and mutual information tell other data from the test images: a row of panels for each set.
+
+    The entropy of test images (broken) and of others, and the ROC curves of both scores; means over ensembles.
+    """
+    found = [require(one, "test").get("ood", {}) for one in ensembles]
+    sets = [name for name in found[0] if all(name in one for one in found)]
+    if not sets:
+        problem = f"{ensembles[0].folder}/diversity.json: no other data was measured, or not the same for all"
+        raise InputError(f"{problem}; measure it by measure_diversity.py --mode ood --ood noise")
+    groups = line_styles(ensembles)
+    figure, axes = panels(0.3 + 1.15 * len(sets), len(sets), 3, squeeze=False)
+    for (left, *right), name in zip(axes, sets, strict=True):
+        for group in groups:
+            rows = [one.content["result"]["test"]["ood"][name]["scores"] for one in group.ensembles]
+            histograms = [row["entropy"]["histogram"] for row in rows]
+            edges = np.linspace(*histograms[0]["edges"], len(histograms[0]["in"]) + 1)
+            for kind, line in (("in", (0, (3, 1.2))), ("out", "-")):
+                shares = 100 * np.mean([one[kind] for one in histograms], axis=0)
+                left.stairs(shares, edges, color=group.colour, linestyle=line, linewidth=0.9)
+            for axis, score in zip(right, ("entropy", "mutual_information"), strict=True):
+                rates = 100 * np.mean([row[score]["tpr"] for row in rows], axis=0)
+                axis.plot(np.linspace(0, 100, len(rates)), rates, color=group.colour, linestyle=group.line)
+        left.set(xlabel="entropy  [nats]", ylabel="images  [%]", ylim=(0, None), xlim=(edges[0], edges[-1]))
+        left.set_title(name.removeprefix("folder:"))
+        for axis, score in zip(right, ("entropy", "mutual_information"), strict=True):
+            _diagonal(axis)
+            axis.set(xlabel="false positives  [%]", title=OOD_SCORES[score])
+            axis.set(xlim=(-2, 102), ylim=(-2, 102), xticks=(0, 50, 100), yticks=(0, 50, 100))
+        right[0].set_ylabel("true positives  [%]")
+        right[1].set_yticklabels([])
+    counts = ", ".join(f"{found[0][name]['images']} of {name}" for name in sets)
+    copies = "".join(f" {n}: mean of {found[0][n]['parts']} comparisons." for n in sets if found[0][n]["parts"] > 1)
+    note = f"{about(groups)}; other images: {counts}. Left: entropy of test images (broken) and of others (solid). "
+    note += (
+        "ROC curves of both scores, positive: others; on the dotted line a score says nothing. Means over ensembles, "
+    )
+    note += f"at equal false positives.{copies}"
+    handles = [Line2D([], [], label=group.label, **_line(group)) for group in groups]
+    return finished(figure, handles, note)
+
+
+def _line(group: Group) -> dict:
+    return {"color": group.colour, "linestyle": group.line, "linewidth": 1.1}
+
+
+def _diagonal(axis: Axes) -> None:
+    axis.plot([0, 100], [0, 100], color="black", linewidth=0.7, linestyle=":", zorder=1)
+
+
+@styled
+def reliability(ensembles: list[Ensemble]) -> Figure:
+    """Accuracy against confidence, bin by bin, before and after the temperature; below, the images in each bin.
+
+    A calibrated ensemble is on the diagonal. Bins of fewer than 10 images, mean over ensembles, have no accuracy.
+    """
+    groups, populations = line_styles(ensembles), set()
+    samples = min(round(require(one, "test", "samples")) for one in ensembles)
+    figure, axes = panels(2.7, 2, 2, sharex=True, sharey="row", height_ratios=[2, 1])
+    for column, (when, title) in zip(axes.T, (("before", "as trained"), ("after", "with a temperature")), strict=True):
+        for group in groups:
+            rows = [require(one, "test", "reliability", when) for one in group.ensembles]
+            share, correct, confidence = (
+                np.array([row[key] for row in rows]) for key in ("share", "correct", "confidence")
+            )
+            shown = share.mean(axis=0) * samples >= MIN_IMAGES
+            with np.errstate(invalid="ignore"):
+                accuracy = correct / share
+            means = correct.sum(axis=0)[shown] / share.sum(axis=0)[shown]
+            x = 100 * confidence.sum(axis=0)[shown] / share.sum(axis=0)[shown]
+            column[0].plot(x, 100 * means, linewidth=0.8, zorder=3, **group.mark)
+            for place, b in zip(x, np.flatnonzero(shown), strict=True):
+                edges, over = _interval(accuracy[:, b], correct[:, b], share[:, b], samples)
+                if edges:
+                    populations.add(over)
+                    low, high = (100 * edge for edge in edges)
+                    bar = {"fmt": "none", "elinewidth": 0.9, "ecolor": group.colour}
+                    column[0].errorbar(place, (low + high) / 2, yerr=(high - low) / 2, **bar)
+            borders = np.linspace(0, 100, share.shape[1] + 1)
+            column[1].stairs(100 * share.mean(axis=0), borders, **_line(group))
+        _diagonal(column[0])
+        column[0].set(title=title, xlim=(-2, 102), ylim=(-2, 102), xticks=range(0, 101, 25))
+        column[1].set(xlabel="confidence  [%]", yscale="log")
+    decades = [10.0**power for power in range(math.floor(math.log10(100 / samples)), 3)]
+    axes[1, 0].set_yticks(decades, map("{:g}".format, decades))
+    axes[1, 0].set_ylim(100 / samples, 100)
+    axes[1, 0].yaxis.set_minor_locator(NullLocator())
+    axes[0, 0].set_ylabel("accuracy  [%]")
+    axes[1, 0].set_ylabel("images  [%]")
+    note = f"{about(groups)}. Bins of confidence of the ensemble, on the clean test images; one temperature, fitted on "
+    note += f"validation; the dotted line is calibrated. Bins of fewer than {MIN_IMAGES} images have no accuracy."
+    texts = [POPULATIONS[over] for over in ("ensembles", "images") if over in populations]
+    note += f" 95 % intervals: {'; of a single ensemble '.join(texts)}." if texts else ""
+    handles = [Line2D([], [], label=group.label, linewidth=0.8, **group.mark) for group in groups]
+    return finished(figure, handles, note)
+
+
+def _interval(accuracy: np.ndarray, correct: np.ndarray, share: np.ndarray, samples: int) -> tuple[Interval, str]:
+    """Of the accuracy in a bin: Student's over ensembles, or Wilson's over the images of a single one."""
+    if len(accuracy) > 1:
+        return (t_interval(accuracy.tolist()) if np.isfinite(accuracy).all() else None), "ensembles"
+    test = stats.binomtest(round(correct[0] * samples), round(share[0] * samples))
+    return list(test.proportion_ci(method="wilson")), "images"
