@@ -118,7 +118,7 @@ def test_all_of_it(data, seeds, methods, tmp_path, monkeypatch):
     calls = run(words, monkeypatch)
     check_results(tmp_path, len(seeds), len(methods))
     names = [f"{method}_{group[0]}" for group in seeds for method in methods]
-    expected = ["main.py"] * len(names) + STEPS[1:] * len(names) + ["scripts/summarize.py"] + ["scripts/plot.py"] * 4
+    expected = STEPS * len(names) + ["scripts/summarize.py"] + ["scripts/plot.py"] * 4
     assert [argv[0] for argv in calls] == expected
     for name, group in zip(names, [group for group in seeds for _ in methods], strict=True):
         settings = json.loads((tmp_path / "runs" / name / "args.json").read_text())
