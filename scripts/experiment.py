@@ -44,7 +44,7 @@ from utils.data import Data
 from utils.datasets import NAMES, corrupted_name, find_corrupted, load_data
 from utils.distributed import cores
 from utils.files import load_json, read_bytes, read_json, write_array, write_atomically, write_json
-from utils.kept import VERSIONS
+from utils.kept import VERSIONS, up_to_date
 from utils.places import PLACES, find
 from utils.presets import FOUR, METHODS, NEXT, PRESETS, SETS
 from utils.results import copy_results
@@ -194,7 +194,7 @@ class Experiment:
         self.before: dict[str, Any] = {"asked": {}, "runs": {}, "sets": {}}
         if args.results and (args.results / "plan.json").exists():
             found = read_json(args.results / "plan.json", "remove it, and run the experiment again")
-            self.before |= found if "asked" in found else {}
+            self.before |= found if all(isinstance(found.get(part), dict) for part in PARTS) else {}
 
     def load(self, **how: Any) -> Data:
         """The data set, downloaded where main.py would do so."""
@@ -414,7 +414,7 @@ class Experiment:
                 same = {one["experiment"]["asked"] for one in found} == {asked}
             except (KeyError, OSError, TypeError, ValueError):
                 return False
-            return same and _up_to_date(found) and (not args.variance or job.done())
+            return same and up_to_date(found) and (not args.variance or job.done())
 
         def work() -> None:
             if not job.done():
@@ -526,6 +526,8 @@ class Experiment:
             "claims": 2 if args.claims == "paper" else args.claims,  # 2: of the paper, all were written down before
             "plan": self.plan,
             "finished": finished,
+            "choose_on": args.choose_on,
+            "choices_of": args.choices and args.choices.name,
             "validation": self.tried,
             **{part: {name: before[part][name] for name in sorted(asked.keys() & before[part])} for part in PARTS},
             "jobs": args.jobs,
@@ -600,16 +602,6 @@ def call(words: list[Any], log: Path | None = None, jobs: int = 1) -> None:
 def _digest(*asked: Any) -> str:
     """The SHA-256 of words and numbers."""
     return hashlib.sha256(json.dumps(asked, default=str, sort_keys=True).encode()).hexdigest()
-
-
-def _up_to_date(content: Any) -> bool:
-    """Whether all versions that a result names are those of this code."""
-    if isinstance(content, dict):
-        versions = content.get("versions") or {}
-        return all(VERSIONS.get(kind) == version for kind, version in versions.items()) and all(
-            _up_to_date(part) for name, part in content.items() if name != "versions"
-        )
-    return all(map(_up_to_date, content)) if isinstance(content, list) else True
 
 
 def _weights(folder: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from scipy import stats
 from scripts import experiment, report, summarize
 from tests.test_ensemble import ROOT
 from tests.test_summarize import SAM, write
-from utils import cli
+from utils import claims, cli
 from utils.metrics import OOD_SCORES, crossed_interval
 from utils.results import METHODS, Ensemble, gap_between, interval_of, ood_name, p_value_of
 
@@ -61,8 +61,8 @@ def test_a_difference_by_image_is_of_the_same_images():
 
 def test_holm():
     """By Holm's own steps; alpha is shared out between the claims that are left."""
-    assert report.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert report.holm([0.9, 0.5]) == [1.0, 1.0]
+    assert claims.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert claims.holm([0.9, 0.5]) == [1.0, 1.0]
     random = np.random.default_rng(0)
     for _ in range(50):
         p_values, rejected = list(random.random(6) ** 3), set()
@@ -70,17 +70,17 @@ def test_holm():
             if p_values[index] > 0.05 / (6 - rank):
                 break
             rejected.add(int(index))
-        assert {i for i, p in enumerate(report.holm(p_values)) if p <= 0.05} == rejected
+        assert {i for i, p in enumerate(claims.holm(p_values)) if p <= 0.05} == rejected
 
 
 def test_verdict():
-    assert report.verdict([1.0, 1.1, 1.2], 0.04, 0.5) == "supported"
-    assert report.verdict([-1.0, -1.1, -1.2], 0.04, 0.5) == "contradicted"
-    assert report.verdict([1.0, 1.1, 1.2], 0.06, 0.5) == "undecided"
+    assert claims.verdict([1.0, 1.1, 1.2], 0.04, 0.5) == "supported"
+    assert claims.verdict([-1.0, -1.1, -1.2], 0.04, 0.5) == "contradicted"
+    assert claims.verdict([1.0, 1.1, 1.2], 0.06, 0.5) == "undecided"
     # The 90 % interval of these is 0.09 +- 0.13.
-    assert report.verdict([0.1, 0.0, 0.2, 0.06], 0.6, 0.25) == "equivalent"
-    assert report.verdict([0.1, 0.0, 0.2, 0.06], 0.6, 0.15) == "undecided"
-    assert report.verdict([1.0, math.nan], 0.01, 1) == "undecided"
+    assert claims.verdict([0.1, 0.0, 0.2, 0.06], 0.6, 0.25) == "equivalent"
+    assert claims.verdict([0.1, 0.0, 0.2, 0.06], 0.6, 0.15) == "undecided"
+    assert claims.verdict([1.0, math.nan], 0.01, 1) == "undecided"
 
 
 def test_claims_have_the_sign_of_their_words():
@@ -108,8 +108,8 @@ def test_claims_have_the_sign_of_their_words():
                     for name, value in ensemble.values.items()
                     if name != "sharpness"
                 }
-        claims = report.CLAIMS + report.LATER_CLAIMS
-        gaps = {claim.name: float(np.mean(np.asarray(claim.gap(measured, "11")))) for claim in claims}
+        found = report.CLAIMS + report.LATER_CLAIMS
+        gaps = {claim.name: float(np.mean(np.asarray(claim.gap(measured, "11")))) for claim in found}
         logs, rates = np.log([3, 2, 1]), np.array([0.3, 0.2, 0.1])
         assert gaps == pytest.approx(
             {
@@ -139,11 +139,11 @@ def test_claims_have_the_sign_of_their_words():
 
 
 def test_methods_have_one_name():
-    assert list(report.NAMES.values()) == [
+    assert list(claims.NAMES.values()) == [
         METHODS[key].name for key in ("deep_ensemble", "sam", "released", "paper", "random")
     ]
-    assert report.NAMES["sharpbalance"] == "SharpBalance (released)"
-    assert report.NAMES["sharpbalance_paper"] == "SharpBalance (paper)"
+    assert claims.NAMES["sharpbalance"] == "SharpBalance (released)"
+    assert claims.NAMES["sharpbalance_paper"] == "SharpBalance (paper)"
 
 
 PLAN = {
@@ -156,7 +156,7 @@ PLAN = {
         "k": {"0.3": 0.52, "0.5": 0.53},
         "T_d": {"2": 0.51, "5": 0.53},
     },
-    "mislabelled": {"all": 0.2} | {f"{m}{s}": 0.25 for m in report.NAMES for s in ("", "_size")},
+    "mislabelled": {"all": 0.2} | {f"{m}{s}": 0.25 for m in claims.NAMES for s in ("", "_size")},
 }
 
 
@@ -305,7 +305,7 @@ def test_table_of_corruptions():
     header, _, glass, fog = table.splitlines()
     assert re.findall(r"[^|]+", squeezed(header)) == [
         " ",
-        *(f" {name} " for name in [*report.NAMES.values(), "SAM, 1", "SAM, 3"]),
+        *(f" {name} " for name in [*claims.NAMES.values(), "SAM, 1", "SAM, 3"]),
     ]
     assert squeezed(glass) == "| glass blur | 9.0 | 19.0 | 29.0 | 39.0 | 49.0 | 17.0 | 21.0 |"
     assert squeezed(fog).startswith("| fog | 9.0 |")
@@ -331,7 +331,7 @@ def test_table_of_uncertainty():
     text, table = report.uncertainty(measured)
     assert text.startswith("What flatness does to uncertainty")
     header, _, *rows = map(squeezed, table.splitlines())
-    assert re.findall(r"[^|]+", header)[1:] == [f" {name} " for name in report.NAMES.values()]
+    assert re.findall(r"[^|]+", header)[1:] == [f" {name} " for name in claims.NAMES.values()]
     assert rows[0].startswith("| sharpness (worst, l2) | 2.0100 [1.8829, 2.1371] | 1.9100 [")
     assert rows[1].startswith("| disagreement % | 21.00 [")
     assert [row.split("|")[1].strip() for row in rows[2:]] == [

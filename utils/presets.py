@@ -18,8 +18,14 @@ FASHION += " --figures tradeoff benchmark severity ensemble_size ood reliability
 # Of the study, whose plan says why: what is trained in each setting.
 CELLS = "--measure_flags '--mode predict,disagreement,ood --ood digits noise' --choose_on 3 --claims study"
 CELLS += " --plan results/study/PLAN.md --by_image ensemble_nll_calibrated 'auroc entropy'"
-STUDY = f"{SMALL} {CELLS} --width 8 --ensembles 5 --rho 0.05 0.1 0.2 0.4 --flat_ratio 0.2 0.5 0.8 --initial_epochs 7 15"
+STUDY = f"{SMALL} {CELLS} --width 8 --ensembles 5 --rho 0.05 0.1 0.2 0.4 --flat_ratio 0.2 0.5 0.8 --initial_epochs 15"
 RULES = "deep_ensemble,eoa,sam,sharpbalance,sharpbalance_paper,random"
+SETTINGS = {
+    "noise_0_images_1000": f"{RULES},random_paper",
+    "noise_0.2_images_1000": f"{RULES},random_paper,{','.join(NEXT)},late_sam",
+    "noise_0.4_images_1000": f"{RULES},random_paper,{','.join(NEXT)}",
+    **{f"noise_{noise}_images_4000": RULES for noise in ("0", "0.2", "0.4")},
+}
 # By the name of an experiment, the words of its command line.
 PRESETS = {
     "quickstart": "--data digits --methods deep_ensemble,deep_ensemble_sam,sharpbalance --rho 0.1 --flat_ratio 0.5 "
@@ -41,9 +47,8 @@ PRESETS = {
     "fashion_mnist/noisy_labels": f"{FASHION} --width 8 --label_noise 0.2 --images 2000 --ensembles 7 --corrupted 500",
     "fashion_mnist/clean_labels": f"{FASHION} --width 16 --images 750 --ensembles 5 --corrupted 200",
     **{
-        f"study/noise_{noise}_images_{images}": f"{STUDY} --label_noise {noise} --images {images} --methods {methods}"
-        for images, methods in ((1000, f"{RULES},late_sam,random_paper,{','.join(NEXT)}"), (4000, RULES))
-        for noise in ("0", "0.2", "0.4")
+        f"study/{name}": f"{STUDY} --label_noise {name.split('_')[1]} --images {name.split('_')[3]} --methods {methods}"
+        for name, methods in SETTINGS.items()
     },
     # The same comparison on somebody's own images.
     "mine": f"{SMALL.replace('fashion_mnist', 'folder')} {CELLS} --width 8 --ensembles 5 --methods {RULES} "

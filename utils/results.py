@@ -143,6 +143,11 @@ class Ensemble:
         return "averaged" if averaged else key_of(settings)
 
 
+def is_sam(ensemble: Ensemble) -> bool:
+    """Whether SAM trained all samples from the first epoch on, as what others are compared with."""
+    return ensemble.key == "sam" and ensemble.content["trained"].get("initial_method") != "sgd"
+
+
 def key_of(settings: dict[str, Any]) -> str:
     """The key in `METHODS` of the method that a run was trained by."""
     if not settings["sam"] or not settings["rho"]:
