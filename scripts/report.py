@@ -261,9 +261,9 @@ def mislabelled(plan: dict[str, Any]) -> list[str]:
 
 
 class Setting(NamedTuple):
-    """A setting of the study; an unfinished one has no verdicts.
+    """A setting of the study, with its verdicts by the names of claims; an unfinished one has none.
 
-    `judged` holds the verdicts by the names of claims, `primary` first.
+    `label` is its title in the map, `key` the numbers that settings are sorted by, `digests` those of the plan.
     """
 
     folder: Path
@@ -271,6 +271,7 @@ class Setting(NamedTuple):
     measured: Measured
     judged: dict[str, Judged]
     title: str = ""
+    label: str = ""
     key: tuple[int, float] = (0, 0)
     digests: tuple[str, ...] = ()
 
@@ -289,8 +290,11 @@ def read_setting(folder: Path, plan: dict[str, Any]) -> Setting:
     digests = sorted({content["experiment"].get("plan", {}).get("sha256", "none") for content in contents})
     data = contents[0]["data"]
     images, noise = data["train"], data.get("label_noise") or 0
-    title = f"{100 * noise:g} % wrong labels, {images} images"
-    return Setting(folder, plan, measured, judged, title, (images, noise), tuple(digests))
+    own = data["dataset"] == "folder"  # whose labels may be wrong, too
+    title, label = f"{100 * noise:g} % wrong labels, {images} images", f"{100 * noise:g} %\n{images}"
+    if own:
+        title, label = f"{table_cell(folder.name)}, {images} images", f"{folder.name}\n{images}"
+    return Setting(folder, plan, measured, judged, title, label, (images, noise), tuple(digests))
 
 
 def study(place: Path, settings: list[Setting]) -> list[str]:
@@ -303,12 +307,11 @@ def study(place: Path, settings: list[Setting]) -> list[str]:
         panel: {row: [one.judged.get(name) for one in finished] for row, name in rows.items()}
         for panel, rows in MAP.items()
     }
-    titles = [f"{100 * one.key[1]:g} %\n{one.key[0]}" for one in finished]
     data = next(iter(finished[0].measured["sam"].values())).content["data"]
     counts = " or ".join(map(str, sorted({len(one.measured["sam"]) for one in finished})))
     note = f"{data['dataset']}; n = {counts} ensembles for each method, {data['test']} test images. "
-    note += "Columns: wrong labels, training images. Blue: better than what is named second. Marks:"
-    plots.save(plots.verdicts(titles, shown, note), place / "map")
+    note += "Columns: wrong labels (or data), training images. Blue: better than what is named second. Marks:"
+    plots.save(plots.verdicts([one.label for one in finished], shown, note), place / "map")
     names = [name for name in (claim.name for claim in PRIMARY + SECONDARY) if any(name in s.judged for s in finished)]
     rows = [
         [name, next(s.judged[name] for s in finished if name in s.judged).claim.text]
