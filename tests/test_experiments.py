@@ -17,7 +17,7 @@ from scripts import experiment, report
 from tests import files
 from tests.test_ensemble import ROOT
 from tests.test_measure import save_corrupted
-from tests.test_readme import call
+from tests.test_readme import call, calls_of
 from tests.test_report import squeezed
 from utils import InputError, RunError, presets
 
@@ -293,6 +293,30 @@ def test_a_study(tmp_path, monkeypatch):
     row = next(line for line in squeezed(text).splitlines() if line.startswith(f"| A1, released | {what} |"))
     assert sorted(cell.strip() == "-" for cell in row.split("|")[3:-1]) == [False, True]  # of one setting only
     assert Path("results", "map.png").exists()
+
+
+def test_the_command_of_the_study(tmp_path):
+    """Settings in order, choices of 1,000 images for 4,000, other options to each; a page after each setting."""
+    script, words = "scripts/experiments/study.sh", ["--epochs", "1"]
+    calls = calls_of(script, tmp_path, words)
+    settings = [Path(call[1]).name for call in calls[::2]]
+    assert [name.replace("noise_", "").replace("_images", "") for name in settings] == [
+        *("0.2_1000", "0_1000", "0.4_1000"),
+        *("0.2_4000", "0_4000", "0.4_4000"),
+    ]
+    assert set(settings) == set(presets.SETTINGS)
+    assert calls[1::2] == [["scripts/report.py", "results/study"]] * 6
+    for name, (_, *argv) in zip(settings, calls[::2], strict=True):
+        args = experiment.parse_args(argv)
+        assert (args.results, args.train[-2:]) == (Path("results/study", name), words)
+        choices = Path("results/study", name.replace("4000", "1000")) if "4000" in name else None
+        assert args.choices == choices
+    own, page = calls_of(script, tmp_path, ["--settings", "mine", "--data_path", "pets"])
+    args = experiment.parse_args(own[1:])
+    assert (args.preset, args.data_path, args.results) == ("mine", Path("pets"), Path("results/mine/mine"))
+    assert page == ["scripts/report.py", "results/mine"]
+    words = ["--settings", "noise_0_images_1000,noise_0_images_4000", "--to", "trial"]
+    assert calls_of(script, tmp_path, words)[-1] == ["scripts/report.py", "results/trial"]
 
 
 def test_images_of_a_folder(tmp_path, capsys):

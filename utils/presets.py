@@ -53,7 +53,7 @@ PRESETS = {
     # The same comparison on somebody's own images.
     "mine": f"{SMALL.replace('fashion_mnist', 'folder')} {CELLS} --width 8 --ensembles 5 --methods {RULES} "
     "--image_size 32 --images 1000 --rho 0.05 0.1 0.2 --flat_ratio 0.5 --initial_epochs 15 "
-    "--results results/mine/images",
+    "--results results/mine/mine",
     "regime": "--data fashion_mnist --methods deep_ensemble,sam --rho 0.05 0.1 --seeds '11 12 13' --batch_size 64 "
     "--threads 1 --jobs auto --images 2000 --validation 2000 --skip_measuring",
 }
