@@ -26,6 +26,7 @@ from utils import InputError, cli, distributed, processes
 from utils.data import Data
 from utils.datasets import AUGMENTATIONS, expected_info, load_data
 from utils.ensemble import train_ensemble
+from utils.events import check_tensorboard
 from utils.files import load_json
 from utils.partition import PARTITION_RULE, SCORE_FREE, UNSELECTED
 from utils.run import Run, Settings, begun_by_this_job, check_known, commit_of, read_settings, relative_paths
@@ -96,6 +97,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     if processes.supervised():  # the process that started this one has tried the network
         return args
+    if args.tensorboard:
+        try:
+            check_tensorboard()
+        except InputError as error:
+            parser.error(str(error))
     info = expected_info(args.data, args.image_size)
     try:
         check_model(args.model, info.num_classes, args.width, info.image_size, info.channels)
@@ -195,6 +201,11 @@ def build_parser() -> cli.Parser:
     cli.add_option(group, "resume", "resume the run in this folder by its own settings", cli.path, "RUN")
     text = "also save within an epoch that takes longer than this; the end of an epoch is always saved"
     cli.add_option(group, "save_every", text, cli.POSITIVE, "SECONDS", default=600.0)
+    text = (
+        "write events for TensorBoard beside log.jsonl: loss, accuracy and speed by epoch, by step the norms of SAM's "
+    )
+    text += "gradient and perturbation, and the cosine of the gradients before and after it"
+    cli.add_flag(group, "tensorboard", text)
     text = "processes of this machine that share the members; auto: on a CPU one for each member, as far as the memory "
     text += "goes, on a GPU one. The result is the same for any K"
     cli.add_option(group, "jobs", text, cli.job_count, "K", default="auto")

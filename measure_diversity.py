@@ -4,24 +4,27 @@
     python measure_diversity.py --resume runs/digits_sharpbalance --mode ood --ood noise corrupted folder:PICTURES
 
 Writes under --save (default measurements/<run>): diversity.json, and the members' logits under predictions/, which all
-measuring scripts share.
+measuring scripts share. The fitted temperature of the ensemble also goes into the run, as temperatures.json.
 """
 
 import argparse
 import hashlib
 import itertools
 import math
+import sys
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from utils import InputError, cli, diversity, metrics, ood
+from utils import InputError, RunError, cli, diversity, metrics, ood
 from utils.diversity import mean_over_pairs
+from utils.kept import made_by
 from utils.metrics import mean_of
 from utils.predictions import Measurement, Part, measure_settings
 from utils.results import OF_SIZE
+from utils.run import keep_temperature, run_of
 
 MODES = ("predict", "disagreement", "KL", "CKA", "ood")
 PAIR_MODES = {"disagreement", "KL", "CKA"}
@@ -105,6 +108,7 @@ def main(args: argparse.Namespace) -> None:
     if "predict" in args.mode:
         logits, labels, _ = measurement.predictions(measurement.parts("val")[0])
         temperatures = fit_temperatures(torch.log_softmax(logits.double(), dim=2), labels, args.average)
+        keep_temperatures(measurement, temperatures["ensemble"], args.average)
         of_subsets = subset_temperatures(logits, labels, args.average)
     results: dict[str, Any] = {}
     for split in measurement.splits:
@@ -133,6 +137,19 @@ def fit_temperatures(log_probs: Tensor, labels: Tensor, average: str) -> dict[st
         "members": [metrics.fit_temperature(member, labels) for member in log_probs],
         "ensemble": metrics.fit_temperature(metrics.ensemble_log_probs(log_probs, average), labels),
     }
+
+
+def keep_temperatures(measurement: Measurement, temperature: float, average: str) -> None:
+    """Put the ensemble's temperature into the runs of its members, where `utils.inference` finds it."""
+    weights = sorted(member.digest for member in measurement.members)
+    made = made_by("predict", measurement.environment) | {"sha256_of_images": measurement.predictions.digests["val"]}
+    record = {"weights": weights, "average": average, "temperature": temperature, "fitted_on": "val"} | made
+    for run in dict.fromkeys(run_of(member.path) for member in measurement.members):
+        try:
+            if run is not None:
+                keep_temperature(run, record)
+        except RunError as error:  # a run that may only be read
+            print(f"note: the temperature is not kept with the run: {error}", file=sys.stderr)
 
 
 def measure_part(

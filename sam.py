@@ -120,6 +120,17 @@ class SAM(torch.optim.Optimizer):
             self.zero_grad()
 
     @torch.no_grad()
+    def perturbation_norm(self) -> Tensor:
+        """The l2 norm of eps, 0-dimensional: of what `first_step` has moved the weights by.
+
+        Raises:
+            RuntimeError: if the weights are not perturbed.
+        """
+        if not self._perturbed:
+            raise RuntimeError("perturbation_norm: the weights are not perturbed; call first_step before it")
+        return _norm(torch._foreach_sub(self._moved, [self._saved[p] for p in self._moved]))
+
+    @torch.no_grad()
     def restore(self) -> None:
         """Bring the weights back from w + eps to w, bit for bit, without a step; at w it does nothing."""
         if self._perturbed:

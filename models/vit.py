@@ -20,7 +20,7 @@ class Tokens(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, patches + 1, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        return torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
 
 
 class Attention(nn.Module):

@@ -773,7 +773,7 @@ def test_a_folder_of_many_files(tmp_path):
         for i in range(50000):
             os.mknod(place / name / f"{i:06d}.png")
     started = time.monotonic()
-    found = [list(utils.folder._files(place / name, name, ())) for name in ("a", "b")]
+    found = [list(utils.folder.find_files(place / name, name)) for name in ("a", "b")]
     assert time.monotonic() - started < 20
     assert [len(part) for part in found] == [50000, 50000]
     assert found[1][-1][0] == os.path.join("b", "049999.png")

@@ -16,8 +16,9 @@ READERS = [
     "utils.theory_plots",
     "utils.landscape",
     "utils.predictions",
+    "utils.inference",
 ]
-READERS += ["scripts.summarize", "scripts.plot", "scripts.report"]
+READERS += ["scripts.summarize", "scripts.plot", "scripts.report", "scripts.predict", "scripts.export"]
 READERS += ["measure_diversity", "measure_diversity_variance", "measure_sharpness"]
 FILES = {
     str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"): path

@@ -15,13 +15,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.distributed.run import get_args_parser
 
 from models import create_model, is_external
 from sam import SAM
 from scripts import benchmark, experiment
+from scripts.export import NEEDED
 from tests import files
 from utils import cli
+from utils.datasets import load_data
 from utils.results import read_ensemble
 from utils.training import sharpbalance_step
 
@@ -53,6 +56,7 @@ TINY = {
     "scripts/plot.py": [],  # but `theory` simulated anew, which tests/test_notebook.py does
     "scripts/benchmark.py": ["--repeats", "3", "--only"],  # see `tiny`
     "scripts/report.py": [],
+    "scripts/predict.py": [],
 }
 # Shell scripts that only call python, with what they are called with here: it is seen how they call it.
 RECORDED = {str(path.relative_to(ROOT)): [] for path in sorted(ROOT.glob("scripts/[emt]*/*.sh"))}
@@ -203,6 +207,8 @@ def clone(tmp_path_factory, stub):
         files.write_image_folder(folder / name, {"ape": 12, "bee": 12, "cat": 12}, size=30)
     shutil.copytree(ROOT / "results", folder / "results")
     made = "from models import create_model\n\n\ndef make(num_classes):\n"
+    for i, image in enumerate(load_data("digits").test.pixels(slice(3)).numpy()):
+        Image.fromarray(image[:, :, 0]).save(folder / f"digit_{i}.png")
     (folder / "net.py").write_text(f"{made}    return create_model('resnet18', num_classes, 2, in_channels=1)\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -251,6 +257,8 @@ def test_commands(command, inside, stub):
         return
     if any(word.startswith("timm:") for word in argv):
         pytest.importorskip("timm")
+    if "--tensorboard" in argv:
+        pytest.importorskip("tensorboard")
     parse(script, argv)
     simulates = argv[:1] == ["theory"] and "--from" not in argv
     if script in TINY and not command.startswith("torchrun") and not simulates:
@@ -269,6 +277,11 @@ def test_shell_scripts_call_python_with_options_that_it_has(script, inside, stub
 def test_snippets(document, language, code, inside):
     """Python as printed, and examples with their output."""
     torch.manual_seed(0)
+    for name in re.findall(r'"(ensemble\.(?:onnx|pt2))"', code):
+        for library in NEEDED[Path(name).suffix]:
+            pytest.importorskip(library)
+        if not Path(name).exists():
+            call("scripts/export.py", ["--resume", QUICKSTART, "--to", name])
     if language == "python":
         exec(compile(code, document, "exec"), {})
         return

@@ -168,8 +168,8 @@ def test_scores_and_a_step_of_other_networks(model):
             scores, optimizer = per_sample_fisher(network, images, labels).cpu(), SAM(network.parameters(), lr=0.1)
         step = sharpbalance_step(network.train(), optimizer, images, labels, torch.arange(6) < 2)
         found.append([scores, *(t.cpu() for t in step), *(t.cpu() for t in network.state_dict().values())])
-    # Attention is other operations where it is not fused.
-    exact = {"rtol": 1e-4, "atol": 1e-6} if model == "vit_t" else {"rtol": 0, "atol": 0}
+    # Attention is other operations where it is not fused, and so is GroupNorm's gradient in older versions of torch.
+    exact = {"rtol": 0, "atol": 0} if model == "wrn-40-2" else {"rtol": 1e-4, "atol": 1e-6}
     torch.testing.assert_close(*found, **exact)
 
 

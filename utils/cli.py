@@ -351,10 +351,8 @@ def add_network_option(group: Any) -> None:
     add_option(group, "model", text, network, "NAME", default="resnet18")
 
 
-def add_measure_options(parser: Parser, parts: bool = True) -> None:
-    """Saved members, their data, and where the result goes; `parts`: on which splits, corruptions and severities."""
-    add_data_options(parser, measuring=True)
-    group = parser.add_argument_group("saved members")
+def _add_members(group: Any) -> str:
+    """Which saved members; returns what the help says of options that checkpoints answer."""
     text = "a run folder, member folders, or checkpoint files"
     add_option(group, "resume", text, path, "PATH", nargs="+", required=True)
     text = "which checkpoint of a folder to take; averaged is there after --average_from"
@@ -362,6 +360,22 @@ def add_measure_options(parser: Parser, parts: bool = True) -> None:
     known = "default: what the checkpoint says; another value is refused"
     text = "network of the members, or the new place of the file that makes it"
     add_option(group, "model", f"{text} ({known})", network, "NAME")
+    return known
+
+
+def add_ensemble_options(parser: Parser) -> None:
+    """A saved ensemble that is put to use, without the data that it was trained on."""
+    group = parser.add_argument_group("saved members")
+    known = _add_members(group)
+    text = f"data set that they were trained on ({known})"
+    group.add_argument("--data", "--dataset", choices=NAMES, help=text)
+
+
+def add_measure_options(parser: Parser, parts: bool = True) -> None:
+    """Saved members, their data, and where the result goes; `parts`: on which splits, corruptions and severities."""
+    add_data_options(parser, measuring=True)
+    group = parser.add_argument_group("saved members")
+    known = _add_members(group)
     add_option(group, "width", f"its width ({known})", number(int, 1, 2**16), "N")
     group = parser.add_argument_group("measurement")
     add_option(group, "save", "folder of the results (default: measurements/<name of the run>)", path, "DIR")

@@ -293,6 +293,40 @@ def _disk_waits() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_majflt if resource else 0
 
 
+def scaled(images: Tensor, size: int) -> Tensor:
+    """The middle square of images [N, H, W, C], scaled by a triangle filter, antialiased; uint8 remains uint8.
+
+    As `utils.folder.decode`, which has Pillow do it, but for the last bit of uint8.
+    """
+    height, width = images.shape[1:3]
+    side = min(height, width)
+    if not side:
+        raise ValueError(f"images: expected a pixel or more, got {height}x{width}")
+    top, left = (height - side) // 2, (width - side) // 2
+    images = images[:, top : top + side, left : left + side]
+    if side == size:
+        return images
+    channels_first = images.permute(0, 3, 1, 2).float()
+    result = F.interpolate(channels_first, (size, size), mode="bilinear", align_corners=False, antialias=True)
+    result = result.permute(0, 2, 3, 1)
+    return result.round().clamp(0, 255).to(torch.uint8) if images.dtype == torch.uint8 else result.clamp(0, 255)
+
+
+def coloured(images: Tensor, channels: int) -> Tensor:
+    """Images [N, H, W, 1 or 3] with 1 or 3 channels: grey repeated, or colour turned grey.
+
+    Grey is 0.299 R + 0.587 G + 0.114 B (ITU-R 601-2), of uint8 in Pillow's whole numbers.
+    """
+    if images.shape[3] == channels:
+        return images
+    if channels == 3:
+        return images.expand(-1, -1, -1, 3)
+    if images.dtype == torch.uint8:
+        weights = torch.tensor([19595, 38470, 7471], dtype=torch.int32, device=images.device)
+        return (((images.int() * weights).sum(dim=3, keepdim=True) + 2**15) >> 16).to(torch.uint8)
+    return (images * torch.tensor([0.299, 0.587, 0.114], device=images.device)).sum(dim=3, keepdim=True)
+
+
 def batch_slices(samples: int, batch_size: int) -> list[slice]:
     """The batches of an epoch; a single sample at the end joins the batch before it."""
     starts = list(range(0, samples, batch_size))

@@ -120,7 +120,7 @@ def read_images(path: Path, size: int, processes: int) -> Images:
     files = []  # (part, label, path below `path`, bytes, time)
     for part in parts:
         for label, name in enumerate(classes):
-            found = [(part, label, *entry) for entry in _files(path / part / name, os.path.join(part, name), ())]
+            found = [(part, label, *entry) for entry in find_files(path / part / name, os.path.join(part, name))]
             if not found:
                 raise InputError(f"--data_path {path}: no images in {os.path.join(part, name)}; add some, or remove it")
             files += found
@@ -153,7 +153,7 @@ def read_unlabelled(path: Path, size: int, processes: int) -> tuple[np.ndarray, 
         if not path.is_dir():
             raise
     # Of no classes, such as images alone.
-    files = [file for file in _files(path, "", ()) if Path(file[0]).suffix.lower() not in (".npy", ".json", ".txt")]
+    files = [file for file in find_files(path, "") if Path(file[0]).suffix.lower() not in (".npy", ".json", ".txt")]
     pixels, records, unreadable = _decoded(path, files, size, processes) if files else (None, None, {})
     rows = np.flatnonzero(records["done"] == 1) if files else np.zeros(0)
     if not len(rows):
@@ -228,7 +228,7 @@ def _class_names(path: Path, parts: list[str]) -> list[str]:
     return names
 
 
-def _files(folder: Path, inside: str, above: tuple) -> Iterator[tuple[str, int, int]]:
+def find_files(folder: Path, inside: str, above: tuple = ()) -> Iterator[tuple[str, int, int]]:
     """All files in a folder and the folders in it, by name: path, bytes, and time of the last change; junk is left out.
 
     Links are followed, unless they lead back to a folder above. Of what is no file, and of broken links, bytes are -1.
@@ -247,7 +247,7 @@ def _files(folder: Path, inside: str, above: tuple) -> Iterator[tuple[str, int, 
         if not stat.S_ISDIR(about.st_mode):
             yield place, about.st_size if stat.S_ISREG(about.st_mode) else -1, about.st_mtime_ns
         elif (about.st_dev, about.st_ino) not in above:
-            yield from _files(folder / entry.name, place, above)
+            yield from find_files(folder / entry.name, place, above)
 
 
 # The cache.
@@ -472,14 +472,7 @@ def decode(path: str, size: int) -> np.ndarray:
         ValueError, OSError, ...: for what is no image, or a damaged one; an OSError with an errno if it is not the
             file's content that is at fault.
     """
-    if not os.path.isfile(path):
-        raise ValueError("a link to nothing" if os.path.islink(path) else "not a file")
-    Image.init()  # all formats, once
-    try:
-        image = Image.open(path, formats=[name for name in Image.ID if name not in PROGRAMS])
-    except UnidentifiedImageError:
-        raise ValueError("no image of a format that Pillow reads") from None
-    with image:
+    with open_image(path) as image:
         image.draft(None, (2 * size, 2 * size))  # JPEG: of large images only what is needed is decoded
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
@@ -492,6 +485,21 @@ def decode(path: str, size: int) -> np.ndarray:
         if side != size:
             image = image.resize((size, size), Image.Resampling.BILINEAR)
         return np.array(image)
+
+
+def open_image(path: str) -> Image.Image:
+    """An image file of any format of Pillow but `PROGRAMS`, whose size and mode are known, but not yet its pixels.
+
+    Raises:
+        ValueError, OSError, ...: as `decode`.
+    """
+    if not os.path.isfile(path):
+        raise ValueError("a link to nothing" if os.path.islink(path) else "not a file")
+    Image.init()  # all formats, once
+    try:
+        return Image.open(path, formats=[name for name in Image.ID if name not in PROGRAMS])
+    except UnidentifiedImageError:
+        raise ValueError("no image of a format that Pillow reads") from None
 
 
 def _in_colour(image: Image.Image) -> Image.Image:

@@ -25,6 +25,8 @@ from models import create_model, evaluating
 from sam import SAM
 from utils import InputError, RunError, first_line
 from utils.checkpoint import DamagedError, fill_model, load_checkpoint, pack_checkpoint, save_checkpoint
+from utils.data import batch_slices
+from utils.events import Events
 from utils.files import digest, unpinned, write_array, write_atomically
 from utils.fisher import per_sample_fisher
 from utils.metrics import per_sample
@@ -69,6 +71,7 @@ class Member:
         self.mask: Tensor | None = None
         self.mask_digest: str | None = None
         self.log: list[dict] = []
+        self.events: Events | None = None  # from its first epoch here on, with --tensorboard
         try:
             self.folder.mkdir(exist_ok=True)
         except OSError as error:
@@ -119,8 +122,13 @@ class Member:
         if mask is None:
             mask = torch.full((len(data.train),), bool(settings.share_of_sam(epoch)))
         saved = time.monotonic()
+        if settings.tensorboard and self.events is None:
+            steps = epoch * len(batch_slices(len(data.train), settings.batch_size))
+            self.events = Events(self.folder, steps + (self.position["steps"] if self.position else 0))
 
         def save() -> None:
+            if self.events is not None:
+                self.events.write_steps()
             self.position = {**here(), "seconds": time.monotonic() - started}
             self.save_partial()
 
@@ -138,6 +146,7 @@ class Member:
         batches = mask, self.seed, epoch, settings.batch_size
         step = {name: getattr(settings, name) for name in ("bn_perturbed", "amp", "label_smoothing", "clip_norm")}
         more = {"after_step": after_step, "position": self.position, **step}
+        more["record"] = None if self.events is None else self.events.rows
         try:
             with run.signals.deferred():  # within a step the weights are elsewhere
                 train_loss, train_acc = train_epoch(self.model, self.optimizer, data.train, *batches, **more)
@@ -155,6 +164,8 @@ class Member:
         values = epoch, lr, train_loss, train_acc, val_loss, val_acc, mask.double().mean().item()
         line = {"epoch": epoch, "seconds": round(time.monotonic() - started, 3)} | dict(zip(LOG, values, strict=True))
         with run.signals.deferred():
+            if self.events is not None:  # before the checkpoint: events of steps that are made again are passed over
+                self.events.write_epoch(line, len(data.train))
             self.log.append(line)
             self.epoch, self.position = epoch + 1, None
             # Of equally good epochs the latest counts: on a small validation set an early one would win by luck.

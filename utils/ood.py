@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from utils import InputError, metrics
-from utils.data import Data, ImageSet
+from utils.data import Data, ImageSet, coloured, scaled
 from utils.datasets import NAMES, corrupted_name, find_corrupted, load_data, note
 from utils.distributed import cores
 from utils.folder import read_unlabelled, stored_size
@@ -23,8 +22,6 @@ from utils.metrics import OOD_METRICS, OOD_SCORES
 CORRUPTED, NOISE = "corrupted", "noise"
 WORDS = (*NAMES, CORRUPTED, NOISE)
 NOISE_SEED, MAX_NOISE = 0, 2_000
-# Pillow's weights of red, green and blue (ITU-R 601-2), of 65,536.
-LUMA = (19595, 38470, 7471)
 AT_ONCE = 256  # images that are scaled together
 CURVE_POINTS, HISTOGRAM_BINS = 101, 30
 # Of one part: numbers by score; and columns [N + K], or [N], by score and number.
@@ -103,14 +100,7 @@ def fit(images: np.ndarray, size: int, channels: int) -> np.ndarray:
     found = np.empty((len(images), size, size, channels), dtype=np.uint8)
     for start in range(0, len(images), AT_ONCE):
         part = torch.from_numpy(np.array(images[start : start + AT_ONCE]))
-        if channels == 1 and part.shape[3] == 3:
-            weighted = sum(weight * part[..., i].int() for i, weight in enumerate(LUMA))
-            part = ((weighted + 2**15) >> 16).to(torch.uint8)[..., None]
-        if part.shape[1] != size:
-            planes = part.permute(0, 3, 1, 2).float()
-            planes = F.interpolate(planes, (size, size), mode="bilinear", antialias=True)
-            part = planes.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-        found[start : start + AT_ONCE] = part.numpy()  # a grey image fills all channels
+        found[start : start + AT_ONCE] = scaled(coloured(part, channels), size).numpy()
     return found
 
 

@@ -1,7 +1,7 @@
 """A run's folder: its settings, its lock, the environment it was trained in, and how it stops.
 
 A run is one folder (--save_path): args.json, environment.json, command.txt, summary.json, and seed_<seed>/ for each
-member (`utils.member`).
+member (`utils.member`); once it has been measured, temperatures.json.
 """
 
 import hashlib
@@ -27,6 +27,7 @@ import torch
 
 from utils import InputError, RunError, distributed, first_line, processes
 from utils.data import Data
+from utils.events import FILES as EVENTS
 from utils.files import broken_link, load_json, without_folder, write_atomically, write_json
 from utils.partition import DRAWS, SCORE_FREE
 
@@ -35,7 +36,8 @@ try:
 except ImportError:  # Windows: what only measures runs there
     fcntl = None
 
-RUN_FILES = ("args.json", "environment.json", "command.txt", "summary.json")
+TEMPERATURES = "temperatures.json"
+RUN_FILES = ("args.json", "environment.json", "command.txt", "summary.json", TEMPERATURES)
 # In a member's folder: the file of each choice of --checkpoint; that of the epoch before the last, and that of an epoch
 # that is not finished.
 CHECKPOINTS = {"last": "checkpoint.pth.tar", "best": "model_best.pth.tar", "averaged": "model_averaged.pth.tar"}
@@ -44,7 +46,7 @@ MEMBER_FILES = (*CHECKPOINTS.values(), PREVIOUS, PARTIAL, "log.jsonl", "fisher.n
 # Settings that do not change what is computed: they may differ when a run is resumed. Data are compared by their
 # content, not by their path. `draws` is what the run began with; the last four are of earlier versions.
 FREE_SETTINGS = ("data_path", "train_idx_path", "val_idx_path", "download", "device", "threads", "jobs", "save_path")
-FREE_SETTINGS += ("save_every", "draws", "resume", "checkpoint", "overwrite", "evaluate")
+FREE_SETTINGS += ("save_every", "tensorboard", "draws", "resume", "checkpoint", "overwrite", "evaluate")
 # Settings that earlier versions lack, and what these versions did. They count where they differ from it.
 OLD_DEFAULTS = {"match_size": None, "augmentation": "standard", "label_noise": 0.0, "average_from": None}
 OLD_DEFAULTS |= {"optimizer": "sgd", "warmup_epochs": 0, "label_smoothing": 0.0, "clip_norm": None, "init_from": None}
@@ -96,6 +98,7 @@ class Settings:
     amp: str
     save_path: Path
     save_every: float
+    tensorboard: bool
     jobs: str | int | None
 
     @property
@@ -269,6 +272,35 @@ def find_checkpoints(paths: list[Path], which: str) -> list[Path]:
     return found
 
 
+def keep_temperature(folder: Path, record: dict[str, Any]) -> None:
+    """Add a fitted temperature to a run's temperatures.json, in the place of one of the same members and average.
+
+    Args:
+        folder: of the run.
+        record: `weights`, the sorted digests of the members; `average`, as of `utils.metrics.ensemble_log_probs`;
+            `temperature`; and what made it.
+
+    Raises:
+        RunError: if it cannot be written.
+    """
+    others = [
+        one for one in kept_temperatures(folder) if any(one[key] != record[key] for key in ("weights", "average"))
+    ]
+    write_json(folder / TEMPERATURES, {"temperatures": [*others, record]})
+
+
+def kept_temperatures(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run's temperatures.json; those that are not what `keep_temperature` writes are left out."""
+    try:
+        records = load_json(folder / TEMPERATURES)["temperatures"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+    kinds = {"weights": list, "average": str, "temperature": float}
+    records = [one for one in records if isinstance(one, dict)] if isinstance(records, list) else []
+    records = [one for one in records if all(type(one.get(key)) is kind for key, kind in kinds.items())]
+    return [one for one in records if 0 < one["temperature"] < float("inf")]
+
+
 def environment(device: torch.device) -> dict:
     """Versions, hardware and the repository's commit."""
     return {
@@ -304,6 +336,11 @@ def _commit() -> str | None:
     except OSError:
         return None
     return commit + "-dirty" * bool(dirty) if commit else None
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a file in a member's folder is one that training writes."""
+    return name.removesuffix(".tmp") in MEMBER_FILES or name.startswith(EVENTS)
 
 
 class Run:
@@ -384,7 +421,7 @@ class Run:
         members = sorted(folder.glob("seed_*"))
         for member in members:
             try:
-                files += [path for path in member.iterdir() if path.name.removesuffix(".tmp") in MEMBER_FILES]
+                files += [path for path in member.iterdir() if _is_ours(path.name)]
             except OSError as error:
                 reason = broken_link(member) or f"{member} cannot be read ({error.strerror})"
                 raise InputError(f"--overwrite: {reason}; nothing was deleted: remove it, and re-run") from error

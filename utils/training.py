@@ -31,6 +31,7 @@ def sharpbalance_step(
     amp: str = "none",
     label_smoothing: float = 0.0,
     clip_norm: float | None = None,
+    record: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One training step in which some samples of the batch are trained with SAM and the others without it.
 
@@ -57,6 +58,7 @@ def sharpbalance_step(
         amp: none | bf16, the autocast of the forward passes.
         label_smoothing: of L_n and L_s, in all passes; share of the uniform distribution in the target.
         clip_norm: the l2 norm to which the sum is scaled down before the base optimizer's step; g is never clipped.
+        record: gets [||g||, ||eps||, cos(g, grad L_s(w + eps))], on the device; b = 0: [||grad L_n||, nan, nan].
 
     Returns:
         Detached tensors: the mean loss of the batch and the number of correct predictions, both at w.
@@ -66,7 +68,6 @@ def sharpbalance_step(
     normal, sam = _parts_of(model, images, sam_mask)
     share_normal, share_sam = len(normal) / len(images), len(sam) / len(images)
     loss, correct = images.new_zeros(()), images.new_zeros(())
-
     optimizer.zero_grad()
     if share_normal:  # weights at w; the gradients become (a/B) grad L_n(w)
         part_images, part_labels = _part(images, normal), _part(labels, normal)
@@ -75,11 +76,12 @@ def sharpbalance_step(
         loss += share_normal * normal_loss.detach()
         correct += (logits.argmax(1) == part_labels).sum()
     if not share_sam:
+        _record_norm(optimizer, record)
         _clip(optimizer, clip_norm)
         optimizer.base_optimizer.step()
         return loss, correct
 
-    normal_grads = [(p, p.grad) for group in optimizer.param_groups for p in group["params"]]
+    normal_grads = [(p, p.grad) for p in _params(optimizer)]
     optimizer.zero_grad()  # releases the gradients, which the list still holds
     part_images, part_labels = _part(images, sam), _part(labels, sam)
     random = random_state(images.device)
@@ -88,17 +90,62 @@ def sharpbalance_step(
     loss += share_sam * sam_loss.detach()
     correct += (logits.argmax(1) == part_labels).sum()
     try:
-        optimizer.first_step(zero_grad=True)  # from w to w + eps
-        for parameter, gradient in normal_grads:
-            parameter.grad = gradient  # backward adds to it
+        optimizer.first_step()  # from w to w + eps
+        finish = _next_gradients(optimizer, normal_grads, record)
         set_random_state(random, images.device)
         with _frozen_statistics(model) if bn_perturbed == "freeze" else nullcontext():
             (share_sam * _loss(model, part_images, part_labels, amp, label_smoothing)[0]).backward()
+        finish()
         _clip(optimizer, clip_norm)
         optimizer.second_step()  # back to w, then the base optimizer's step with the sum
     finally:
         optimizer.restore()
     return loss, correct
+
+
+@torch.no_grad()
+def _record_norm(optimizer: SAM, record: list[Tensor] | None) -> None:
+    """Record a step without SAM."""
+    if record is not None:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in _params(optimizer) if p.grad is not None])
+        record.append(torch.stack([norm, *torch.full_like(norm, float("nan")).expand(2)]))
+
+
+def _next_gradients(
+    optimizer: SAM, normal_grads: list[tuple[Tensor, Tensor | None]], record: list[Tensor] | None
+) -> Callable[[], None]:
+    """Release the ascent gradient, and have the gradient at w + eps added to that of the normal part.
+
+    Returns:
+        What is to be called after the pass at w + eps. With a `record` that pass has its gradient to itself, and this
+        adds the normal part's: the sum is the same, bit for bit.
+    """
+    ascent = [p.grad for p in _params(optimizer)]
+    for parameter, gradient in normal_grads:
+        parameter.grad = None if record is not None else gradient  # backward adds to it
+
+    @torch.no_grad()
+    def finish() -> None:
+        params = _params(optimizer)
+        pairs = [(g, p.grad) for g, p in zip(ascent, params, strict=True) if g is not None and p.grad is not None]
+        g, h = (list(grads) for grads in zip(*pairs, strict=True))
+        norms = [torch.nn.utils.get_total_norm(grads) for grads in ([one for one in ascent if one is not None], h)]
+        product = torch.stack([one.sum() for one in torch._foreach_mul(g, h)]).sum()
+        record.append(torch.stack([norms[0], optimizer.perturbation_norm(), product / (norms[0] * norms[1])]))
+        for parameter, gradient in normal_grads:
+            if parameter.grad is None:
+                parameter.grad = gradient
+            elif gradient is not None:
+                parameter.grad.add_(gradient)
+
+    if record is None:
+        ascent.clear()
+        return lambda: None
+    return finish
+
+
+def _params(optimizer: SAM) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _parts_of(model: nn.Module, images: Tensor, sam_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,7 +173,7 @@ def _clip(optimizer: SAM, clip_norm: float | None) -> None:
     """
     if clip_norm is None:
         return
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    grads = [p.grad for p in _params(optimizer) if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
     scale = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_(grads, torch.where(norm.isfinite(), scale, norm))
