@@ -6,14 +6,18 @@
 The first word names one of `PRESETS`, the options that an experiment begins with. Options that follow replace them, and
 options that are not of this script go to main.py. Where --rho, --flat_ratio or --initial_epochs has several values, one
 is chosen on validation: rho by the ensemble accuracy of SAM over all seeds, then k and T_d by that of SharpBalance
-(released) on the first seeds. `ENVIRONMENT` lists the options that a variable of the same name sets as well.
+(released) on the first seeds, or all of them over the first --choose_on ensembles; --choices takes those of another
+experiment. `ENVIRONMENT` lists the options that a variable of the same name sets as well.
 
 Runs go to --runs, measurements to --measurements. --results gets plan.json and validation.md (choices and validation
-accuracies), tables.md, figures, and copies of the result files that are small enough for git; with --results none the
-table is printed. Re-run the same command to resume an interrupted experiment.
+accuracies), tables.md, figures, and copies of the result files that are small enough for git, each as soon as it is
+measured; with --results none the table is printed. Re-run the same command to resume an interrupted experiment. What
+--results holds, of the same data, settings and versions of the code, is not made again, so that another machine goes on
+from there without the checkpoints.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -25,7 +29,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,54 +41,30 @@ from tabulate import tabulate
 
 from utils import InputError, RunError, cli, processes, table_cell
 from utils.data import Data
-from utils.datasets import CORRUPTED, DATASETS, find_corrupted, load_data
+from utils.datasets import NAMES, corrupted_name, find_corrupted, load_data
 from utils.distributed import cores
-from utils.files import load_json, read_json, write_array, write_atomically, write_json
-from utils.kept import VERSIONS
+from utils.files import load_json, read_bytes, read_json, write_array, write_atomically, write_json
+from utils.kept import VERSIONS, up_to_date
 from utils.places import PLACES, find
+from utils.presets import FOUR, METHODS, NEXT, PRESETS, SETS
 from utils.results import copy_results
-from utils.run import environment, read_settings
+from utils.run import environment
 
 ROOT = Path(__file__).resolve().parent.parent
-SETS = ("sharpbalance", "sharpbalance_paper", "random", "same")  # the methods that k and T_d matter to
-METHODS = ("deep_ensemble", "eoa", "sam", "deep_ensemble_sam", "asam", *SETS)
-FOUR = ("deep_ensemble", "sam", "sharpbalance", "sharpbalance_paper")
-TENS = ",".join(f"{ten}1 {ten}2 {ten}3" for ten in range(1, 11))
-PAPER = f"--methods {','.join(FOUR)} --seeds '13 17 27,113 117 127,43 59 223' --model resnet18 --rho 0.2"
-PAPER += " --flat_ratio 0.5 --initial_epochs 100 --variance --figures tradeoff benchmark ensemble_size severity"
-PAPER += " --sharpness_flags '--mode APGD_worst,APGD_average,hessian_t,hessian_e,fisher,NTK'"
-SMALL = f"--data fashion_mnist --seeds '{TENS}' --epochs 30 --validation 500 --batch_size 64 --augmentation flip"
-SMALL += " --threads 1 --checkpoint last --jobs auto --sharpness_flags '--mode APGD_worst --norms l2 --batch_num 40'"
-FASHION = f"{SMALL} --methods deep_ensemble,eoa,sam,sharpbalance,sharpbalance_paper,random"
-FASHION += " --rho 0.05 0.1 0.2 --flat_ratio 0.3 0.5 0.7 --initial_epochs 7 15 22"
-FASHION += " --measure_flags '--mode predict,disagreement,KL,ood --ood digits corrupted noise'"
-FASHION += " --figures tradeoff benchmark severity ensemble_size ood reliability"
-# By the name of an experiment, the words of its command line.
-PRESETS = {
-    "quickstart": "--data digits --methods deep_ensemble,deep_ensemble_sam,sharpbalance --rho 0.1 --flat_ratio 0.5 "
-    "--seeds '13 17 27' --folder {method} --results none "
-    "--sharpness_flags '--mode APGD_worst --norms l2 --batch_num 20'",
-    "digits": f"--data digits --methods {','.join(FOUR)} --rho 0.1 --flat_ratio 0.5 --seeds '{TENS}' --ensembles 5 "
-    "--corrupted 899 --checkpoint last --sharpness_flags '--mode APGD_worst --batch_num 20' "
-    "--figures tradeoff benchmark",
-    "cifar10": f"{PAPER} --data cifar10",
-    "cifar100": f"{PAPER} --data cifar100",
-    "tiny_imgnet": f"{PAPER} --data tiny_imgnet",
-    "ablations": f"{PAPER} --methods sam,sharpbalance,sharpbalance_paper,random,same,asam,eoa --checkpoint last "
-    "--runs runs/{data} --measurements measurements/{data}_ablations --results results/{data}_ablations",
-    # As noisy_labels, by the rho, k and T_d that were chosen there.
-    "members": f"{SMALL} --methods {','.join(FOUR)} --ensembles 5 --plain_members 9 --rho 0.1 --flat_ratio 0.7 "
-    "--initial_epochs 22 --width 8 --label_noise 0.2 --images 2000 --figures tradeoff ensemble_size ood reliability "
-    "--measure_flags '--mode predict,disagreement,ood --ood digits noise' --runs runs/{data}_members "
-    "--measurements measurements/{data}_members --results results/{data}_members",
-    "fashion_mnist/noisy_labels": f"{FASHION} --width 8 --label_noise 0.2 --images 2000 --ensembles 7 --corrupted 500",
-    "fashion_mnist/clean_labels": f"{FASHION} --width 16 --images 750 --ensembles 5 --corrupted 200",
-    "regime": "--data fashion_mnist --methods deep_ensemble,sam --rho 0.05 0.1 --seeds '11 12 13' --batch_size 64 "
-    "--threads 1 --jobs auto --images 2000 --validation 2000 --skip_measuring",
-}
-SET_BY_METHOD = ("--sam", "--sam_adaptive", "--partition", "--match_size", "--average_from", "--seed", "--save_path")
+# --initial_method is late_sam's.
+SET_BY_METHOD = (
+    "--initial_method",
+    "--sam",
+    "--sam_adaptive",
+    "--partition",
+    "--match_size",
+    "--average_from",
+    "--seed",
+    "--save_path",
+)
 ENVIRONMENT = ("data", "data_path", "methods", "seeds", "rho", "flat_ratio", "initial_epochs", "asam_rho", "checkpoint")
 ENVIRONMENT += ("nproc", "measure_flags", "sharpness_flags", "runs", "measurements", "results")
+PARTS = ("asked", "runs", "sets")  # of plan.json, by the name of a run: what was asked for, validation, and SAM sets
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -114,7 +94,7 @@ def build_parser() -> cli.Parser:
     """All options."""
     parser = cli.Parser(__doc__)
     parser.add_argument("preset", choices=PRESETS, help="the experiment")
-    cli.add_choice(parser, "data", "data set", DATASETS, default="cifar100")
+    cli.add_choice(parser, "data", "data set", NAMES, default="cifar100")
     cli.add_option(parser, "data_path", "folder of the data sets", cli.path, "DIR", default=Path("data"))
     parser.add_argument("--methods", action=cli.Choices, among=METHODS, help="what is compared")
     cli.add_option(parser, "seeds", "of each ensemble, separated by commas", str, "LIST")
@@ -125,6 +105,14 @@ def build_parser() -> cli.Parser:
     cli.add_option(parser, "flat_ratio", "of SharpBalance", cli.SHARE, "K", nargs="+")
     cli.add_option(parser, "initial_epochs", "of SharpBalance", cli.NATURAL, "N", nargs="+", default=[None])
     cli.add_option(parser, "asam_rho", "rho of asam", cli.POSITIVE, "R", default=0.5)
+    text = "ensembles that rho, k and T_d are chosen on; SAM is then measured at the rho that the methods have"
+    cli.add_option(parser, "choose_on", text, cli.COUNT, "N")
+    cli.add_option(parser, "choices", "folder of results whose rho, k and T_d are taken", cli.path, "DIR")
+    cli.add_option(parser, "plan", "written before the results, which record its digest", cli.path, "FILE")
+    text = "values that copies in --results keep by image besides what is right, as ensemble_nll (default: all)"
+    cli.add_option(parser, "by_image", text, str, "NAME", nargs="+")
+    text = "which claims scripts/report.py decides: on the paper, or on where SharpBalance helps"
+    cli.add_choice(parser, "claims", text, ("paper", "study"), default="paper")
     cli.add_option(parser, "images", "training images, drawn (default: all)", cli.number(int, 2), "N")
     cli.add_option(parser, "validation", "validation images, with --images", cli.COUNT, "N")
     cli.add_option(parser, "corrupted", "corrupt the first N test images (default: use what exists)", cli.COUNT, "N")
@@ -149,19 +137,13 @@ def main(args: argparse.Namespace) -> None:
     experiment = Experiment(args)
     if args.redraw:
         if any(values and len(values) > 1 for values in experiment.grid.values()):
-            experiment.chosen = read_json(args.results / "plan.json", "run the experiment first")["chosen"]
+            experiment.read_choices(args.results, "--results")
         experiment.compare()
         return
     experiment.prepare()
-    plan = experiment.train()
-    if args.results:
-        rows = [[table_cell(name), *row.values()] for name, row in plan["runs"].items()]
-        text = tabulate(rows, ["run", *next(iter(plan["runs"].values()))], "github", floatfmt=".4f")
-        args.results.mkdir(parents=True, exist_ok=True)
-        write_json(args.results / "plan.json", plan)
-        write_atomically(args.results / "validation.md", (text + "\n").encode(errors="backslashreplace"))
+    experiment.choose()
+    experiment.make()
     if not args.skip_measuring:
-        experiment.measure()
         experiment.compare()
 
 
@@ -187,7 +169,13 @@ class Experiment:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.chosen, self.measured_on = args, {}, args.data_path
-        self.flags: list[Any] = [*args.train, "--data", args.data, "--data_path", args.data_path]
+        parser = cli.Parser(__doc__)  # what matters here of the options of main.py
+        for name, kind in (("epochs", cli.COUNT), ("image_size", cli.COUNT), ("label_noise", cli.SHARE)):
+            cli.add_option(parser, name, "", kind, "N")
+        cli.add_flag(parser, "download", "")
+        self.passed, self.recipe = parser.parse_known_args(args.train)
+        self.places: list[Any] = [*args.train, "--data", args.data, "--data_path", args.data_path]
+        self.split: dict[str, Path] = {}
         self.spent, self.started = 0.0, time.monotonic()
         self.grid = {"rho": args.rho, "k": args.flat_ratio, "T_d": args.initial_epochs}
         for name, values in self.grid.items():
@@ -195,30 +183,55 @@ class Experiment:
         self.average_from = self.chosen["T_d"]
         if "eoa" in args.methods and self.average_from is None:
             raise InputError("--initial_epochs: eoa averages from this epoch on; give one")
+        if "late_sam" in args.methods and not self.passed.epochs:
+            raise InputError("--epochs: late_sam begins after 7/8 of them; say how many")
+        self.plan, self.tried, self.all_chosen, self.splits = {}, {}, False, ""
+        if args.plan:
+            self.plan = {"file": args.plan.name, "sha256": hashlib.sha256(read_bytes(args.plan)).hexdigest()}
+        # By the name of a run: what the command asks for; and what --results holds, of earlier calls too.
+        self.asked: dict[str, str] = {}
+        self.made: set[str] = set()  # the names of those that lie in --runs
+        self.before: dict[str, Any] = {"asked": {}, "runs": {}, "sets": {}}
+        if args.results and (args.results / "plan.json").exists():
+            found = read_json(args.results / "plan.json", "remove it, and run the experiment again")
+            self.before |= found if all(isinstance(found.get(part), dict) for part in PARTS) else {}
 
     def load(self, **how: Any) -> Data:
         """The data set, downloaded where main.py would do so."""
-        return load_data(self.args.data, self.args.data_path, download="--download" in self.args.train, **how)
+        args, passed = self.args, self.passed
+        return load_data(args.data, args.data_path, download=passed.download, image_size=passed.image_size, **how)
+
+    @functools.cached_property
+    def data(self) -> Data:
+        """The data set as the members see it."""
+        return self.load(label_noise=self.passed.label_noise or 0, **self.split)
 
     def prepare(self) -> None:
         """Draw the images, and make the corrupted ones."""
         if self.args.images:
-            self.flags += self.draw_images()
+            self.draw_images()
         if self.args.corrupted and not self.args.skip_measuring:
             self.corrupt()
 
-    def draw_images(self) -> list[str]:
-        """Draw validation and training images; the options that name them."""
-        args, flags = self.args, []
+    def draw_images(self) -> None:
+        """Draw validation and training images, and add the options that name them.
+
+        Of a folder, whose parts may be the user's, all are taken where it has no more, or parts that stand.
+        """
+        args = self.args
         data = self.load()
         order = np.random.RandomState(0).permutation(len(data.train) + len(data.val))
+        stand = not (args.data_path / "train").is_dir() or (args.data_path / "val").is_dir()
+        if args.data == "folder" and (stand or args.validation + args.images > len(order)):
+            print(f"all {len(data.train)} training images of {args.data_path}: --images {args.images} cannot be drawn")
+            return
         if args.validation + args.images > len(order):
             raise InputError(f"--images: expected at most {len(order) - args.validation}, got {args.images}")
         for name, start, count in (("val", 0, args.validation), ("train", args.validation, args.images)):
             args.runs.mkdir(parents=True, exist_ok=True)
+            self.split[f"{name}_idx_path"] = args.runs / f"{name}.npy"
             write_array(args.runs / f"{name}.npy", np.sort(order[start : start + count]))
-            flags += [f"--{name}_idx_path", args.runs / f"{name}.npy"]
-        return flags
+            self.places += [f"--{name}_idx_path", args.runs / f"{name}.npy"]
 
     def corrupt(self) -> None:
         """Make the corrupted copies of the first test images, beside a link to the data."""
@@ -230,7 +243,7 @@ class Experiment:
             (folder / PLACES[args.data][1]).symlink_to(data, target_is_directory=True)
         flags = ["--data", args.data, "--data_path", args.data_path, "--to", folder, "--images", args.corrupted]
         command = ["scripts/make_corrupted.py", *flags, "--workers", args.jobs]
-        name = f"{CORRUPTED[args.data]} of {args.corrupted} images"
+        name = f"{corrupted_name(args.data, self.passed.image_size)} of {args.corrupted} images"
         self.run_all([self.job(name, 0, folder, list, [command], [flags])])
         self.measured_on = folder
 
@@ -245,93 +258,185 @@ class Experiment:
             "eoa": average,
             "sam": sam,
             "deep_ensemble_sam": sam,
+            "late_sam": [*sam, "--initial_method", "sgd", "--initial_epochs", 7 * (self.passed.epochs or 0) // 8],
             "asam": ["--sam", "--sam_adaptive", "--rho", self.args.asam_rho],
             "sharpbalance": sets,
             "sharpbalance_paper": [*sets, "--partition", "paper"],
             "random": [*sets, "--partition", "random", "--match_size"],
+            "random_paper": [*sets, "--partition", "random", "--match_size", "paper"],
             "same": [*sets, "--partition", "same", "--match_size"],
-        }[method]
+        }[method.removesuffix("_next")]
 
     def run_name(self, method: str, values: dict[str, Any]) -> str:
         """The name of a run's folder without its seed; what has several values is part of it."""
+        method = method.removesuffix("_next")
         if method == "eoa" and "deep_ensemble" in self.args.methods:
             return "deep_ensemble"  # whose runs hold the averages
         several = [name for name in self.grid if self.grid[name] and len(self.grid[name]) > 1]
-        parts = self.grid if method in SETS and several else ["rho"] if method == "sam" and "rho" in several else []
+        parts = self.grid if method in SETS and several else [name for name in several if name == "rho"]
+        parts = parts if method in (*SETS, "sam", "late_sam") else []
         return "_".join([method, *(f"{values[name]:g}" for name in parts)])
 
     def place(self, root: Path, name: str, seeds: str) -> Path:
         """The folder of a run or of its measurements."""
         return root / self.args.folder.format(method=name, seed=seeds.split()[0])
 
-    def train(self) -> dict[str, Any]:
-        """Train everything, and choose rho, k and T_d where there are several; the choices and how they came about."""
-        args, tried = self.args, {}
-        first = args.seeds[:1]
-        for name, method, seeds in (("rho", "sam", args.seeds), ("k", SETS[0], first), ("T_d", SETS[0], first)):
-            if not self.grid[name] or len(self.grid[name]) < 2 or method not in args.methods:
-                continue
+    def choose(self) -> None:
+        """Take rho, k and T_d of another experiment, or choose each of which there are several on validation."""
+        args = self.args
+        if args.choices:
+            self.read_choices(args.choices, "--choices")
+            return
+        rho_on, sets_on = (args.seeds, args.seeds[:1]) if args.choose_on is None else [args.seeds[: args.choose_on]] * 2
+        steps = [("rho", "sam", rho_on), ("k", SETS[0], sets_on), ("T_d", SETS[0], sets_on)]
+        steps = [step for step in steps if len(self.grid[step[0]] or []) > 1 and step[1] in args.methods]
+        for i, (name, method, seeds) in enumerate(steps):
+            later = [job for step in steps[i + 1 :] for job in self.tries(*step)] + self.cells()
+            self.run_all(self.tries(name, method, seeds), sum(job.cost for job in later if not job.done()))
             points = {value: self.chosen | {name: value} for value in self.grid[name]}
-            self.run_all(self.training(method, point, s) for point in points.values() for s in seeds)
             scores = {value: self.validation(method, point, seeds) for value, point in points.items()}
-            tried[name] = {f"{value:g}": score for value, score in scores.items()}
+            self.tried[name] = {f"{value:g}": score for value, score in scores.items()}
             self.chosen[name] = max(scores, key=scores.__getitem__)
-        self.run_all(self.training(method, self.chosen, seeds) for seeds in args.seeds for method in args.methods)
-        if "deep_ensemble" in args.methods:
-            tried["deep ensemble"] = self.validation("deep_ensemble", self.chosen, args.seeds)
-        trained = sorted(folder.parent for folder in args.runs.glob("*/summary.json"))
-        return {
-            "command": shlex.join(["python", *sys.argv]),
-            "claims": 2,  # those of report.py that were written down before: all
-            "chosen": self.chosen,
-            "validation": tried,
-            "runs": {folder.name: _validation(folder) for folder in trained},
-            "mislabelled": self.mislabelled(),
-            "jobs": args.jobs,
-            "environment": environment(torch.device("cpu")),
-        }
+
+    def read_choices(self, results: Path, flag: str) -> None:
+        """Take rho, k and T_d of an experiment that has chosen."""
+        try:
+            found = read_json(results / "plan.json", "run the experiment first")["chosen"]
+            self.chosen = {name: found[name] for name in self.chosen}
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{flag} {results}: its plan.json has no choices yet; run the experiment first") from error
+
+    def tries(self, name: str, method: str, seeds: list[str]) -> list[Job]:
+        """The trainings that choose a value; they are done where their validation is known."""
+        points = [self.chosen | {name: value} for value in self.grid[name]]
+        runs = [
+            (self.training(method, point, s), self.run_of(method, point, s).name) for point in points for s in seeds
+        ]
+        return [replace(job, done=functools.partial(self.is_known, job, run)) for job, run in runs]
+
+    def is_known(self, job: Job, run: str) -> bool:
+        """Whether a run lies in --runs, or its validation in --results."""
+        return job.done() or (run in self.asked and self.before["asked"].get(run) == self.asked[run])
+
+    def run_of(self, method: str, values: dict[str, Any], seeds: str) -> Path:
+        """The folder of a run."""
+        return self.place(self.args.runs, self.run_name(method, values), seeds)
+
+    def make(self) -> None:
+        """Train and measure all that is compared."""
+        self.all_chosen = True
+        self.write_plan()
+        self.run_all(self.cells())
+        if "deep_ensemble" in self.args.methods:
+            self.tried["deep ensemble"] = self.validation("deep_ensemble", self.chosen, self.args.seeds)
+        self.write_plan(finished=True)
 
     def validation(self, method: str, values: dict[str, Any], seeds: list[str]) -> float:
         """The ensemble accuracy on validation at the end of training, mean over ensembles."""
-        folders = [self.place(self.args.runs, self.run_name(method, values), s) for s in seeds]
-        return statistics.mean(_validation(folder)["ensemble accuracy"] for folder in folders)
+        runs = [self.run_of(method, values, s) for s in seeds]
+        rows = [_validation(run) if (run / "summary.json").is_file() else self.before["runs"][run.name] for run in runs]
+        return statistics.mean(row["ensemble accuracy"] for row in rows)
 
     def training(self, method: str, values: dict[str, Any], seeds: str) -> Job:
         """A run of main.py."""
-        folder = self.place(self.args.runs, self.run_name(method, values), seeds)
+        folder = self.run_of(method, values, seeds)
         if method == "deep_ensemble" and self.args.plain_members:
             first = list(map(int, seeds.split()))
             more = range(max(first) + 1, max(first) + 1 + self.args.plain_members)
             seeds = " ".join(map(str, [*first, *more][: self.args.plain_members]))
-        flags = [*self.flags, *self.flags_of(method, values), "--seed", seeds]
+        own = [*self.flags_of(method, values), "--seed", seeds]
+        flags = [*self.places, *own]
+        if self.args.results:
+            passed = {name: value for name, value in vars(self.passed).items() if name != "download"}
+            self.asked[folder.name] = _digest(self.data.record["sha256_of_arrays_and_split"], passed, self.recipe, own)
         command = ["main.py", *flags, "--save_path", folder, *(["--jobs", 1] if self.args.jobs > 1 else [])]
         if self.args.nproc > 1:
             command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", self.args.nproc, *command]
-        cost = 1.8 if method in SETS else 1.0 if method in ("deep_ensemble", "eoa") else 2.0
-        return self.job(f"training {folder}", cost, folder, lambda: _weights(folder), [command], [flags])
+        cost = 1.8 if method in (*SETS, *NEXT) else 2.0 if method in ("sam", "deep_ensemble_sam", "asam") else 1.0
+        job = self.job(f"training {folder}", cost, folder, lambda: _weights(folder), [command], [flags])
 
-    def measure(self) -> None:
-        """Measure the chosen runs, and SAM's at every rho."""
-        jobs, args, splits = [], self.args, "test,corrupted"
-        if find_corrupted(args.data, self.measured_on) is None:
-            splits = "test"
-            print(f"no {CORRUPTED[args.data]} in {self.measured_on} or beside the data set: clean images only")
+        def done() -> bool:
+            is_done = job.done()
+            self.made |= {folder.name} if is_done else set()
+            return is_done
+
+        def work() -> None:
+            job.work()
+            self.made.add(folder.name)
+
+        return replace(job, done=done, work=work)
+
+    def cells(self) -> list[Job]:
+        """The jobs of all that is compared: each trains a run, if need be, and measures it."""
+        args, size = self.args, self.passed.image_size
+        if not args.skip_measuring and not self.splits:
+            self.splits = "test,corrupted"
+            if find_corrupted(args.data, self.measured_on, image_size=size) is None:
+                self.splits, where = "test", f"{self.measured_on} or beside the data set"
+                print(f"no {corrupted_name(args.data, size)} in {where}: clean images only")
+        by_run: dict[Path, tuple[Job, list[Job]]] = {}
         for seeds in args.seeds:
             for name, method, values in self.measured():
-                source = self.place(args.runs, self.run_name(method, values), seeds)
-                jobs.append(self.measuring(method, source, self.place(args.measurements, name, seeds), splits))
-        self.run_all(jobs)
+                run = self.run_of(method, values, seeds)
+                _, measurings = by_run.setdefault(run, (self.training(method, values, seeds), []))
+                if not args.skip_measuring:
+                    folder = self.place(args.measurements, name, seeds)
+                    job = self.measuring(method, run, folder, self.splits)
+                    measurings.append(self.copied(job, method, run, folder) if args.results else job)
+        return [self.cell(run, *jobs) for run, jobs in by_run.items()]
+
+    def cell(self, run: Path, training: Job, measurings: list[Job]) -> Job:
+        """A training with its measurements, which need its checkpoints."""
+
+        def done() -> bool:
+            return self.is_known(training, run.name) and all(job.done() for job in measurings)
+
+        def work() -> None:
+            left = [job for job in measurings if not job.done()]
+            if not training.done() and (left or not self.is_known(training, run.name)):
+                training.work()
+            for job in left:
+                job.work()
+
+        names = ", ".join(job.name for job in measurings) or training.name
+        return Job(names, training.cost + sum(job.cost for job in measurings), done, work)
+
+    def copied(self, job: Job, method: str, run: Path, folder: Path) -> Job:
+        """A measuring job that copies what it measured to --results, and is done where these hold it."""
+        args, copy = self.args, self.args.results / "measurements" / folder.name
+        how = ["averaged" if method == "eoa" else args.checkpoint, self.splits, args.corrupted]
+        asked = _digest(self.asked[run.name], how, args.measure_flags, args.sharpness_flags)
+        about = {"name": args.preset, "asked": asked} | ({"plan": self.plan} if self.plan else {})
+
+        def done() -> bool:
+            try:
+                found = [load_json(copy / f"{name}.json") for name in ("diversity", "sharpness")]
+                same = {one["experiment"]["asked"] for one in found} == {asked}
+            except (KeyError, OSError, TypeError, ValueError):
+                return False
+            return same and up_to_date(found) and (not args.variance or job.done())
+
+        def work() -> None:
+            if not job.done():
+                job.work()
+            copy_results(folder, copy, about, args.by_image)
+
+        return replace(job, done=done, work=work)
 
     def measured(self) -> list[tuple[str, str, dict[str, Any]]]:
         """What is measured: its name, its method, and its rho, k and T_d. SAM at the chosen rho is the first SAM."""
-        found = []
-        for method in self.args.methods:
-            rhos = [self.chosen["rho"]]
-            if method == "sam":
-                rhos += [rho for rho in self.args.rho if rho != rhos[0]]
-            for rho in rhos:
-                values = self.chosen | {"rho": rho}
-                found.append((self.run_name(method, values) if method == "sam" else method, method, values))
+        found, args, rho = [], self.args, self.chosen["rho"]
+        above = min((value for value in args.rho or [] if value > rho), default=None)
+        for method in args.methods:
+            rhos = [above] if method in NEXT else [rho]
+            if method == "sam" and args.choose_on is None and args.choices is None:
+                rhos += [other for other in args.rho if other != rho]
+            elif method == "sam" and set(NEXT) & set(args.methods):
+                rhos += [above]
+            for one in rhos:
+                if one is not None or rho is None:
+                    values = self.chosen | {"rho": one}
+                    found.append((self.run_name(method, values) if method == "sam" else method, method, values))
         return found
 
     def measuring(self, method: str, source: Path, folder: Path, splits: str) -> Job:
@@ -375,17 +480,18 @@ class Experiment:
 
         return Job(name, cost, done, work)
 
-    def run_all(self, jobs: Iterable[Job]) -> None:
-        """Do what is not done yet, several jobs side by side, and say how far it is."""
+    def run_all(self, jobs: Iterable[Job], later: float = 0) -> None:
+        """Do what is not done, several jobs side by side, and say how far it is; `later`: the cost of what follows."""
         waiting = list({job.name: job for job in jobs if not job.done()}.values())
         left, running = sum(job.cost for job in waiting), {}
 
         def finished(job: Job) -> None:
             nonlocal left
             left, self.spent = left - job.cost, self.spent + job.cost
-            minutes = (time.monotonic() - self.started) / max(self.spent, 0.1) * left / 60
-            text = f", about {minutes:.0f} min for the rest of these" if left > 0.1 else ""
+            minutes = (time.monotonic() - self.started) / max(self.spent, 0.1) * (left + later) / 60
+            text = f", about {minutes:.0f} min to go" if left + later > 0.1 else ""
             print(f"{time.strftime('%H:%M')}  {job.name}: done{text}", flush=True)
+            self.write_plan()
 
         if self.args.jobs == 1:  # in this thread, which may fork
             for job in waiting:
@@ -401,35 +507,62 @@ class Experiment:
                     future.result()  # an error ends it here: no further job begins
                     finished(running.pop(future))
 
-    def mislabelled(self) -> dict[str, float]:
+    def write_plan(self, finished: bool = False) -> None:
+        """Write plan.json into --results: what is asked for, what was chosen, and what is known of the runs so far."""
+        args, before = self.args, self.before
+        if not args.results or not self.asked:  # so far, corrupted copies
+            return
+        for name in sorted(self.made):
+            folder = args.runs / name
+            before["runs"][name], before["asked"][name] = _validation(folder), self.asked[name]
+            if masks := [np.load(file) for file in sorted(folder.glob("seed_*/sam_mask.npy"))]:
+                wrong = self.data.mislabelled
+                shares = [(mask.mean(), wrong[mask].mean() if mask.any() else 0.0) for mask in masks]
+                before["sets"][name] = dict(zip(("size", "mislabelled"), np.mean(shares, 0).tolist(), strict=True))
+        # Of earlier calls, which asked for others; but not what this call asks for otherwise.
+        asked = {name: one for name, one in before["asked"].items() if self.asked.get(name, one) == one}
+        plan = {
+            "command": shlex.join(["python", *sys.argv]),
+            "claims": 2 if args.claims == "paper" else args.claims,  # 2: of the paper, all were written down before
+            "plan": self.plan,
+            "finished": finished,
+            "choose_on": args.choose_on,
+            "choices_of": args.choices and args.choices.name,
+            "validation": self.tried,
+            **{part: {name: before[part][name] for name in sorted(asked.keys() & before[part])} for part in PARTS},
+            "jobs": args.jobs,
+            "environment": environment(torch.device("cpu")),
+        }
+        if self.all_chosen:
+            measured = [name for name, _, _ in self.measured()]
+            plan |= {"chosen": self.chosen, "measured": measured, "mislabelled": self.mislabelled(plan["sets"])}
+        args.results.mkdir(parents=True, exist_ok=True)
+        write_json(args.results / "plan.json", plan)
+        if finished:
+            rows = [[table_cell(name), *row.values()] for name, row in plan["runs"].items()]
+            text = tabulate(rows, ["run", *next(iter(plan["runs"].values()))], "github", floatfmt=".4f")
+            write_atomically(args.results / "validation.md", (text + "\n").encode(errors="backslashreplace"))
+
+    def mislabelled(self, sets: dict[str, dict[str, float]]) -> dict[str, float]:
         """Which share of a member's SAM set has wrong labels, and the size of the set; all: of the training images."""
-        args, shares = self.args, {}
-        methods = [method for method in args.methods if method in SETS]
-        folders = {m: [self.place(args.runs, self.run_name(m, self.chosen), s) for s in args.seeds] for m in methods}
-        settings = read_settings(next(iter(folders.values()))[0]) if folders else {"label_noise": 0}
-        if not settings["label_noise"]:
-            return {}
-        index = {name: settings[name] for name in ("train_idx_path", "val_idx_path")}
-        wrong = self.load(label_noise=settings["label_noise"], **index).mislabelled
-        shares["all"] = float(wrong.mean())
-        for method, places in folders.items():
-            masks = [np.load(file) for place in places for file in sorted(place.glob("seed_*/sam_mask.npy"))]
-            shares[method] = statistics.mean(float(wrong[mask].mean()) for mask in masks)
-            shares[f"{method}_size"] = statistics.mean(float(mask.mean()) for mask in masks)
+        shares: dict[str, float] = {}
+        if not self.passed.label_noise:
+            return shares
+        shares["all"] = float(self.data.mislabelled.mean())
+        for method in [method for method in self.args.methods if method in SETS]:
+            runs = [self.run_of(method, self.chosen, seeds).name for seeds in self.args.seeds]
+            if found := [sets[run] for run in runs if run in sets]:
+                shares[method] = statistics.mean(one["mislabelled"] for one in found)
+                shares[f"{method}_size"] = statistics.mean(one["size"] for one in found)
         return shares
 
     def compare(self) -> None:
         """Tables and figures of what is measured, also by earlier calls with other seeds or methods."""
         args, names = self.args, [name for name, _, _ in self.measured()]
-        root = args.results / "measurements" if args.redraw else args.measurements
+        root = args.results / "measurements" if args.results else args.measurements
         folders = [self.place(root, name, seeds) for name in names for seeds in args.seeds]
         found = sorted(file.parent for file in root.glob("*/diversity.json"))
         folders += [folder for folder in found if folder not in folders]
-        if args.results and not args.redraw:
-            copies = [args.results / "measurements" / folder.name for folder in folders]
-            for folder, copy in zip(folders, copies, strict=True):
-                copy_results(folder, copy)
-            folders = copies
         form = ["--format", "markdown", "--to", args.results / "tables.md"] if args.results else []
         call(["scripts/summarize.py", *folders, *form])
         measured = load_json(folders[0] / "diversity.json")["result"]
@@ -464,6 +597,11 @@ def call(words: list[Any], log: Path | None = None, jobs: int = 1) -> None:
     if status:
         kind = InputError if status == 2 else RunError
         raise kind(f"{script} ended with status {status}" + f"; see {log}" * bool(log))
+
+
+def _digest(*asked: Any) -> str:
+    """The SHA-256 of words and numbers."""
+    return hashlib.sha256(json.dumps(asked, default=str, sort_keys=True).encode()).hexdigest()
 
 
 def _weights(folder: Path) -> list[Path]:

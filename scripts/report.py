@@ -1,9 +1,11 @@
-"""Verdicts on the paper's claims, from the result files of `scripts/experiment.py`, as a page.
+"""Verdicts on claims, from the result files of `scripts/experiment.py`, as a page.
 
     python scripts/report.py results/fashion_mnist
 
-Reads plan.json and measurements/ in each folder below the given one, and writes README.md there: what was compared, a
-verdict on each of `CLAIMS`, and the accuracy under each corruption. Tables and figures are those of the experiment.
+Reads plan.json and measurements/ in each folder below the given one, and writes README.md there. By `--claims` of the
+experiment that is a verdict on each of the paper's `CLAIMS`, and the accuracy under each corruption; or, of the study
+where SharpBalance helps, verdicts on `PRIMARY` and `SECONDARY` in all settings, and map.png. Tables and other figures
+are those of the experiment.
 """
 
 import argparse
@@ -11,37 +13,34 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
 from tabulate import tabulate
 
-from utils import InputError, results, table_cell
+from utils import InputError, plots, results, table_cell
+from utils.claims import (
+    ALL_NAMES,
+    HEADER,
+    LEVEL,
+    MAX_ENSEMBLES,
+    NAMES,
+    POWER,
+    Claim,
+    Judged,
+    Measured,
+    above_the_line,
+    compare,
+    judge,
+    slope,
+)
 from utils.cli import Parser, path, run
 from utils.files import read_json, write_atomically
-from utils.results import METHODS, Ensemble, Gap
+from utils.results import Ensemble
 
-# The methods that claims compare, by their names in the experiment.
-NAMES = {"deep_ensemble": METHODS["deep_ensemble"].name, "sam": METHODS["sam"].name}
-NAMES |= {"sharpbalance": METHODS["released"].name, "sharpbalance_paper": METHODS["paper"].name}
-NAMES |= {"random": METHODS["random"].name}
-# The values that claims compare: what the page calls each; the unit, if any; and the margin within which a difference
-# is of no interest, in that unit.
-COMPARED = {
-    "ensemble": ("clean images: ensemble accuracy", "points", 0.5),
-    "corrupted_ensemble": ("corrupted images: ensemble accuracy", "points", 1),
-    "disagreement": ("clean images: disagreement", "points", 0.5),
-    "sharpness": ("logarithm of sharpness", "", 0.1),
-    "eir": ("SAM lowers the gain of ensembling: EIR", "", 0.02),
-    "nll_calibrated": ("clean images: ensemble NLL, calibrated", "nats", 0.003),
-}
-FACTORS = {"points": 100, "points per factor e": 100}  # of units
-LEVEL = 0.05  # of the claims of a setting together
 FIGURES = {
     "tradeoff": "sharpness against diversity",
     "benchmark": "accuracy of members and ensembles, and differences to SAM",
@@ -53,72 +52,6 @@ UNCERTAINTY = {
     "ood": "entropy of test images and of other data, and ROC curves",
     "reliability": "accuracy against confidence, before and after a temperature",
 }
-
-Measured = dict[str, dict[str, Ensemble]]  # by method, by seeds
-
-
-class Claim(NamedTuple):
-    """A claim holds if `gap`, the difference for the ensembles of given seeds, is above 0.
-
-    `margin`, in the unit, is what is of no interest.
-    """
-
-    name: str
-    text: str
-    unit: str
-    margin: float
-    gap: Callable[[Measured, str], Gap]
-
-
-def compare(name: str, first: str, second: str, value: str) -> Claim:
-    """The first method minus the second in one value; in sharpness, the difference of the logarithms.
-
-    nan where a sharpness is not finite, or a value was not measured.
-    """
-
-    def gap(found: Measured, seeds: str) -> Gap:
-        one, other = found[first][seeds], found[second][seeds]
-        if value == "sharpness":
-            a, b = one.values[value], other.values[value]
-            return math.log(a / b) if 0 < a < math.inf and 0 < b < math.inf else math.nan
-        difference = results.gap_between(one, other, value)
-        return math.nan if difference is None else difference
-
-    what, unit, margin = COMPARED[value]
-    names = NAMES | {"sam_largest": "SAM with the largest rho"}
-    return Claim(name, f"{what}, {names[first]} - {names[second]}", unit, margin, gap)
-
-
-def line_of_rho(found: Measured, seeds: str) -> tuple[float, float]:
-    """Slope and intercept of the least-squares line of disagreement over log sharpness, along rho of SAM (0: SGD).
-
-    It says nothing of ensembles that were trained by the same rho. nan where a sharpness is not finite.
-    """
-    methods = [found["deep_ensemble"], *(found[name] for name in found if name.startswith("sam_0"))]
-    values = [by_seeds[seeds].values for by_seeds in methods]
-    if not all(0 < v["sharpness"] < math.inf for v in values):
-        return math.nan, math.nan
-    line = np.polyfit([np.log(v["sharpness"]) for v in values], [v["disagreement"] for v in values], 1)
-    return float(line[0]), float(line[1])
-
-
-def slope(found: Measured, seeds: str) -> float:
-    """The slope of `line_of_rho`."""
-    return line_of_rho(found, seeds)[0]
-
-
-def above_the_line(name: str, method: str) -> Claim:
-    """The disagreement of a method less that of SAM on the `line_of_rho` at the method's sharpness."""
-
-    def gap(found: Measured, seeds: str) -> float:
-        values, (slope, intercept) = found[method][seeds].values, line_of_rho(found, seeds)
-        if not 0 < values["sharpness"] < math.inf:
-            return math.nan
-        return values["disagreement"] - (intercept + slope * math.log(values["sharpness"]))
-
-    text = f"disagreement at equal sharpness, {NAMES[method]} - SAM on its line over rho"
-    return Claim(name, text, *COMPARED["disagreement"][1:], gap)
-
 
 SLOPE = "from one rho to the next, sharper members are more diverse: slope of disagreement over log sharpness"
 CLAIMS = (
@@ -146,6 +79,48 @@ LATER_CLAIMS = (
     compare("ix, paper", "sam", "sharpbalance_paper", "nll_calibrated"),
     above_the_line("x, released", "sharpbalance"),
     above_the_line("x, paper", "sharpbalance_paper"),
+)
+# The study of where SharpBalance helps. Of each reading: its method, and random sets of its size.
+READINGS = {"released": ("sharpbalance", "random"), "paper": ("sharpbalance_paper", "random_paper")}
+POINTS, NATS = 0.3, 0.003  # margins of accuracy and of calibrated NLL
+PRIMARY = tuple(compare(f"A1, {name}", rule, "sam", "ensemble", POINTS) for name, (rule, _) in READINGS.items())
+SECONDARY = (
+    *(compare(f"A2, {name}", *methods, "ensemble", POINTS) for name, methods in READINGS.items()),
+    *(compare(f"A3, {name}", rule, "deep_ensemble", "ensemble", POINTS) for name, (rule, _) in READINGS.items()),
+    compare("A3, SAM", "sam", "deep_ensemble", "ensemble", POINTS),
+    compare("A4, late SAM", "late_sam", "sam", "ensemble", POINTS),
+    *(compare(f"A5, {name}", f"{rule}_next", "sam", "ensemble", POINTS) for name, (rule, _) in READINGS.items()),
+    *(compare(f"N1, {name}", "sam", rule, "nll_calibrated", NATS) for name, (rule, _) in READINGS.items()),
+    *(compare(f"N2, {name}", drawn, rule, "nll_calibrated", NATS) for name, (rule, drawn) in READINGS.items()),
+    *(compare(f"N3, {name}", "deep_ensemble", rule, "nll_calibrated", NATS) for name, (rule, _) in READINGS.items()),
+    *(above_the_line(f"D1, {name}", rule) for name, (rule, _) in READINGS.items()),
+    *(above_the_line(f"D2, {name}", f"{rule}_next") for name, (rule, _) in READINGS.items()),
+    *(compare(f"U1, {name}", rule, "sam", "auroc entropy digits") for name, (rule, _) in READINGS.items()),
+)
+# The panels of the map, with the names of claims that are its rows.
+MAP = {
+    "gain in ensemble accuracy  [% points]": {
+        f"{name} - {other}": f"{claim}, {name}"
+        for claim, other in (("A1", "SAM"), ("A2", "random"), ("A3", "plain"))
+        for name in READINGS
+    },
+    "gain in calibrated NLL  [mnats]": {
+        f"{name} - {other}": f"{claim}, {name}"
+        for claim, other in (("N1", "SAM"), ("N2", "random"), ("N3", "plain"))
+        for name in READINGS
+    },
+}
+STUDY_OPENING = (
+    "# Where does SharpBalance help?",
+    "`bash scripts/experiments/study.sh` trains, measures and writes this page from the JSON files beside it, `python "
+    "scripts/report.py FOLDER` writes it again. Settings, methods, claims and margins were written down before the "
+    "first test image was looked at, in results/study/PLAN.md, whose digest each result file holds.",
+    "A claim is *supported* or *contradicted* where the mean difference between ensembles of the same seeds is above "
+    f"or below 0 with a p value of at most {100 * LEVEL:g} % after Holm's correction for the claims of its family in a "
+    "setting; *equivalent* where it is neither, and lies within the margin by two one-sided tests at 5 %; else "
+    "*undecided*. The primary family of a setting is A1, each rule against SAM by ensemble accuracy; all others are "
+    "the secondary one. Intervals are of 95 %, each for itself, over new ensembles and new test images, or over "
+    "ensembles alone where that is written beside them; all hold for one draw of training images and of wrong labels.",
 )
 OPENING = (
     "# The paper's claims on Fashion-MNIST",
@@ -179,80 +154,52 @@ def main(args: argparse.Namespace) -> None:
     folders = sorted((file.parent for file in args.results.glob("*/plan.json")), reverse=True)
     if not folders:
         raise InputError(f"{args.results}: expected folders with a plan.json; run scripts/experiment.py first")
-    blocks = [*OPENING]
-    for folder in folders:
-        plan = read_json(folder / "plan.json", "run scripts/experiment.py again")
+    plans = {folder: read_json(folder / "plan.json", "run scripts/experiment.py again") for folder in folders}
+    of_study = {folder: isinstance(plan, dict) and plan.get("claims") == "study" for folder, plan in plans.items()}
+    if len(set(of_study.values())) > 1:
+        folder = next(folder for folder in folders if not of_study[folder])
+        raise InputError(f"{folder}: made without --claims study, which others there were made with; move it elsewhere")
+    blocks, settings = [] if of_study[folders[0]] else [*OPENING], []
+    for folder, plan in plans.items():
         try:
-            blocks += section(folder, plan)
+            if of_study[folder]:
+                settings.append(read_setting(folder, plan))
+            else:
+                blocks += section(folder, plan)
         except InputError:
             raise
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             what = f"not an experiment with all methods of the claims ({error!r})"
             raise InputError(f"{folder}: {what}; run scripts/experiment.py again") from error
+    blocks = blocks or study(args.results, settings)
     write_atomically(args.results / "README.md", ("\n\n".join(blocks) + "\n").encode(errors="backslashreplace"))
     print(f"wrote {args.results / 'README.md'}")
 
 
-def read_measured(folder: Path, rho: float) -> Measured:
+def read_measured(folder: Path, rho: float, methods: tuple[str, ...] = (*NAMES, "eoa")) -> Measured:
     """The ensembles of an experiment; `sam` is SAM at the chosen rho, `sam_largest` at the largest."""
     found: Measured = {}
     for place in sorted((folder / "measurements").glob("*")):
         method, _, seed = place.name.rpartition("_")
         found.setdefault(method, {})[seed] = results.read_ensemble(place)
     results.check_alike([ensemble for by_seeds in found.values() for ensemble in by_seeds.values()])
-    largest = max((name for name in found if name.startswith("sam_")), key=lambda name: float(name[4:]))
-    found |= {"sam": found[f"sam_{rho:g}"], "sam_largest": found[largest]}
-    seeds = {tuple(sorted(found[name])) for name in (*NAMES, "eoa")}
+    if several := [name for name in found if name.startswith("sam_")]:
+        largest = max(several, key=lambda name: float(name[4:]))
+        found |= {"sam": found[f"sam_{rho:g}"], "sam_largest": found[largest]}
+    seeds = {tuple(sorted(found[name])) for name in methods}
     if len(seeds) > 1 or len(seeds.pop()) < 2:
         raise InputError(f"{folder}: expected the same two or more seeds for all methods; complete the experiment")
     return found
 
 
-def holm(p_values: list[float]) -> list[float]:
-    """The p values, corrected for their number: the i-th smallest of m times m + 1 - i, and not below a smaller one's.
-
-    Source: Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 1979.
-    """
-    corrected, largest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, p_values[index] * (len(p_values) - rank)))
-        corrected[index] = largest
-    return corrected
-
-
-def verdict(gaps: list[Gap], p: float, margin: float) -> str:
-    """Supported, contradicted, equivalent or undecided, by a p value that is corrected for the number of claims.
-
-    A mean that is not finite has no interval, and decides nothing.
-    """
-    mean, interval, _ = results.interval_of(gaps, 1 - 2 * LEVEL)
-    if interval is None:
-        return "undecided"
-    if p <= LEVEL:
-        return "supported" if mean > 0 else "contradicted"
-    return "equivalent" if -margin < interval[0] and interval[1] < margin else "undecided"
-
-
 def section(folder: Path, plan: dict[str, Any]) -> list[str]:
     """The paragraphs, tables and figures of one experiment."""
     measured = read_measured(folder, plan["chosen"]["rho"])
-    ensembles = [one for by_seeds in measured.values() for one in by_seeds.values()]
-    first, seeds = ensembles[0].content, sorted(measured["sam"])
-    corrupted, images = results.require(ensembles[0], "corrupted", "mean", "samples"), first["data"]["val"]
-    commits = sorted({one.content["environment"]["commit"] or "no clone" for one in ensembles})
-    ball = results.sharpness_protocol(next(iter(measured["sam"].values())), "APGD_worst-l2")
+    seeds = sorted(measured["sam"])
+    results.require(measured["sam"][seeds[0]], "corrupted", "mean", "samples")
     blocks = [
         f"## {table_cell(folder.name.replace('_', ' ').capitalize())}",
-        f"{len(seeds)} ensembles by each method: {results.setting_of(first)}, {first['trained']['epochs']} epochs; "
-        f"{images} validation images, {first['data']['test']} test images, corrupted copies of {corrupted:g}. "
-        f"{plan['jobs']} single-thread processes on {plan['environment']['cpus']} cores, torch "
-        f"{plan['environment']['torch']}. Measured by the code of {' and '.join(commits)}."
-        + " (-dirty: with changes that no commit has.)" * any(commit.endswith("-dirty") for commit in commits)
-        + looks(plan),
-        f"Ensemble accuracy on validation: {choices(plan)}.{chance(plan, images)}",
-        f"Sharpness: the rise of the loss in the worst case within {'an adaptive' if ball['adaptive'] else 'a'} l2 "
-        f"ball of radius {ball['rho0']:g}, mean over {ball['batch_num']} batches of {ball['eval_batch_size']} training "
-        f"images, by '{ball['maximiser']}' in {ball['n_iters']} iterations.",
+        *described(plan, measured),
         claims_table(CLAIMS + LATER_CLAIMS * (plan.get("claims") == 2), measured, seeds),
     ]
     if plan.get("claims") != 2:
@@ -261,21 +208,181 @@ def section(folder: Path, plan: dict[str, Any]) -> list[str]:
             "that here nothing is decided by them:",
             claims_table(LATER_CLAIMS, measured, seeds, decide=False),
         ]
-    if shares := plan["mislabelled"]:
-        sets = (
-            f"{NAMES[name]} {100 * shares[name]:.1f} % (sets of {100 * shares[f'{name}_size']:.0f} % of the images)"
-            for name in ("sharpbalance", "sharpbalance_paper", "random")
-        )
-        blocks.append(
-            f"Of the training images {100 * shares['all']:.1f} % have a wrong label. Of those that a member trains "
-            f"with SAM once samples are assigned: {'; '.join(sets)}."
-        )
+    blocks += mislabelled(plan)
     place = quote(os.fsencode(folder.name))
     uncertain = uncertainty(measured)
     shown = FIGURES | (UNCERTAINTY if uncertain else {})
     figures = [f"![{text}]({place}/{kind}.png)" for kind, text in shown.items()]
-    tables = f"[{table_cell(folder.name)}/tables.md]({place}/tables.md)"
-    return [*blocks, f"All methods: {tables}.", *uncertain, *by_corruption(measured), *figures]
+    return [*blocks, f"All methods: {tables_of(folder)}.", *uncertain, *by_corruption(measured), *figures]
+
+
+def tables_of(folder: Path) -> str:
+    """A link to the tables of an experiment."""
+    return f"[{table_cell(folder.name)}/tables.md]({quote(os.fsencode(folder.name))}/tables.md)"
+
+
+def described(plan: dict[str, Any], measured: Measured) -> list[str]:
+    """The paragraphs on data, machine, choices and sharpness of an experiment."""
+    ensembles = [one for by_seeds in measured.values() for one in by_seeds.values()]
+    first, images = ensembles[0].content, ensembles[0].content["data"]["val"]
+    commits = sorted({one.content["environment"]["commit"] or "no clone" for one in ensembles})
+    ball = results.sharpness_protocol(next(iter(measured["sam"].values())), "APGD_worst-l2")
+    corrupted = ""
+    if "corrupted" in first["result"]:
+        corrupted = f", corrupted copies of {results.require(ensembles[0], 'corrupted', 'mean', 'samples'):g}"
+    return [
+        f"{len(measured['sam'])} ensembles by each method: {results.setting_of(first)}, "
+        f"{first['trained']['epochs']} epochs; {images} validation images, {first['data']['test']} test images"
+        f"{corrupted}. {plan['jobs']} single-thread processes on {plan['environment']['cpus']} cores, torch "
+        f"{plan['environment']['torch']}. Measured by the code of {' and '.join(commits)}."
+        + " (-dirty: with changes that no commit has.)" * any(commit.endswith("-dirty") for commit in commits)
+        + looks(plan),
+        f"Ensemble accuracy on validation: {choices(plan)}.{chance(plan, images)}",
+        f"Sharpness: the rise of the loss in the worst case within {'an adaptive' if ball['adaptive'] else 'a'} l2 "
+        f"ball of radius {ball['rho0']:g}, mean over {ball['batch_num']} batches of {ball['eval_batch_size']} training "
+        f"images, by '{ball['maximiser']}' in {ball['n_iters']} iterations.",
+    ]
+
+
+def mislabelled(plan: dict[str, Any]) -> list[str]:
+    """The paragraph on wrong labels in SAM sets."""
+    shares = plan["mislabelled"]
+    if not shares:
+        return []
+    sets = (
+        f"{ALL_NAMES[name]} {100 * shares[name]:.1f} % (sets of {100 * shares[f'{name}_size']:.0f} % of the images)"
+        for name in ("sharpbalance", "sharpbalance_paper", "random", "random_paper")
+        if name in shares
+    )
+    return [
+        f"Of the training images {100 * shares['all']:.1f} % have a wrong label. Of those that a member trains "
+        f"with SAM once samples are assigned: {'; '.join(sets)}."
+    ]
+
+
+class Setting(NamedTuple):
+    """A setting of the study, with its verdicts by the names of claims; an unfinished one has none.
+
+    `label` is its title in the map, `key` the numbers that settings are sorted by, `digests` those of the plan.
+    """
+
+    folder: Path
+    plan: dict[str, Any]
+    measured: Measured
+    judged: dict[str, Judged]
+    title: str = ""
+    label: str = ""
+    key: tuple[int, float] = (0, 0)
+    digests: tuple[str, ...] = ()
+
+
+def read_setting(folder: Path, plan: dict[str, Any]) -> Setting:
+    """The verdicts on the claims about the methods of one setting."""
+    if not plan["finished"]:
+        return Setting(folder, plan, {}, {})
+    planned = {"sam" if name.startswith("sam_") else name for name in plan["measured"]}
+    measured = read_measured(folder, plan["chosen"]["rho"], tuple(planned))
+    seeds, judged = sorted(measured["sam"]), {}
+    for family in (PRIMARY, SECONDARY):
+        claims = [claim for claim in family if planned.issuperset(claim.methods)]
+        judged |= {one.claim.name: one for one in judge(claims, measured, seeds)}
+    contents = [one.content for by_seeds in measured.values() for one in by_seeds.values()]
+    digests = sorted({content["experiment"].get("plan", {}).get("sha256", "none") for content in contents})
+    data = contents[0]["data"]
+    images, noise = data["train"], data.get("label_noise") or 0
+    own = data["dataset"] == "folder"  # whose labels may be wrong, too
+    title, label = f"{100 * noise:g} % wrong labels, {images} images", f"{100 * noise:g} %\n{images}"
+    if own:
+        title, label = f"{table_cell(folder.name)}, {images} images", f"{folder.name}\n{images}"
+    return Setting(folder, plan, measured, judged, title, label, (images, noise), tuple(digests))
+
+
+def study(place: Path, settings: list[Setting]) -> list[str]:
+    """The page of the study; draws its map."""
+    finished = sorted((one for one in settings if one.judged), key=lambda one: one.key)
+    left_out = ", ".join(table_cell(one.folder.name) for one in settings if not one.judged)
+    if not finished:
+        raise InputError(f"{place}: no setting is finished ({left_out}); run the same command again to go on")
+    shown = {
+        panel: {row: [one.judged.get(name) for one in finished] for row, name in rows.items()}
+        for panel, rows in MAP.items()
+    }
+    data = next(iter(finished[0].measured["sam"].values())).content["data"]
+    counts = " or ".join(map(str, sorted({len(one.measured["sam"]) for one in finished})))
+    note = f"{data['dataset']}; n = {counts} ensembles for each method, {data['test']} test images. "
+    note += "Columns: wrong labels (or data), training images. Blue: better than what is named second. Marks:"
+    plots.save(plots.verdicts([one.label for one in finished], shown, note), place / "map")
+    names = [name for name in (claim.name for claim in PRIMARY + SECONDARY) if any(name in s.judged for s in finished)]
+    rows = [
+        [name, next(s.judged[name] for s in finished if name in s.judged).claim.text]
+        + [f"{s.judged[name].row[2]}, **{s.judged[name].word}**" if name in s.judged else "-" for s in finished]
+        for name in names
+    ]
+    digests = {digest for one in finished for digest in one.digests}
+    blocks = [
+        *STUDY_OPENING,
+        f"Digest of the plan that the results name: {', '.join(sorted(digests))}."
+        + f" Not finished, and left out: {left_out}." * bool(left_out),
+        "![paired differences of SharpBalance in all settings](map.png)",
+        "## Advice",
+        *advice(finished),
+        "## Verdicts",
+        _table(rows, ["claim", "", *(one.title for one in finished)]),
+        "## What was not decided",
+        *undecided(finished),
+    ]
+    for one in finished:
+        blocks += [f"## {one.title}", *described(one.plan, one.measured), *mislabelled(one.plan)]
+        for text, family in (("Primary claims:", PRIMARY), ("Secondary claims:", SECONDARY)):
+            found = [one.judged[claim.name].row for claim in family if claim.name in one.judged]
+            blocks += [text, _table(found, HEADER)]
+        blocks.append(f"All methods: {tables_of(one.folder)}.")
+    return blocks
+
+
+def advice(finished: list[Setting]) -> list[str]:
+    """Three sentences on when to use what, each from the verdicts that it names."""
+
+    def where(name: str) -> str:
+        found: dict[str, list[str]] = {}
+        for one in finished:
+            if name in one.judged:
+                found.setdefault(one.judged[name].word, []).append(one.title)
+        parts = [f"{WORDS[word]} with {' and with '.join(found[word])}" for word in WORDS if word in found]
+        return f"{'; '.join(parts)} ({name})" if parts else "not compared"
+
+    both = {claim: "; ".join(f"the {name} rule is {where(f'{claim}, {name}')}" for name in READINGS) for claim in CLEAN}
+    return [
+        f"1. **SAM or plain training?** By accuracy, against a plain deep ensemble, SAM is {where('A3, SAM')}.",
+        f"2. **SharpBalance or SAM?** By accuracy, against SAM, {both['A1']}. By calibrated NLL, {both['N1']}.",
+        f"3. **Does the choice of samples matter?** By accuracy, against random sets of the same size, {both['A2']}.",
+    ]
+
+
+CLEAN = ("A1", "A2", "N1")
+WORDS = {"supported": "better", "contradicted": "worse", "equivalent": "equivalent", "undecided": "undecided"}
+
+
+def undecided(finished: list[Setting]) -> list[str]:
+    """How many ensembles each undecided claim would take."""
+    rows = []
+    for one in finished:
+        for name, judged in one.judged.items():
+            if judged.word == "undecided":
+                number = f"more than {MAX_ENSEMBLES}, or more test images"
+                if not math.isfinite(judged.mean):
+                    number = "unknown"
+                elif judged.ensembles:
+                    number = str(judged.ensembles)
+                rows.append([one.title, name, *judged.row[2:4], judged.row[6], number])
+    if not rows:
+        return ["All claims are decided."]
+    text = (
+        "Ensembles by each method with which a true difference as large as the margin would be found with a "
+        f"probability of {100 * POWER:g} %, by the spread seen here, at {100 * LEVEL:g} % over the number of claims of "
+        "the family (`ensembles_needed` in utils/claims.py). Ensembles that are added to these would be a second look."
+    )
+    return [text, _table(rows, ["setting", "claim", "mean", "95 % interval", "margin", "ensembles"])]
 
 
 def looks(plan: dict[str, Any]) -> str:
@@ -293,9 +400,16 @@ def looks(plan: dict[str, Any]) -> str:
 def choices(plan: dict[str, Any]) -> str:
     """The ensemble accuracies on validation that rho, k and T_d were chosen by."""
     found, tried = [], plan["validation"]
+    if plan.get("choices_of"):
+        return f"not compared; rho, k and T_d were chosen in {plan['choices_of'].replace('_', ' ')}"
+    on = f"the first {plan['choose_on']} ensembles" if plan.get("choose_on") else "the first seeds"
     if "deep ensemble" in tried:
         found.append(f"deep ensemble {100 * tried['deep ensemble']:.2f} %")
-    for name, of in (("rho", "SAM"), ("k", "SharpBalance (released) on the first seeds"), ("T_d", "likewise")):
+    for name, of in (
+        ("rho", "SAM" + f" on {on}" * bool(plan.get("choose_on"))),
+        ("k", f"SharpBalance (released) on {on}"),
+        ("T_d", "likewise"),
+    ):
         values, chosen = tried.get(name, {}), plan["chosen"][name]
         scores = ", ".join(f"{name} {value}: {100 * score:.2f} %" for value, score in values.items())
         edge = " (an end of what was tried)" if chosen in [f(map(float, values)) for f in (min, max) if values] else ""
@@ -322,20 +436,8 @@ def chance(plan: dict[str, Any], images: int) -> str:
 
 def claims_table(claims: tuple[Claim, ...], measured: Measured, seeds: list[str], decide: bool = True) -> str:
     """A line for each claim; without verdicts unless these decide."""
-    gaps = [[FACTORS.get(claim.unit, 1) * claim.gap(measured, one) for one in seeds] for claim in claims]
-    p_values = [results.p_value_of(one) for one in gaps]
-    rows = []
-    for claim, gap, p, corrected in zip(claims, gaps, p_values, holm(p_values), strict=True):
-        mean, interval, population = results.interval_of(gap)
-        digits = 2 if claim.unit in FACTORS else 3
-        edges = "[{:.{d}f}, {:.{d}f}]".format(*interval, d=digits) if interval else "-"
-        edges += f" ({population})" * (interval is not None and population != results.BOTH)
-        shown = f"{mean:+.{digits}f} {claim.unit}".strip() if math.isfinite(mean) else "not finite"
-        row, margin = [claim.name, claim.text, shown, edges], f"{claim.margin:g} {claim.unit}".strip()
-        word = verdict(gap, corrected, claim.margin)
-        rows.append(row + [f"{p:.4f}", f"{corrected:.3f}", margin, f"**{word}**"] * decide)
-    header = ["claim", "", "mean", "95 % interval"] + ["p", "p, Holm", "margin", "verdict"] * decide
-    return _table(rows, header)
+    columns = slice(None if decide else 4)
+    return _table([one.row[columns] for one in judge(claims, measured, seeds)], HEADER[columns])
 
 
 def uncertainty(measured: Measured) -> list[str]:

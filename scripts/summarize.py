@@ -157,7 +157,7 @@ def difference_rows(groups: dict[str, list[Ensemble]], shown: Columns) -> list[l
 
 def baseline_of(group: list[Ensemble], groups: dict[str, list[Ensemble]]) -> str | None:
     """The SAM ensembles that some ensembles are compared with: those of the same rho, else the first ones."""
-    sam = {name: others[0].content["trained"]["rho"] for name, others in groups.items() if others[0].key == "sam"}
+    sam = {name: others[0].content["trained"]["rho"] for name, others in groups.items() if results.is_sam(others[0])}
     rho = None if group[0].key == "sam" else (group[0].content.get("trained") or {}).get("rho")
     return next((name for name in sam if sam[name] == rho), next(iter(sam), None))
 

@@ -1,7 +1,10 @@
 """Experiments, from the script to tables and figures, at a tiny size on files of the true form."""
 
+import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scripts import experiment
+from scripts import experiment, report
 from tests import files
 from tests.test_ensemble import ROOT
 from tests.test_measure import save_corrupted
-from tests.test_readme import call
-from utils import InputError, RunError
+from tests.test_readme import call, calls_of
+from tests.test_report import squeezed
+from utils import InputError, RunError, presets
 
 STEPS = ["main.py", "measure_diversity.py", "measure_diversity_variance.py", "measure_sharpness.py"]
 TINY = ["--width", "2", "--epochs", "2", "--initial_epochs", "1", "--batch_size", "16"]
@@ -118,7 +122,7 @@ def test_all_of_it(data, seeds, methods, tmp_path, monkeypatch):
     calls = run(words, monkeypatch)
     check_results(tmp_path, len(seeds), len(methods))
     names = [f"{method}_{group[0]}" for group in seeds for method in methods]
-    expected = ["main.py"] * len(names) + STEPS[1:] * len(names) + ["scripts/summarize.py"] + ["scripts/plot.py"] * 4
+    expected = STEPS * len(names) + ["scripts/summarize.py"] + ["scripts/plot.py"] * 4
     assert [argv[0] for argv in calls] == expected
     for name, group in zip(names, [group for group in seeds for _ in methods], strict=True):
         settings = json.loads((tmp_path / "runs" / name / "args.json").read_text())
@@ -221,6 +225,125 @@ def test_members(tmp_path, monkeypatch):
     assert figures == {f"{kind}.png" for kind in ("tradeoff", "ensemble_size", "ood", "reliability")}
 
 
+STUDY = ["--data_path", "data", "--images", "40", "--validation", "10", "--ensembles", "2", "--seeds", "11 12,21 22"]
+STUDY += ["--choose_on", "1", "--rho", "0.1", "0.2", "--flat_ratio", "0.5", "--sharpness_flags", FEWER, "--jobs", "1"]
+STUDY += ["--measure_flags", "--mode predict,disagreement,ood --ood digits --bootstrap 20", *TINY, "--plan", "PLAN.md"]
+
+
+def study(setting, *words):
+    places = [word for name in ("runs", "measurements", "results") for word in (f"--{name}", f"{name}/{setting}")]
+    return [f"study/{setting}", *places, *STUDY, *words]
+
+
+def test_a_study(tmp_path, monkeypatch):
+    """Two settings to the page; what --results holds is not made again, whatever became of runs and measurements."""
+    monkeypatch.chdir(tmp_path)
+    files.write_fashion_mnist(tmp_path / "data" / "fashion-mnist", train=130)
+    Path("PLAN.md").write_text("# Plan")
+    first, second = "noise_0.2_images_1000", "noise_0.2_images_4000"
+    methods = ["--methods", "deep_ensemble,sam,late_sam,random_paper,sharpbalance_next"]
+    with monkeypatch.context() as patch:  # rho 0.1 is the better one, so that there is a next one
+        score = lambda self, method, values, seeds: 1 - (values["rho"] or 0)  # noqa: E731
+        patch.setattr(experiment.Experiment, "validation", score)
+        calls = run(study(first, *methods), patch)
+        # Two ensembles by each method, and SAM at either rho.
+        assert [argv[0] for argv in calls].count("main.py") == 2 * 6
+        settings = {path.parent.name: json.loads(path.read_text()) for path in Path("runs", first).glob("*/args.json")}
+        late, drawn = settings["late_sam_0.1_21"], settings["random_paper_0.1_0.5_1_11"]
+        assert (late["sam"], late["initial_method"], late["initial_epochs"]) == (True, "sgd", 1)
+        assert (drawn["partition"], drawn["match_size"], drawn["unselected"]) == ("random", "paper", "normal")
+        assert settings["sharpbalance_0.2_0.5_1_11"]["rho"] == 0.2
+        plan = json.loads(Path("results", first, "plan.json").read_text())
+        assert (plan["finished"], plan["chosen"], plan["claims"]) == (True, {"rho": 0.1, "k": 0.5, "T_d": 1}, "study")
+        sizes = {name: one["size"] for name, one in plan["sets"].items()}
+        assert sizes["random_paper_0.1_0.5_1_11"] == 0.5  # of two members: what the other one picked
+        digest = hashlib.sha256(b"# Plan").hexdigest()
+        copies = sorted(Path("results", first, "measurements").glob("*/*.json"))
+        found = [json.loads(path.read_text()) for path in copies]
+        assert len(found) == 2 * 2 * 6
+        assert {one["experiment"]["plan"]["sha256"] for one in [*found, {"experiment": plan}]} == {digest}
+        kept = {name for one in found if "test" in one["result"] for name in one["result"]["test"]["values_of_samples"]}
+        assert kept == {"ensemble_nll_calibrated"}
+
+        # Another machine: a clone, to which one measurement was not committed.
+        before = contents(Path("results"))
+        for place in ("runs", "measurements", Path("results", first, "measurements", "sharpbalance_next_21")):
+            shutil.rmtree(place)
+        calls = run(study(first, *methods), patch)
+        assert [argv[0] for argv in calls] == [STEPS[i] for i in (0, 1, 3)] + [
+            "scripts/summarize.py",
+            "scripts/plot.py",
+        ]
+        assert calls[0][calls[0].index("--save_path") + 1] == f"runs/{first}/sharpbalance_0.2_0.5_1_21"
+        assert contents(Path("results")) == before
+        # Another recipe is another experiment.
+        words = study(first, "--methods", "deep_ensemble", "--lr", "0.05", "--runs", "runs/other", "--skip_measuring")
+        assert [argv[0] for argv in run(words, patch)] == ["main.py"] * 2
+
+    for name, content in before.items():  # as it was before that
+        Path("results", name).write_bytes(content)
+    run(study(second, "--choices", f"results/{first}", "--methods", "deep_ensemble,sam,sharpbalance"), monkeypatch)
+    plan = json.loads(Path("results", second, "plan.json").read_text())
+    assert (plan["chosen"]["rho"], plan["choices_of"], plan["validation"].keys()) == (0.1, first, {"deep ensemble"})
+    call("scripts/report.py", ["results"])
+    text = Path("results", "README.md").read_text()
+    assert digest in text
+    assert "rho, k and T_d were chosen in noise 0.2 images 1000" in text
+    what = "clean images: ensemble accuracy, SharpBalance (released) - SAM"
+    row = next(line for line in squeezed(text).splitlines() if line.startswith(f"| A1, released | {what} |"))
+    assert sorted(cell.strip() == "-" for cell in row.split("|")[3:-1]) == [False, True]  # of one setting only
+    assert Path("results", "map.png").exists()
+
+
+def test_the_command_of_the_study(tmp_path):
+    """Settings in order, choices of 1,000 images for 4,000, other options to each; a page after each setting."""
+    script, words = "scripts/experiments/study.sh", ["--epochs", "1"]
+    calls = calls_of(script, tmp_path, words)
+    settings = [Path(call[1]).name for call in calls[::2]]
+    assert [name.replace("noise_", "").replace("_images", "") for name in settings] == [
+        *("0.2_1000", "0_1000", "0.4_1000"),
+        *("0.2_4000", "0_4000", "0.4_4000"),
+    ]
+    assert set(settings) == set(presets.SETTINGS)
+    assert calls[1::2] == [["scripts/report.py", "results/study"]] * 6
+    for name, (_, *argv) in zip(settings, calls[::2], strict=True):
+        args = experiment.parse_args(argv)
+        assert (args.results, args.train[-2:]) == (Path("results/study", name), words)
+        choices = Path("results/study", name.replace("4000", "1000")) if "4000" in name else None
+        assert args.choices == choices
+    own, page = calls_of(script, tmp_path, ["--settings", "mine", "--data_path", "pets"])
+    args = experiment.parse_args(own[1:])
+    assert (args.preset, args.data_path, args.results) == ("mine", Path("pets"), Path("results/mine/mine"))
+    assert page == ["scripts/report.py", "results/mine"]
+    words = ["--settings", "noise_0_images_1000,noise_0_images_4000", "--to", "trial"]
+    assert calls_of(script, tmp_path, words)[-1] == ["scripts/report.py", "results/trial"]
+
+
+def test_images_of_a_folder(tmp_path, capsys):
+    """They are drawn where there are enough and the parts are not the user's; else all are taken."""
+    folder = tmp_path / "pets"
+    files.write_image_folder(folder, {f"{part}/{name}": 8 for part in ("train", "test") for name in ("ape", "bee")})
+    words = ["mine", "--data_path", str(folder), "--runs", str(tmp_path / "runs"), "--validation", "6", "--images"]
+    for images, drawn in (("9", 9), ("11", None)):
+        place = experiment.Experiment(experiment.parse_args([*words, images]))
+        place.prepare()
+        assert len(place.data.train) == (drawn or 15)
+        assert ("all 15 training images" in capsys.readouterr().out) == (drawn is None)
+
+
+def test_the_plan_is_of_the_claims_and_grids():
+    """Each claim with its margin, and each value that is tried."""
+    text = (ROOT / "results/study/PLAN.md").read_text()
+    for claim in report.PRIMARY + report.SECONDARY:
+        (row,) = re.findall(rf"^\| \**{claim.name[:2]}\** \|.*$", text, re.MULTILINE)
+        assert f"| {claim.margin:g} {claim.unit}"[:-1] in row  # 1 point, 0.3 points
+    for setting in presets.SETTINGS:
+        assert f"| {setting} |" in text
+        args = experiment.parse_args([f"study/{setting}"])
+        assert (args.rho, args.flat_ratio, args.initial_epochs) == ([0.05, 0.1, 0.2, 0.4], [0.2, 0.5, 0.8], [15])
+        assert (len(args.seeds), args.choose_on) == (5, 3)
+
+
 def test_what_cannot_be(tmp_path, monkeypatch, capsys):
     for words, message in (
         (["nothing"], "preset: expected one of quickstart, digits"),
@@ -237,6 +360,16 @@ def test_what_cannot_be(tmp_path, monkeypatch, capsys):
         run(["digits", "--methods", "eoa"], monkeypatch)
     with pytest.raises(InputError, match="--images: expected at most 888, got 1000"):
         run(["digits", "--images", "1000", "--validation", "10"], monkeypatch)
+    with pytest.raises(InputError, match="--epochs: late_sam begins after 7/8 of them"):
+        run(["digits", "--methods", "late_sam"], monkeypatch)
+    with pytest.raises(InputError, match=r"x/plan\.json: .*run the experiment first"):
+        run(["digits", "--choices", "x"], monkeypatch)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "plan.json").write_text("{}")
+    with pytest.raises(InputError, match=r"--choices x: its plan\.json has no choices yet; run the experiment first"):
+        run(["digits", "--choices", "x"], monkeypatch)
+    with pytest.raises(InputError, match=r"nothing\.md"):
+        run(["digits", "--plan", "nothing.md"], monkeypatch)
 
 
 def test_a_command_that_fails(tmp_path):
@@ -272,7 +405,8 @@ def test_scripts_name_their_experiment(script, tmp_path):
         if name == "scripts/experiment.py":
             args = experiment.parse_args(argv)
             assert args.data_path == Path("some place")
-            assert args.preset.split("/")[-1] in f"{script.stem} noisy_labels clean_labels regime"
+            if script.stem != "study":
+                assert args.preset.split("/")[-1] in f"{script.stem} noisy_labels clean_labels regime"
     assert {call[0] for call in calls} <= {"scripts/experiment.py", "scripts/report.py"}
 
 

@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from scripts import report
 from tests import test_plots, test_report, test_summarize
 from tests.test_measure import MODES, SMALL, call, refused, save_member
 from tests.test_report import results as _results
 from tests.test_summarize import SAM, SHARPBALANCE, write
-from utils import InputError, landscape, plots, run_plots
+from utils import InputError, claims, landscape, plots, run_plots
 from utils.files import json_text, load_json, parse_json, read_json, write_json
 from utils.hessian import hessian_trace, top_eigenpairs
 from utils.results import difference_of, estimate, interval_of, read_ensemble, standard_deviation
@@ -292,4 +291,4 @@ def test_report_decides_nothing_by_them(measured):
         test_report.call(measured)
     text = test_report.squeezed((measured / "README.md").read_text())
     assert text.count("| not finite | - | 1.0000 | 1.000 |") == 2  # the slope, and the largest rho
-    assert report.verdict([NAN, 1.0], 0.01, 1) == "undecided"
+    assert claims.verdict([NAN, 1.0], 0.01, 1) == "undecided"

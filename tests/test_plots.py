@@ -17,7 +17,7 @@ from models import create_model
 from scripts import plot
 from tests.test_ensemble import ROOT
 from tests.test_measure import save_member
-from utils import cli, landscape, plots
+from utils import claims, cli, landscape, plots
 from utils.checkpoint import load_model
 from utils.datasets import load_data
 from utils.files import write_array, write_json
@@ -665,6 +665,36 @@ def test_settings_that_tell_groups_apart(tmp_path):
         "SharpBalance (released), $k$ = 0.3, unselected = one, members = 2",
         "SharpBalance (released), $k$ = 0.5, unselected = one, members = 3",
     ]
+
+
+def test_map_of_verdicts():
+    """Each cell has its number and mark, in black or white that can be read on its colour; what is small is pale."""
+    claim = claims.Claim("a", "", "points", 0.3, None)
+    means, words = [-2.0, -0.3, 0.0, 0.3, 1.0, 2.0], 3 * ["equivalent"] + 3 * ["supported"]
+
+    def judged(mean, word, margin):
+        return claims.Judged(claim._replace(margin=margin), mean, None, "", 1, 1, word, None)
+
+    row = [judged(mean, word, 0.3) for mean, word in zip(means, words, strict=True)]
+    small = [judged(0.003, "undecided", 0.003), *5 * [None]]
+    parts = {"gain  [% points]": {"one": row}, "gain  [mnats]": {"two": small}}
+    figure = plots.verdicts(list("abcdef"), parts, "Note.")
+    first, second = figure.axes
+    found = [text.get_text() for text in first.texts]
+    assert found == ["-2.00 =", "-0.30 =", "+0.00 =", "+0.30 \u25b2", "+1.00 \u25b2", "+2.00 \u25b2"]
+    assert [text.get_text() for text in second.texts] == ["+3.00 ?"]
+    assert "? undecided" in figure.texts[-1].get_text().replace("\n", " ")
+    for axis in figure.axes:
+        image = axis.images[0]
+        colours = image.cmap(image.norm(image.get_array().filled(np.nan)))[0, :, :3]
+        for text, colour in zip(axis.texts, colours, strict=False):
+            of_text = contrasts([text.get_color()])[0]
+            pair = sorted((1.05 / contrasts([colour])[0], 1.05 / of_text))
+            assert pair[1] / pair[0] > 4, text
+    half = second.images[0]
+    assert half.norm(3.0) == pytest.approx(0.75)  # half of the way, since twice the margin has the full colour
+    for sight in SIGHT:
+        assert least_distance([plots.BETTER(0.0)[:3], plots.BETTER(1.0)[:3], (1, 1, 1)], sight) > 30
 
 
 def test_bad_measurements(three, tmp_path, capsys):

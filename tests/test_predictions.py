@@ -23,7 +23,7 @@ from tests.test_plots import SAM, make_run
 from utils import InputError
 from utils.data import ImageSet, Preprocessing
 from utils.files import load_json, write_json
-from utils.kept import FROM_LOGITS, VERSIONS
+from utils.kept import FROM_LOGITS, VERSIONS, up_to_date
 
 # By kind: the version that made these values, and the values. Where a change of the code turns one red, raise the
 # version in utils.kept.VERSIONS and here, and put the new values in: what users have kept is then made anew.
@@ -387,6 +387,20 @@ def test_curves_of_other_code_or_another_device_are_computed_anew(change, member
     assert {name: row[name] for name in ("along", "top", "between")} == {
         name: first["runs"][0][name] for name in ("along", "top", "between")
     }
+
+
+def test_versions_at_any_depth():
+    """A result is up to date if all numbers in it are; what names no version is of this one."""
+    now = {kind: VERSIONS[kind] for kind in ("logits", "predict")}
+    content = {"result": [{"versions": now}, 3, None], "made_by": {"test": {"predict": {"versions": dict(now)}}}}
+    assert up_to_date(content)
+    assert up_to_date({"versions": None})
+    content["made_by"]["test"]["predict"]["versions"]["predict"] -= 1
+    assert not up_to_date(content)
+    content["made_by"]["test"]["predict"]["versions"] = now
+    assert up_to_date(content)
+    content["result"].append({"of": {"versions": {"unknown": 1}}})
+    assert not up_to_date([content])
 
 
 def test_weights_and_versions_say_what_is_measured_not_times(tmp_path, monkeypatch):

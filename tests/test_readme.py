@@ -145,7 +145,7 @@ def parse(script, argv):
     """The arguments of a script; of an experiment also those that it hands to main.py."""
     args = load(script).parse_args(argv)
     if script == "scripts/experiment.py":
-        load("main.py").parse_args(args.train)
+        load("main.py").parse_args([*args.train, "--data", args.data])
     return args
 
 

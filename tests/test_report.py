@@ -14,7 +14,7 @@ from scipy import stats
 from scripts import experiment, report, summarize
 from tests.test_ensemble import ROOT
 from tests.test_summarize import SAM, write
-from utils import cli
+from utils import claims, cli
 from utils.metrics import OOD_SCORES, crossed_interval
 from utils.results import METHODS, Ensemble, gap_between, interval_of, ood_name, p_value_of
 
@@ -61,8 +61,8 @@ def test_a_difference_by_image_is_of_the_same_images():
 
 def test_holm():
     """By Holm's own steps; alpha is shared out between the claims that are left."""
-    assert report.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert report.holm([0.9, 0.5]) == [1.0, 1.0]
+    assert claims.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert claims.holm([0.9, 0.5]) == [1.0, 1.0]
     random = np.random.default_rng(0)
     for _ in range(50):
         p_values, rejected = list(random.random(6) ** 3), set()
@@ -70,17 +70,17 @@ def test_holm():
             if p_values[index] > 0.05 / (6 - rank):
                 break
             rejected.add(int(index))
-        assert {i for i, p in enumerate(report.holm(p_values)) if p <= 0.05} == rejected
+        assert {i for i, p in enumerate(claims.holm(p_values)) if p <= 0.05} == rejected
 
 
 def test_verdict():
-    assert report.verdict([1.0, 1.1, 1.2], 0.04, 0.5) == "supported"
-    assert report.verdict([-1.0, -1.1, -1.2], 0.04, 0.5) == "contradicted"
-    assert report.verdict([1.0, 1.1, 1.2], 0.06, 0.5) == "undecided"
+    assert claims.verdict([1.0, 1.1, 1.2], 0.04, 0.5) == "supported"
+    assert claims.verdict([-1.0, -1.1, -1.2], 0.04, 0.5) == "contradicted"
+    assert claims.verdict([1.0, 1.1, 1.2], 0.06, 0.5) == "undecided"
     # The 90 % interval of these is 0.09 +- 0.13.
-    assert report.verdict([0.1, 0.0, 0.2, 0.06], 0.6, 0.25) == "equivalent"
-    assert report.verdict([0.1, 0.0, 0.2, 0.06], 0.6, 0.15) == "undecided"
-    assert report.verdict([1.0, math.nan], 0.01, 1) == "undecided"
+    assert claims.verdict([0.1, 0.0, 0.2, 0.06], 0.6, 0.25) == "equivalent"
+    assert claims.verdict([0.1, 0.0, 0.2, 0.06], 0.6, 0.15) == "undecided"
+    assert claims.verdict([1.0, math.nan], 0.01, 1) == "undecided"
 
 
 def test_claims_have_the_sign_of_their_words():
@@ -108,8 +108,8 @@ def test_claims_have_the_sign_of_their_words():
                     for name, value in ensemble.values.items()
                     if name != "sharpness"
                 }
-        claims = report.CLAIMS + report.LATER_CLAIMS
-        gaps = {claim.name: float(np.mean(np.asarray(claim.gap(measured, "11")))) for claim in claims}
+        found = report.CLAIMS + report.LATER_CLAIMS
+        gaps = {claim.name: float(np.mean(np.asarray(claim.gap(measured, "11")))) for claim in found}
         logs, rates = np.log([3, 2, 1]), np.array([0.3, 0.2, 0.1])
         assert gaps == pytest.approx(
             {
@@ -139,11 +139,11 @@ def test_claims_have_the_sign_of_their_words():
 
 
 def test_methods_have_one_name():
-    assert list(report.NAMES.values()) == [
+    assert list(claims.NAMES.values()) == [
         METHODS[key].name for key in ("deep_ensemble", "sam", "released", "paper", "random")
     ]
-    assert report.NAMES["sharpbalance"] == "SharpBalance (released)"
-    assert report.NAMES["sharpbalance_paper"] == "SharpBalance (paper)"
+    assert claims.NAMES["sharpbalance"] == "SharpBalance (released)"
+    assert claims.NAMES["sharpbalance_paper"] == "SharpBalance (paper)"
 
 
 PLAN = {
@@ -156,7 +156,7 @@ PLAN = {
         "k": {"0.3": 0.52, "0.5": 0.53},
         "T_d": {"2": 0.51, "5": 0.53},
     },
-    "mislabelled": {"all": 0.2} | {f"{m}{s}": 0.25 for m in report.NAMES for s in ("", "_size")},
+    "mislabelled": {"all": 0.2} | {f"{m}{s}": 0.25 for m in claims.NAMES for s in ("", "_size")},
 }
 
 
@@ -236,6 +236,134 @@ def test_report(results, capsys):
         assert f"(noisy_labels/{name})" in text
 
 
+def power_of(number, margin, spread, level):
+    """The probability that Student's test of normal differences finds a mean of the margin."""
+    shift, edge = margin / spread * math.sqrt(number), stats.t.ppf(1 - level / 2, number - 1)
+    return stats.nct.sf(edge, number - 1, shift) + stats.nct.cdf(-edge, number - 1, shift)
+
+
+@pytest.mark.parametrize(("margin", "level"), [(0.3, 0.05), (0.5, 0.0025), (1.5, 0.05)])
+def test_ensembles_needed(margin, level):
+    """Against the power of Student's test, by the noncentral t distribution; the next smaller number has less."""
+    gaps = [0.1, 0.5, -0.4, 0.2, 0.9]
+    number = claims.ensembles_needed(gaps, margin, level)
+    assert power_of(number, margin, np.std(gaps, ddof=1), level) == pytest.approx(0.8, abs=0.08)
+    assert power_of(number - 1, margin, np.std(gaps, ddof=1), level) < 0.81
+    assert claims.ensembles_needed(gaps, 0.01, level) is None
+    assert claims.ensembles_needed([0.1, math.nan], margin, level) is None
+    assert claims.ensembles_needed([0.1], margin, level) is None
+
+
+def test_images_limit_what_ensembles_can_show():
+    """Of differences by image, the images' own variance stays; without it, it is Student's number."""
+    random = np.random.default_rng(0)
+    of_images, of_ensembles = random.normal(size=400), random.normal(size=(5, 1)) / 4
+    table = torch.from_numpy(of_images + of_ensembles + 0.5 * random.normal(size=(5, 400)))
+    error = of_images.std() / 20  # of the mean over images, which no number of ensembles lessens
+    assert claims.ensembles_needed(list(table), 2.7 * error, 0.05) is None
+    number = claims.ensembles_needed(list(table), 4 * error, 0.05)
+    means = table.mean(1).tolist()
+    assert number > claims.ensembles_needed(means, 4 * error, 0.05)
+    low, high = interval_of(list(table))[1]
+    half = stats.t.ppf(0.975, number - 1) + stats.t.ppf(0.8, number - 1)
+    assert half * math.hypot(error, np.std(means, ddof=1) / math.sqrt(number)) == pytest.approx(4 * error, rel=0.2)
+    assert high - low > 2 * error
+    # The same images right in all: residuals alone.
+    same = torch.zeros(4, 100)
+    same[torch.arange(4), torch.arange(4)] = 1
+    assert claims.ensembles_needed(list(same), 0.03, 0.05) > 2
+
+
+STUDY_PLAN = PLAN | {"claims": "study", "finished": True, "choose_on": 3, "choices_of": None}
+STUDY_METHODS = {"deep_ensemble": 0.0, "sam_0.1": 0.02, "sam_0.2": 0.01, "late_sam": 0.02, "random": 0.02}
+STUDY_METHODS |= {"sharpbalance": 0.1, "sharpbalance_paper": 0.01, "random_paper": 0.05, "sharpbalance_next": 0.02}
+
+
+def write_setting(folder, noise, images, methods, **change):
+    """A setting in which SharpBalance (released) is better than SAM by 8 points, and (paper) worse by 1."""
+    folder.mkdir(parents=True)
+    plan = STUDY_PLAN | {"measured": list(methods)} | change
+    (folder / "plan.json").write_text(json.dumps(plan))
+    for i, seed in enumerate(("11", "21", "31")):
+        for method, gain in methods.items():
+            rho = float(method[4:]) if method[:4] == "sam_" else 0.1
+            place = folder / "measurements" / f"{method}_{seed}"
+            settings = SAM | {"rho": rho, "epochs": 9, "average_from": method}
+            write(place, settings, (int(seed), 99), 0.5 + gain + 0.005 * i, 1 + gain + rho)
+            content = json.loads((place / "diversity.json").read_text())
+            content["data"] |= {"train": images, "val": 10, "label_noise": noise}
+            content["result"]["test"]["ensemble"]["calibrated"] = {"nll": 1 - gain + 0.001 * i, "ece": 0.1}
+            content["experiment"] = {"asked": "a", "plan": {"sha256": "digest of the plan"}}
+            (place / "diversity.json").write_text(json.dumps(content))
+
+
+def test_a_study(tmp_path, capsys):
+    """All settings on one page: the map, verdicts by family, advice with its cells, and what it would take."""
+    fewer = {name: gain for name, gain in STUDY_METHODS.items() if name[:6] in ("deep_e", "sam_0.", "sharpb")}
+    write_setting(tmp_path / "b", 0.2, 1000, STUDY_METHODS)
+    write_setting(tmp_path / "a", 0, 4000, {name: gain for name, gain in fewer.items() if "next" not in name})
+    write_setting(tmp_path / "c", 0.4, 1000, {}, finished=False)
+    call(tmp_path)
+    text = squeezed((tmp_path / "README.md").read_text())
+    assert "Digest of the plan that the results name: digest of the plan. Not finished, and left out: c." in text
+    assert (tmp_path / "map.png").exists()
+    table = text.split("## Verdicts")[1].split("##")[0]
+    columns = "| claim | | 20 % wrong labels, 1000 images | 0 % wrong labels, 4000 images |"
+    assert columns in table
+    what = "clean images: ensemble accuracy, SharpBalance (released)"
+    assert f"| A1, released | {what} - SAM | +8.00 points, **supported** | +8.00 points, **supported** |" in table
+    assert f"| A2, released | {what} - SAM on random samples | +8.00 points, **supported** | - |" in table
+    assert "(paper) - SAM | -1.00 points, **undecided** |" in table  # 2 of 200 images
+    for name in ("A4, late SAM", "A5, released", "N2, paper", "D2, released", "U1, paper"):
+        assert f"| {name} |" in table
+    assert "D2, paper" not in text  # which was not trained
+    where = "20 % wrong labels, 1000 images and with 0 % wrong labels, 4000 images"
+    assert f"By accuracy, against SAM, the released rule is better with {where} (A1, released); the paper" in text
+    (row,) = re.findall(r"\| 20 % wrong labels, 1000 images \| A1, paper \|.*", text)
+    assert re.fullmatch(r".*\| -1.00 points \| \[.*\] \| 0.3 points \| more than 1000, or more test images \|", row)
+    assert "| 0 % wrong labels, 4000 images | U1, released | not finite | - | 1 points | unknown |" in text
+    # The families are corrected each for itself.
+    primary = text.split("Primary claims:")[1].split("Secondary claims:")[0]
+    p, corrected = (float(cell) for cell in re.findall(r"\| A1, paper .*", primary)[0].split("|")[5:7])
+    assert corrected == pytest.approx(p, abs=1e-3)  # the larger of two
+
+    (tmp_path / "a" / "plan.json").write_text(json.dumps(PLAN))
+    assert f"{tmp_path / 'a'}: made without --claims study" in refused(tmp_path, capsys)
+    for folder in "ab":
+        shutil.rmtree(tmp_path / folder)
+    assert f"{tmp_path}: no setting is finished (c); run the same command again to go on" in refused(tmp_path, capsys)
+
+
+def test_claims_of_the_study_have_the_sign_of_their_words():
+    """Each is above 0 where the method named first is better, or SAM's NLL larger; at the margins of the plan."""
+    names = ("ensemble", "nll_calibrated", "disagreement", "sharpness", "auroc entropy digits")
+    numbers = {
+        "deep_ensemble": (0.80, 0.70, 0.30, 3.0, 0.90),
+        "sam": (0.82, 0.65, 0.20, 2.0, 0.91),
+        "late_sam": (0.81, 0.66, 0.25, 2.5, 0.92),
+    }
+    for i, name in enumerate(("sharpbalance", "sharpbalance_paper", "random", "random_paper")):
+        numbers[name] = (0.83 + i / 100, 0.60 - i / 100, 0.21 + i / 100, 1.9, 0.93 + i / 100)
+        numbers[f"{name}_next"] = (0.85 + i / 50, 0.60, 0.15 + i / 100, 1.5, 0.95)
+    measured = {
+        method: {"11": Ensemble(Path(), method, (11,), dict(zip(names, values, strict=True)))}
+        for method, values in numbers.items()
+    }
+    found = {claim.name: claim.gap(measured, "11") for claim in report.PRIMARY + report.SECONDARY}
+    line = np.polyfit(np.log([3, 2]), [0.30, 0.20], 1)
+    assert found == pytest.approx(
+        {
+            **{"A1, released": 0.01, "A1, paper": 0.02, "A2, released": -0.02, "A2, paper": -0.02},
+            **{"A3, released": 0.03, "A3, paper": 0.04, "A3, SAM": 0.02, "A4, late SAM": -0.01},
+            **{"A5, released": 0.03, "A5, paper": 0.05, "N1, released": 0.05, "N1, paper": 0.06},
+            **{"N2, released": -0.02, "N2, paper": -0.02, "N3, released": 0.10, "N3, paper": 0.11},
+            **{"D1, released": 0.21 - np.polyval(line, np.log(1.9)), "D1, paper": 0.22 - np.polyval(line, np.log(1.9))},
+            **{"D2, released": 0.15 - np.polyval(line, np.log(1.5)), "D2, paper": 0.16 - np.polyval(line, np.log(1.5))},
+            **{"U1, released": 0.02, "U1, paper": 0.03},
+        }
+    )
+
+
 def squeezed(text):
     return re.sub(" +", " ", text)
 
@@ -305,7 +433,7 @@ def test_table_of_corruptions():
     header, _, glass, fog = table.splitlines()
     assert re.findall(r"[^|]+", squeezed(header)) == [
         " ",
-        *(f" {name} " for name in [*report.NAMES.values(), "SAM, 1", "SAM, 3"]),
+        *(f" {name} " for name in [*claims.NAMES.values(), "SAM, 1", "SAM, 3"]),
     ]
     assert squeezed(glass) == "| glass blur | 9.0 | 19.0 | 29.0 | 39.0 | 49.0 | 17.0 | 21.0 |"
     assert squeezed(fog).startswith("| fog | 9.0 |")
@@ -331,7 +459,7 @@ def test_table_of_uncertainty():
     text, table = report.uncertainty(measured)
     assert text.startswith("What flatness does to uncertainty")
     header, _, *rows = map(squeezed, table.splitlines())
-    assert re.findall(r"[^|]+", header)[1:] == [f" {name} " for name in report.NAMES.values()]
+    assert re.findall(r"[^|]+", header)[1:] == [f" {name} " for name in claims.NAMES.values()]
     assert rows[0].startswith("| sharpness (worst, l2) | 2.0100 [1.8829, 2.1371] | 1.9100 [")
     assert rows[1].startswith("| disagreement % | 21.00 [")
     assert [row.split("|")[1].strip() for row in rows[2:]] == [

@@ -16,6 +16,8 @@ from scripts import summarize
 from utils import cli
 from utils.files import write_json
 from utils.metrics import (
+    OOD_METRICS,
+    OOD_SCORES,
     bootstrap_means,
     calibration_bins,
     corrected_interval,
@@ -359,6 +361,38 @@ def test_copied_files_give_the_same_table(tmp_path, capsys):
     for name in ("diversity.json", "sharpness.json"):
         before, after = (json.loads((tmp_path / place / "sam" / name).read_text()) for place in "cd")
         assert before == after
+
+
+def test_copies_may_leave_out_values_by_image(tmp_path):
+    """What is named stays, of test and corrupted images and of other data; what is right stays in any case."""
+    folder = write(tmp_path / "a" / "sam", SAM, (1, 2), 0.9, sharpness=2.0)
+    content = json.loads((folder / "diversity.json").read_text())
+    part = content["result"]["test"]
+    part["values_of_samples"] = {name: pack_values(np.ones(IMAGES)) for name in ("ensemble_nll", "ensemble_brier")}
+    content["result"]["corrupted"] = {"mean": dict(part), "parts": {}}
+    packed = {score: dict.fromkeys(OOD_METRICS, "x") for score in OOD_SCORES}
+    part["ood"] = {"digits": {"values_of_samples": packed}}
+    write_json(folder / "diversity.json", content)
+    copy_results(folder, tmp_path / "b", {"asked": "all"}, ["ensemble_nll", "auroc entropy"])
+    copy = json.loads((tmp_path / "b" / "diversity.json").read_text())
+    for row in (copy["result"]["test"], copy["result"]["corrupted"]["mean"]):
+        assert row["values_of_samples"].keys() == {"ensemble_nll"}
+        assert row["right_of_samples"] == part["right_of_samples"]
+    left = copy["result"]["test"]["ood"]["digits"]["values_of_samples"]
+    assert {score: list(by_metric) for score, by_metric in left.items() if by_metric} == {"entropy": ["auroc"]}
+    assert copy["experiment"] == json.loads((tmp_path / "b" / "sharpness.json").read_text())["experiment"]
+    assert copy["experiment"] == {"asked": "all"}
+
+
+def test_late_sam_is_no_baseline(tmp_path, capsys):
+    """Differences are to SAM in all epochs, whatever comes first."""
+    late = SAM | {"initial_method": "sgd", "initial_epochs": 5}
+    folders = [
+        write(tmp_path / f"{n}_{seed}", s, (seed,), 0.9) for n, s in (("a", late), ("b", SAM)) for seed in (1, 2)
+    ]
+    call(*folders)
+    out = capsys.readouterr().out
+    assert re.search(r"difference of +SAM, SGD first, rho 0\.1, T_d 5\nto +SAM, rho 0\.1\n", out)
 
 
 def test_the_table_of_digits_is_that_of_its_result_files(tmp_path, monkeypatch):

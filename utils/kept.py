@@ -29,6 +29,16 @@ def made_by(kind: str, environment: dict[str, Any]) -> dict[str, Any]:
     return {"versions": {k: VERSIONS[k] for k in kinds}, **{k: environment[k] for k in ("device", "commit")}}
 
 
+def up_to_date(content: Any) -> bool:
+    """Whether all versions that a result names, at whatever depth, are those of this code."""
+    if isinstance(content, list):
+        return all(map(up_to_date, content))
+    if not isinstance(content, dict):
+        return True
+    versions, parts = content.get("versions") or {}, [part for name, part in content.items() if name != "versions"]
+    return all(VERSIONS.get(kind) == version for kind, version in versions.items()) and up_to_date(parts)
+
+
 def why_stale(kind: str, record: Any, environment: dict[str, Any]) -> str | None:
     """Why a kept number with this record of `made_by` has to be made anew here, as the end of a sentence; else None."""
     if kind not in VERSIONS:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.colors import to_rgb
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
@@ -36,6 +36,7 @@ from utils.results import (
     gap_between,
     groups_of,
     interval_of,
+    is_sam,
     population_of,
     require,
     setting_of,
@@ -342,7 +343,7 @@ def _pairs(groups: list[Group]) -> tuple[Group | None, dict[str, list[tuple[Ense
         return group.ensembles[0].content["trained"]["rho"]
 
     wanted = [rho(group) for group in groups if group.key in ("released", "paper")]
-    found = [group for group in groups if group.key == "sam"]
+    found = [group for group in groups if is_sam(group.ensembles[0])]
     reference = next((group for group in found if rho(group) in wanted), found[0] if found else None)
     by_seeds = {one.seeds: one for one in reference.ensembles} if reference else {}
     pairs = {
@@ -469,6 +470,58 @@ def ensemble_size(ensembles: list[Ensemble]) -> Figure:
     whole_numbers(axes[-1], "members  [1]")
     note = f"{about(groups)}. Points: means over subsets of members.{_intervals(shown)}"
     return finished(figure, _markers(groups), note)
+
+
+# How `verdicts` marks the words of utils/claims.py.
+MARKS = {"supported": "\u25b2", "contradicted": "\u25bc", "equivalent": "=", "undecided": "?"}
+# From worse to better: the colours of SAM and SharpBalance, which all readers can tell apart.
+BETTER = LinearSegmentedColormap.from_list("better", [METHODS["sam"].colour, "#ffffff", METHODS["released"].colour])
+
+
+@styled
+def verdicts(settings: list[str], parts: dict[str, dict[str, list[Any]]], note: str) -> Figure:
+    """A map of differences: a row for each comparison, a column for each setting, a panel for each value.
+
+    Args:
+        settings: the columns' labels.
+        parts: by the panel's title and the row's label, for each setting a `utils.claims.Judged`, or None. Where the
+            title's unit is a thousandth, [m...], so is what is shown.
+        note: the caption.
+    """
+    rows = max(map(len, parts.values()))
+    figure, axes = panels(0.3 + len(parts) * (0.55 + 0.2 * rows), len(parts), 1, squeeze=False)
+    for axis, (title, found) in zip(axes[:, 0], parts.items(), strict=True):
+        factor = 1000 if "[m" in title else 1
+        table = np.array([[math.nan if one is None else factor * one.mean for one in row] for row in found.values()])
+        finite = np.abs(table[np.isfinite(table)])
+        margin = max((factor * one.claim.margin for row in found.values() for one in row if one is not None), default=1)
+        limit = max([2 * margin, *finite])  # what is of no interest stays pale
+        axis.imshow(table, cmap=BETTER, vmin=-limit, vmax=limit, aspect="auto")
+        for (i, row), j in itertools.product(enumerate(found.values()), range(len(settings))):
+            if row[j] is not None:
+                value = table[i, j]
+                text = f"{value:+.2f}" if math.isfinite(value) else "-"
+                colour = "white" if _luminance(BETTER((value / limit + 1) / 2)) < 0.18 else "black"
+                axis.text(j, i, f"{text} {MARKS[row[j].word]}", ha="center", va="center", fontsize=5.5, color=colour)
+        axis.set_xticks(range(len(settings)), settings)
+        axis.set_yticks(range(len(found)), found)
+        axis.set(title=title)
+        axis.grid(visible=False)
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+    legend = "; ".join(f"{MARKS[word]} {text}" for word, text in LEGEND.items())
+    figure.set_figheight(figure.get_figheight() + 0.1 * caption(figure, f"{note} {legend}."))
+    return figure
+
+
+LEGEND = {"supported": "better", "contradicted": "worse", "equivalent": "equivalent within the margin"}
+LEGEND |= {"undecided": "undecided"}
+
+
+def _luminance(colour: tuple[float, ...]) -> float:
+    """The relative luminance of WCAG 2, 0 to 1; at 0.18 black and white have the same contrast with a colour."""
+    parts = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
 
 
 def panels(height: float, *shape: int, **options: Any) -> tuple[Figure, Any]:

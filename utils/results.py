@@ -143,6 +143,11 @@ class Ensemble:
         return "averaged" if averaged else key_of(settings)
 
 
+def is_sam(ensemble: Ensemble) -> bool:
+    """Whether SAM trained all samples from the first epoch on, as what others are compared with."""
+    return ensemble.key == "sam" and ensemble.content["trained"].get("initial_method") != "sgd"
+
+
 def key_of(settings: dict[str, Any]) -> str:
     """The key in `METHODS` of the method that a run was trained by."""
     if not settings["sam"] or not settings["rho"]:
@@ -246,8 +251,9 @@ def _add_part(ensemble: Ensemble, row: dict[str, Any], prefix: str = "") -> None
     for of, found in row.get("ood", {}).items():
         for score, metric in itertools.product(OOD_SCORES, OOD_METRICS):
             name, value = ood_name(of, score, metric), found["scores"][score][metric]
-            column = torch.from_numpy(unpack_values(found["values_of_samples"][score][metric]))
-            ensemble.values[name], ensemble.by_sample[name] = value, _centred(column, value)
+            if text := found["values_of_samples"].get(score, {}).get(metric):
+                ensemble.by_sample[name] = _centred(torch.from_numpy(unpack_values(text)), value)
+            ensemble.values[name] = value
             ensemble.intervals[name] = found["intervals_95"][score][metric]
 
 
@@ -292,14 +298,34 @@ def beyond_linf(ensemble: Ensemble, part: str = "APGD_worst-linf") -> bool:
     return measured and part.endswith("-linf") and (sharpness_protocol(ensemble, part).get("rho0") or 0) > MAX_LINF
 
 
-def copy_results(folder: Path, target: Path) -> None:
-    """Copy the result files of an ensemble; of each part of a corrupted set only the accuracies."""
+def copy_results(
+    folder: Path, target: Path, experiment: dict[str, Any] | None = None, by_image: list[str] | None = None
+) -> None:
+    """Copy the result files of an ensemble; of each part of a corrupted set only the accuracies.
+
+    Args:
+        folder, target: from and to.
+        experiment: what asked for them, which the copies record.
+        by_image: the values that are kept by image besides what is right (default: all), as "ensemble_nll" and
+            "auroc entropy"; the intervals of others are then over ensembles alone.
+    """
     target.mkdir(parents=True, exist_ok=True)
     for name in ("diversity.json", "sharpness.json"):
         content = load_json(folder / name)
         corrupted = content["result"].get("corrupted") or {"parts": {}}
         corrupted["parts"] = {part: {"rates": row["rates"]} for part, row in corrupted["parts"].items()}
-        write_json(target / name, content, indent=None)
+        for row in (content["result"].get("test", {}), corrupted.get("mean", {})) if by_image is not None else ():
+            row["values_of_samples"] = _chosen(row.get("values_of_samples", {}), by_image)
+            for found in row.get("ood", {}).values():
+                of_scores = found["values_of_samples"].items()
+                values = {score: _chosen(by_metric, by_image, f" {score}") for score, by_metric in of_scores}
+                found["values_of_samples"] = values
+        write_json(target / name, content | ({"experiment": experiment} if experiment else {}), indent=None)
+
+
+def _chosen(values: dict[str, Any], names: list[str], end: str = "") -> dict[str, Any]:
+    """The values whose names, with this end, are among the given ones."""
+    return {name: value for name, value in values.items() if f"{name}{end}" in names}
 
 
 def read_run(folder: Path) -> Ensemble:

@@ -1,0 +1,59 @@
+"""The experiments of `scripts/experiment.py`: the methods that they compare, and the options that each begins with."""
+
+# The methods that k and T_d matter to; those of NEXT are trained at the next rho that was tried above the chosen one.
+SETS = ("sharpbalance", "sharpbalance_paper", "random", "random_paper", "same")
+NEXT = ("sharpbalance_next", "sharpbalance_paper_next")
+METHODS = ("deep_ensemble", "eoa", "sam", "deep_ensemble_sam", "late_sam", "asam", *SETS, *NEXT)
+FOUR = ("deep_ensemble", "sam", "sharpbalance", "sharpbalance_paper")
+TENS = ",".join(f"{ten}1 {ten}2 {ten}3" for ten in range(1, 11))
+PAPER = f"--methods {','.join(FOUR)} --seeds '13 17 27,113 117 127,43 59 223' --model resnet18 --rho 0.2"
+PAPER += " --flat_ratio 0.5 --initial_epochs 100 --variance --figures tradeoff benchmark ensemble_size severity"
+PAPER += " --sharpness_flags '--mode APGD_worst,APGD_average,hessian_t,hessian_e,fisher,NTK'"
+SMALL = f"--data fashion_mnist --seeds '{TENS}' --epochs 30 --validation 500 --batch_size 64 --augmentation flip"
+SMALL += " --threads 1 --checkpoint last --jobs auto --sharpness_flags '--mode APGD_worst --norms l2 --batch_num 40'"
+FASHION = f"{SMALL} --methods deep_ensemble,eoa,sam,sharpbalance,sharpbalance_paper,random"
+FASHION += " --rho 0.05 0.1 0.2 --flat_ratio 0.3 0.5 0.7 --initial_epochs 7 15 22"
+FASHION += " --measure_flags '--mode predict,disagreement,KL,ood --ood digits corrupted noise'"
+FASHION += " --figures tradeoff benchmark severity ensemble_size ood reliability"
+# Of the study, whose plan says why: what is trained in each setting.
+CELLS = "--measure_flags '--mode predict,disagreement,ood --ood digits noise' --choose_on 3 --claims study"
+CELLS += " --plan results/study/PLAN.md --by_image ensemble_nll_calibrated 'auroc entropy'"
+STUDY = f"{SMALL} {CELLS} --width 8 --ensembles 5 --rho 0.05 0.1 0.2 0.4 --flat_ratio 0.2 0.5 0.8 --initial_epochs 15"
+RULES = "deep_ensemble,eoa,sam,sharpbalance,sharpbalance_paper,random"
+SETTINGS = {
+    "noise_0_images_1000": f"{RULES},random_paper",
+    "noise_0.2_images_1000": f"{RULES},random_paper,{','.join(NEXT)},late_sam",
+    "noise_0.4_images_1000": f"{RULES},random_paper,{','.join(NEXT)}",
+    **{f"noise_{noise}_images_4000": RULES for noise in ("0", "0.2", "0.4")},
+}
+# By the name of an experiment, the words of its command line.
+PRESETS = {
+    "quickstart": "--data digits --methods deep_ensemble,deep_ensemble_sam,sharpbalance --rho 0.1 --flat_ratio 0.5 "
+    "--seeds '13 17 27' --folder {method} --results none "
+    "--sharpness_flags '--mode APGD_worst --norms l2 --batch_num 20'",
+    "digits": f"--data digits --methods {','.join(FOUR)} --rho 0.1 --flat_ratio 0.5 --seeds '{TENS}' --ensembles 5 "
+    "--corrupted 899 --checkpoint last --sharpness_flags '--mode APGD_worst --batch_num 20' "
+    "--figures tradeoff benchmark",
+    "cifar10": f"{PAPER} --data cifar10",
+    "cifar100": f"{PAPER} --data cifar100",
+    "tiny_imgnet": f"{PAPER} --data tiny_imgnet",
+    "ablations": f"{PAPER} --methods sam,sharpbalance,sharpbalance_paper,random,same,asam,eoa --checkpoint last "
+    "--runs runs/{data} --measurements measurements/{data}_ablations --results results/{data}_ablations",
+    # As noisy_labels, by the rho, k and T_d that were chosen there.
+    "members": f"{SMALL} --methods {','.join(FOUR)} --ensembles 5 --plain_members 9 --rho 0.1 --flat_ratio 0.7 "
+    "--initial_epochs 22 --width 8 --label_noise 0.2 --images 2000 --figures tradeoff ensemble_size ood reliability "
+    "--measure_flags '--mode predict,disagreement,ood --ood digits noise' --runs runs/{data}_members "
+    "--measurements measurements/{data}_members --results results/{data}_members",
+    "fashion_mnist/noisy_labels": f"{FASHION} --width 8 --label_noise 0.2 --images 2000 --ensembles 7 --corrupted 500",
+    "fashion_mnist/clean_labels": f"{FASHION} --width 16 --images 750 --ensembles 5 --corrupted 200",
+    **{
+        f"study/{name}": f"{STUDY} --label_noise {name.split('_')[1]} --images {name.split('_')[3]} --methods {methods}"
+        for name, methods in SETTINGS.items()
+    },
+    # The same comparison on somebody's own images.
+    "mine": f"{SMALL.replace('fashion_mnist', 'folder')} {CELLS} --width 8 --ensembles 5 --methods {RULES} "
+    "--image_size 32 --images 1000 --rho 0.05 0.1 0.2 --flat_ratio 0.5 --initial_epochs 15 "
+    "--results results/mine/mine",
+    "regime": "--data fashion_mnist --methods deep_ensemble,sam --rho 0.05 0.1 --seeds '11 12 13' --batch_size 64 "
+    "--threads 1 --jobs auto --images 2000 --validation 2000 --skip_measuring",
+}
