@@ -126,6 +126,8 @@ def tiny(script, argv):
         argv = []  # it takes half a minute
     if script == "scripts/benchmark.py":
         return [*argv, *TINY[script], "partition by N" if "--scaling" in argv else "partition"]
+    if "--init_from" in argv:  # of a network of another width than the tiny one
+        argv = [*argv[: argv.index("--init_from")], *argv[argv.index("--init_from") + 2 :]]
     place = [] if "folder" in argv else ["--data_path", "data"]
     if script == "scripts/make_corrupted.py":
         return [*argv, *TINY[script], *place]
@@ -203,7 +205,7 @@ def clone(tmp_path_factory, stub):
     files.write_cifar(folder / "data" / "cifar100", "cifar100", images=40)
     files.write_fashion_mnist(folder / "data" / "fashion-mnist")
     files.write_tiny_imagenet(folder / "data" / "tiny-imagenet-200", per_class=8)
-    for name in ("pictures", "clipart"):
+    for name in ("pictures", "clipart", "first", "second"):
         files.write_image_folder(folder / name, {"ape": 12, "bee": 12, "cat": 12}, size=30)
     shutil.copytree(ROOT / "results", folder / "results")
     made = "from models import create_model\n\n\ndef make(num_classes):\n"
@@ -222,6 +224,9 @@ def clone(tmp_path_factory, stub):
                 run = Path(after)
                 if word == "--resume" and run.parts[0] == "runs" and not run.exists():
                     shutil.copytree(QUICKSTART, run)
+                if word == "--init_from":
+                    run.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(Path(QUICKSTART, "seed_13", "checkpoint.pth.tar"), run)
     return folder
 
 
