@@ -20,7 +20,7 @@ from torch.distributed.run import get_args_parser
 
 from models import create_model, is_external
 from sam import SAM
-from scripts import benchmark, experiment
+from scripts import benchmark, experiment, pipeline
 from scripts.export import NEEDED
 from tests import files
 from utils import cli
@@ -122,8 +122,8 @@ def load(script):
 
 def tiny(script, argv):
     """The arguments that make a command cheap."""
-    if "--networks" in argv:
-        argv = []  # it takes half a minute
+    if {"--networks", "--pipeline"} & set(argv):
+        argv = []  # they take half a minute and more
     if script == "scripts/benchmark.py":
         return [*argv, *TINY[script], "partition by N" if "--scaling" in argv else "partition"]
     if "--init_from" in argv:  # of a network of another width than the tiny one
@@ -455,4 +455,7 @@ def test_table_of_speed_is_that_of_the_result_file():
     text = (ROOT / "docs" / "SPEED.md").read_text()
     for name in benchmark.CASES:
         for line, _ in benchmark.rows_of(name, content[name]):
+            assert line.rstrip() in text
+    for setting, found in json.loads((ROOT / "results" / "pipeline.json").read_text()).items():
+        for line in pipeline.table(setting, found["rounds"]):
             assert line.rstrip() in text

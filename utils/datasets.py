@@ -259,9 +259,9 @@ def split_indices(samples: int, train: str | Path | None, val: str | Path | None
         if index.ndim != 1 or index.dtype.kind not in "iu" or not len(index):
             problem = f"{flag} {path}: expected an .npy list of whole numbers, got {index.dtype} {list(index.shape)}"
             raise InputError(problem + "; numpy.flatnonzero makes one of a mask" * (index.dtype == bool))
-        twice = len(index) > samples or len(np.unique(index)) < len(index)
-        if twice or index.min() < 0 or index.max() >= samples:
-            found = "some of them twice" if twice else f"{index.min()} to {index.max()}"
+        outside = index.min() < 0 or index.max() >= samples
+        if outside or len(index) > samples or len(np.unique(index)) < len(index):
+            found = f"{index.min()} to {index.max()}" if outside else "some of them twice"
             raise InputError(f"{flag} {path}: expected distinct indices from 0 to {samples - 1}, got {found}")
         parts.append(index.astype(np.int64))
     if len(parts[0]) < 2:  # BatchNorm has no spread of one sample
