@@ -201,10 +201,8 @@ def build_parser() -> cli.Parser:
     cli.add_option(group, "resume", "resume the run in this folder by its own settings", cli.path, "RUN")
     text = "also save within an epoch that takes longer than this; the end of an epoch is always saved"
     cli.add_option(group, "save_every", text, cli.POSITIVE, "SECONDS", default=600.0)
-    text = (
-        "write events for TensorBoard beside log.jsonl: loss, accuracy and speed by epoch, by step the norms of SAM's "
-    )
-    text += "gradient and perturbation, and the cosine of the gradients before and after it"
+    text = "write events for TensorBoard beside log.jsonl: loss, accuracy and speed by epoch, by step the norms of "
+    text += "SAM's gradient and perturbation, and the cosine of the gradients before and after it"
     cli.add_flag(group, "tensorboard", text)
     text = "processes of this machine that share the members; auto: on a CPU one for each member, as far as the memory "
     text += "goes, on a GPU one. The result is the same for any K"

@@ -68,10 +68,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--mode", action=cli.Choices, among=MODES, default=list(MODES[:3]), help="what to measure")
     text = "the ensemble's output: mean of the members' probabilities, or softmax of their mean logit"
     cli.add_choice(group, "average", text, ("probs", "logits"), default="probs")
-    text = (
-        "with --mode ood: what the test images are told from, DATA or DATA:PATH: another data set, a folder of images "
-    )
-    text += "(folder:PATH), the corrupted copies of the test images (corrupted), or random pixels (noise, the default)"
+    text = "with --mode ood: what the test images are told from, DATA or DATA:PATH: another data set, a folder of "
+    text += "images (folder:PATH), the corrupted copies of the test images (corrupted), or random pixels (noise, the "
+    text += "default)"
     cli.add_option(group, "ood", text, other_data, "DATA[:PATH]", nargs="+", default=[])
     cli.add_option(group, "bins", "equal-width bins of the ECE", cli.COUNT, "N", default=15)
     cli.add_option(group, "bootstrap", "resamples of the 95%% intervals, 0 for none", cli.NATURAL, "N", default=1000)
@@ -282,9 +281,8 @@ def other_sets(words: list[str], measurement: Measurement) -> dict[str, list[Par
         name, path = ood.split_word(word)
         key = f"folder:{path.resolve().name}" if path and name == "folder" else name
         if key in sets:
-            raise InputError(
-                f"--ood {word}: a set named {key} is given twice; name each once, folders by different names"
-            )
+            problem = f"--ood {word}: a set named {key} is given twice"
+            raise InputError(f"{problem}; name each once, folders by different names")
         if name == ood.CORRUPTED:
             ood.require_corrupted(data, settings.data_path)
             sets[key] = measurement.parts("corrupted")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import InputError, cli, first_line, printable
+from utils import InputError, cli, first_line, printable, some
 from utils.distributed import cores, start_device
 from utils.files import write_atomically
 from utils.folder import decode, find_files, open_image
@@ -33,7 +33,6 @@ from utils.inference import Ensemble, load_ensemble
 COLUMNS = ("class", "probability", "entropy", "mutual_information", "agree", "members", "image")
 GREY_MODES = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 AT_ONCE = 128  # files that are decoded before they are predicted
-MAX_NAMED = 3  # files that one line names
 
 
 class Picture(NamedTuple):
@@ -80,7 +79,7 @@ def main(args: argparse.Namespace) -> None:
             name, probability, entropy, information, agree, members, file = row
             numbers = f"{probability:11.4f}  {entropy:7.4f}  {information:11.4f}  {f'{agree}/{members}':>5}"
             print(f"{printable(name)[:width]:{width}}  {numbers}  {printable(file)}")
-    named = "; ".join(left_out[:MAX_NAMED]) + f" and {len(left_out) - MAX_NAMED} more" * (len(left_out) > MAX_NAMED)
+    named = some(left_out)
     if not rows:
         raise InputError(f"--images: none of {len(files)} files is an image that can be read: {named}")
     changes = ("of another size", scaled, ensemble.how_scaled()), ("of another mode", coloured, ensemble.how_coloured())

@@ -484,10 +484,9 @@ def by_corruption(measured: Measured) -> list[str]:
     for name in dict.fromkeys(name for name, _, _ in found):
         cells = [mean(method, name, severities) for method in NAMES] + [mean("sam", name, [s]) for s in severities]
         rows.append([name.replace("_", " "), *cells])
-    text = (
-        "Ensemble accuracy in % under each corruption, mean over the ensembles and all severities, and SAM's at each "
-    )
-    return [f"{text}severity:", _table(rows, ["", *NAMES.values(), *(f"SAM, {severity}" for severity in severities)])]
+    header = ["", *NAMES.values(), *(f"SAM, {severity}" for severity in severities)]
+    text = "Ensemble accuracy in % under each corruption, mean over the ensembles and all severities, and SAM's at "
+    return [f"{text}each severity:", _table(rows, header)]
 
 
 def _table(rows: list[list[Any]], header: list[str]) -> str:

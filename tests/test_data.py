@@ -576,6 +576,7 @@ def test_given_split(tmp_path):
         (np.array([0, 0]), "distinct .* got some of them twice"),
         (np.array([9999]), "0 to 897, got 9999 to 9999"),
         (np.array([-1, 4]), "0 to 897, got -1 to 4"),
+        (np.arange(2000), "0 to 897, got 0 to 1999"),  # of a larger set
         (np.array([0.5]), r"an \.npy list of whole numbers, got float64 \[1\]"),
         (np.array([[0], [2]]), r"got int64 \[2, 1\]"),
         (np.arange(898) < 9, r"got bool \[898\]; numpy\.flatnonzero makes one of a mask"),

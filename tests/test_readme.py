@@ -63,7 +63,7 @@ RECORDED = {str(path.relative_to(ROOT)): [] for path in sorted(ROOT.glob("script
 RECORDED |= {"scripts/quickstart.sh": [], "scripts/reproduce_fashion_mnist.sh": ["hour"]}
 QUICKSTART = "runs/quickstart/sharpbalance"
 SMALL_QUICKSTART = ["--width", "2", "--epochs", "2", "--initial_epochs", "1", "--batch_size", "64", "--seeds", "13 17"]
-SMALL_QUICKSTART += ["--measure_flags", "--bootstrap 20 --mode predict,disagreement,KL,ood --ood noise"]
+SMALL_QUICKSTART += ["--measure_flags", "--bootstrap 20"]
 SMALL_QUICKSTART += ["--sharpness_flags", "--mode APGD_worst --norms l2 --batch_num 2 --n_iters 2"]
 COMMAND = re.compile(r"(?<!\S)(?:[A-Z_]+=\S+ )*(?:python \w\S*\.py\b|bash scripts/|torchrun )")
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils import InputError, metrics
+from utils import InputError, metrics, some
 from utils.data import Data, ImageSet, coloured, scaled
 from utils.datasets import NAMES, corrupted_name, find_corrupted, load_data, note
 from utils.distributed import cores
@@ -76,10 +76,8 @@ def read_set(name: str, path: Path | None, data: Data, data_path: Path, download
                 images, rows, unreadable = read_unlabelled(path, size, cores())
                 preprocessing = test.preprocessing
                 if unreadable:
-                    file, why = next(iter(unreadable.items()))
-                    note(
-                        f"{flag}: {len(unreadable)} files are left out, since they cannot be read: {file} ({why}), ..."
-                    )
+                    files = some([f"{file} ({why})" for file, why in unreadable.items()])
+                    note(f"{flag}: {len(unreadable)} files are left out, since they cannot be read: {files}")
                 if test.channels == 1:
                     images, rows = fit(images[rows], size, 1), None
             else:

@@ -22,7 +22,7 @@ MIN_IMAGES = 10  # of a bin whose accuracy is drawn
 def ood(ensembles: list[Ensemble]) -> Figure:
     """How well entropy and mutual information tell other data from the test images: a row of panels for each set.
 
-    The entropy of test images (broken) and of others, and the ROC curves of both scores; means over ensembles.
+    The entropy of test images (lines) and of others (filled), and the ROC curves of both scores; means over ensembles.
     """
     found = [require(one, "test").get("ood", {}) for one in ensembles]
     sets = [name for name in found[0] if all(name in one for one in found)]
@@ -36,9 +36,10 @@ def ood(ensembles: list[Ensemble]) -> Figure:
             rows = [one.content["result"]["test"]["ood"][name]["scores"] for one in group.ensembles]
             histograms = [row["entropy"]["histogram"] for row in rows]
             edges = np.linspace(*histograms[0]["edges"], len(histograms[0]["in"]) + 1)
-            for kind, line in (("in", (0, (3, 1.2))), ("out", "-")):
+            # Broken lines stand for methods: what tells the two kinds of images apart is the filling.
+            for kind, filling in (("in", {}), ("out", {"fill": True, "alpha": 0.3})):
                 shares = 100 * np.mean([one[kind] for one in histograms], axis=0)
-                left.stairs(shares, edges, color=group.colour, linestyle=line, linewidth=0.9)
+                left.stairs(shares, edges, **_line(group), **filling)
             for axis, score in zip(right, ("entropy", "mutual_information"), strict=True):
                 rates = 100 * np.mean([row[score]["tpr"] for row in rows], axis=0)
                 axis.plot(np.linspace(0, 100, len(rates)), rates, color=group.colour, linestyle=group.line)
@@ -46,17 +47,15 @@ def ood(ensembles: list[Ensemble]) -> Figure:
         left.set_title(name.removeprefix("folder:"))
         for axis, score in zip(right, ("entropy", "mutual_information"), strict=True):
             _diagonal(axis)
-            axis.set(xlabel="false positives  [%]", title=OOD_SCORES[score])
+            axis.set(xlabel="false pos.  [%]", title=OOD_SCORES[score])
             axis.set(xlim=(-2, 102), ylim=(-2, 102), xticks=(0, 50, 100), yticks=(0, 50, 100))
-        right[0].set_ylabel("true positives  [%]")
+        right[0].set_ylabel("true pos.  [%]")
         right[1].set_yticklabels([])
     counts = ", ".join(f"{found[0][name]['images']} of {name}" for name in sets)
     copies = "".join(f" {n}: mean of {found[0][n]['parts']} comparisons." for n in sets if found[0][n]["parts"] > 1)
-    note = f"{about(groups)}; other images: {counts}. Left: entropy of test images (broken) and of others (solid). "
-    note += (
-        "ROC curves of both scores, positive: others; on the dotted line a score says nothing. Means over ensembles, "
-    )
-    note += f"at equal false positives.{copies}"
+    note = f"{about(groups)}; other images: {counts}. Left: entropy of test images (lines) and of others (filled). "
+    note += "ROC curves of both scores, positive: others; on the dotted line a score says nothing. Means over "
+    note += f"ensembles, at equal false positives.{copies}"
     handles = [Line2D([], [], label=group.label, **_line(group)) for group in groups]
     return finished(figure, handles, note)
 
