@@ -53,7 +53,6 @@ ARMS: dict[str, tuple[str, str]] = {
     "sharpbalance": ("main.py", SHARPBALANCE),
     "sam": ("main.py", "--sam --rho 0.1"),
     "late": ("main.py", f"{SHARPBALANCE} --initial_method sgd"),
-    "deep": ("main.py", ""),
     "one_process": ("main.py", f"--jobs 1 --threads {cores()}"),
     "first_version": ("first_version", ""),
     "first_version_shared": ("first_version", "shared"),

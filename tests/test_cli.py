@@ -12,7 +12,7 @@ import torch
 
 import main
 from tests.test_ensemble import ROOT
-from utils import InputError, cli, distributed, processes
+from utils import InputError, cli, distributed, processes, some
 
 HOME = "/home/of/a/user"
 
@@ -180,3 +180,14 @@ def test_output_to_a_full_disk(tmp_path):
     assert status == 1
     assert errors.endswith("error: standard output: No space left on device\n")
     assert errors.count("\n") == 1
+
+
+def test_some_names_and_how_many_more():
+    assert [some("abcde"[:n], 3) for n in (0, 1, 3, 4, 5)] == [
+        "",
+        "a",
+        "a, b, c",
+        "a, b, c and 1 more",
+        "a, b, c and 2 more",
+    ]
+    assert some([Path("x"), 2], 1) == "x and 1 more"

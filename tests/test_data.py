@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 import utils.datasets
 from tests import files, reference
 from utils import InputError
-from utils.data import ImageSet, Preprocessing, batch_slices, generator, random_boxes
+from utils.data import ImageSet, Preprocessing, batch_slices, coloured, generator, random_boxes
 from utils.datasets import load_data, mislabel
 from utils.files import load_array
 from utils.places import PLACES
@@ -561,6 +561,15 @@ def test_names_of_idx_files(spelling, packed, dotted, tmp_path):
         (folder / path.name.removesuffix(".gz")).mkdir()
         (folder / "x").rename(folder / path.name.removesuffix(".gz") / path.name.replace(".idx", "-idx"))
     assert load_data("fashion_mnist", folder).record["sha256_of_arrays_and_split"] == digest
+
+
+def test_grey_is_pillows():
+    pixels = np.random.RandomState(0).randint(0, 256, (1, 1000, 1000, 3), dtype=np.uint8)
+    wanted = np.asarray(Image.fromarray(pixels[0]).convert("L"))
+    images = torch.from_numpy(pixels)
+    assert torch.equal(coloured(images, 1)[0, :, :, 0], torch.tensor(wanted))
+    assert (coloured(images.float(), 1)[0, :, :, 0] - torch.tensor(wanted)).abs().max() < 0.51
+    assert torch.equal(coloured(images[..., :1], 3), images[..., :1].repeat(1, 1, 1, 3))
 
 
 def test_given_split(tmp_path):

@@ -58,6 +58,7 @@ def test_other_data(three, tmp_path, capsys):
     stairs = [patch.get_data() for patch in axes[0].patches]
     assert [data.values.tolist() for data in stairs] == [pytest.approx(v) for v in [[70, 30], [20, 80]] * 3]
     assert stairs[0].edges.tolist() == [0, 1, 2]
+    assert [patch.get_fill() for patch in axes[0].patches] == [False, True] * 3  # test images, others
     assert "other images: 40 of noise, 40 of corrupted." in notes(one)
     assert notes(one).endswith("corrupted: mean of 10 comparisons.")
     # The mean over ensembles; sets that not all have are left out.
