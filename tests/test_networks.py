@@ -155,13 +155,18 @@ def test_scores_follow_the_layers_where_that_is_possible(monkeypatch):
             per_sample_fisher(model, images, labels)
             per_sample_fisher(model, images, labels)
     assert counted == [2, 2]
-    model = Table().double().eval()
-    for n in (1, 5, 5):  # one image alone is no trial
-        images, labels = torch.randn(5, 6, dtype=torch.float64), torch.tensor([0, 2, 1, 0, 2])
-        images, labels = images[:n], labels[:n]
-        expected = reference.fisher_by_samples(model, images, labels)
-        torch.testing.assert_close(per_sample_fisher(model, images, labels), expected, rtol=1e-10, atol=0)
-    assert counted == [2, 2, 1, 2]
+    for network in (Table, Named, Aux):
+        counted.clear()
+        model = network().double().eval()
+        images, labels = torch.randn(5, 4, 6, dtype=torch.float64), torch.tensor([0, 2, 1, 0, 2])
+        for n in (1, 5, 5):  # one image alone is no trial
+            model.requires_grad_(True)
+            scores = per_sample_fisher(model, images[:n], labels[:n])
+            if network is Aux:
+                model.aux.requires_grad_(False)
+            expected = reference.fisher_by_samples(model, images[:n], labels[:n])
+            torch.testing.assert_close(scores, expected, rtol=1e-10, atol=0)
+        assert counted == [1, 2], network
 
 
 class Positions(nn.Module):
@@ -180,8 +185,48 @@ class Table(nn.Module):
         super().__init__()
         self.inner, self.head = Positions(), nn.Linear(6, 3)
 
+    def forward(self, x):  # [B, T, D]
+        return self.head(torch.tanh(self.inner(x.mean(1))))
+
+
+class Halves(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
     def forward(self, x):
-        return self.head(torch.tanh(self.inner(x)))
+        return dict(zip("ab", self.linear(x).chunk(2, 1), strict=True))
+
+
+class Scaled(nn.Module):
+    """A layer with a weight of its own, whose output is no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.halves, self.factor = Halves(), nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        return self.halves(x * self.factor)
+
+
+class Named(nn.Module):
+    """The scores of `Scaled` are those of the layer around it."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(Joined(), nn.Tanh(), nn.Linear(6, 3))
+
+    def forward(self, x):
+        return self.body(x.mean(1))
+
+
+class Joined(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Scaled()
+
+    def forward(self, x):
+        return torch.cat(list(self.inner(x).values()), 1)
 
 
 class Permuted(nn.Module):
