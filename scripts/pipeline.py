@@ -40,12 +40,15 @@ from utils.run import environment, find_checkpoints
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (13, 17, 27)  # main.py's own
 SHARPBALANCE = "--sam --rho 0.1 --flat_ratio 0.5"
+NINE = "--seed " + " ".join(map(str, range(11, 20)))
 # By name: training and validation images (None: those of the data set), epochs, and further options of main.py.
 SETTINGS: dict[str, tuple[tuple[int, int] | None, int, str]] = {
     "width8": ((8100, 900), 12, "--data fashion_mnist --width 8 --initial_epochs 5 --batch_size 128"),
     "width8_third": ((2700, 300), 12, "--data fashion_mnist --width 8 --initial_epochs 5 --batch_size 128"),
     "width16": ((2700, 300), 4, "--data fashion_mnist --width 16 --initial_epochs 2 --batch_size 128"),
     "width64": ((900, 100), 2, "--data fashion_mnist --width 64 --initial_epochs 1 --batch_size 128"),
+    "one_member": ((2700, 300), 4, "--data fashion_mnist --width 16 --batch_size 128 --seed 13"),
+    "nine_members": ((900, 100), 4, f"--data fashion_mnist --width 16 --initial_epochs 2 --batch_size 128 {NINE}"),
     "digits": (None, 30, "--data digits --width 8 --initial_epochs 15 --batch_size 64"),
 }
 # By name: a script or a function of this file, and its options.
@@ -61,6 +64,7 @@ ARMS: dict[str, tuple[str, str]] = {
         for j in (1, 2, 3)
         for t in (1, 2)
     },
+    **{f"sam_threads{t}": ("main.py", f"--sam --rho 0.1 --jobs 1 --threads {t}") for t in (1, 2)},
     "diversity": ("measure_diversity.py", ""),
     "passes": ("passes", ""),
 }
@@ -73,6 +77,7 @@ TARGETS = {
     ("sharpbalance", "sam"): None,
     ("late", "one_process"): 0.85,
     **{("sharpbalance", name): 1.05 for name in ARMS if name.startswith("jobs")},
+    **{("sam", name): 1.05 for name in ARMS if name.startswith("sam_")},
     ("diversity", "passes"): 0.75,
 }
 MAX_BUSY = 2.2  # of a machine with a busy core to an idle one

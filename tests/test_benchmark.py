@@ -7,7 +7,7 @@ import torch
 
 from models import create_model
 from sam import SAM
-from scripts import benchmark, pipeline
+from scripts import benchmark, passes, pipeline
 from utils import RunError
 from utils.training import sharpbalance_step
 
@@ -105,3 +105,28 @@ def test_the_plain_step_is_that_of_the_method(share):
         models.append(model)
     for one, other in zip(*(model.parameters() for model in models), strict=True):
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_where_a_pass_goes(monkeypatch, capsys):
+    """All forms, the compiled one left out where it cannot be compiled; shares that add up."""
+    monkeypatch.setattr(passes, "SIDE", 64)
+    monkeypatch.setattr(passes, "EVALUATED", (4, 8))
+
+    class Refused(torch.nn.Module):
+        def forward(self, images):
+            raise torch._dynamo.exc.BackendCompilerFailed(Refused, RuntimeError("no compiler"), None)
+
+    for compiler, compiled in ((lambda model: Refused(), False), (lambda model: model, True)):
+        monkeypatch.setattr(torch, "compile", compiler)
+        passes.main(passes.parse_args(["--width", "2", "--batch_size", "4", "--threads", "1", "--repeats", "3"]))
+        text = capsys.readouterr().out
+        assert ("compiled: left out (BackendCompilerFailed)" in text) != compiled
+        assert ("(compiled in " in text) == compiled
+        _, operators, forms = text.split("\n\n")
+        found = [int(line.split()[-2]) for line in operators.splitlines()[1:]]
+        assert len(found) == 7
+        assert sum(found) == pytest.approx(100, abs=4)
+        names = ["as in training", "colour", "default memory format", "scores", "evaluation, 4 at once"]
+        names += ["evaluation, 8 at once"] + ["compiled"] * compiled
+        assert [line[:24].strip() for line in forms.splitlines()[1:-1]] == names
+        assert forms.splitlines()[1].split()[-1] == "1.00"

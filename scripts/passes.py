@@ -1,0 +1,120 @@
+"""Where the time of a training pass goes on a CPU, and what other forms of it take, by turns within one run.
+
+    python scripts/passes.py --width 8 --threads 1
+
+A pass is forward and backward of a batch through ResNet-18 on 32x32 grey images, as in training. Prints its arithmetic
+beside that of a matrix product, the share of each operator, and the times of other forms: images in colour, the default
+memory format, compiled by inductor (where there is a C++ compiler), evaluation in batches of several sizes, and scores.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import create_model
+from scripts.benchmark import Timed, forward_backward, seconds_of
+from utils import cli
+from utils.distributed import start_device
+from utils.fisher import per_sample_fisher
+from utils.run import environment
+
+SIDE = 2048  # of the matrices of a product
+EVALUATED = (128, 512, 2048)  # images at once
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = cli.Parser(__doc__)
+    cli.add_option(parser, "width", "of the network", cli.COUNT, "N", default=8)
+    cli.add_option(parser, "batch_size", "images of a pass", cli.COUNT, "N", default=128)
+    cli.add_option(parser, "threads", "CPU threads (default: one for each core)", cli.COUNT, "N")
+    cli.add_option(parser, "repeats", "timed repeats of each form", cli.number(int, 3), "N", default=9)
+    return parser.parse_args(argv)
+
+
+def passes(width: int, size: int, channels: int = 1, form: torch.memory_format = torch.channels_last) -> Timed:
+    """Passes in training, evaluation of as many images, and their scores, of one network."""
+    torch.manual_seed(0)
+    model = create_model("resnet18", 10, width, in_channels=channels).to(memory_format=form)
+    images, labels = torch.randn(size, channels, 32, 32).to(memory_format=form), torch.randint(0, 10, (size,))
+
+    def training() -> None:
+        forward_backward(model.train(), images, labels)
+
+    def compiled() -> None:
+        forward_backward(fast, images, labels)
+
+    @torch.no_grad()
+    def evaluation() -> None:
+        model.eval()(images)
+
+    fast = torch.compile(model)
+    return {
+        "pass": training,
+        "compiled": compiled,
+        "evaluation": evaluation,
+        "scores": lambda: per_sample_fisher(model.eval(), images, labels),
+    }
+
+
+def shares(function: Callable[[], object], count: int = 9) -> None:
+    """Print which share of its time each operator takes."""
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        for _ in range(count):
+            function()
+    operators = sorted(found.key_averages(), key=lambda one: -one.self_cpu_time_total)
+    total = sum(one.self_cpu_time_total for one in operators)
+    print("\noperator                            share")
+    for one in operators[:6]:
+        print(f"{one.key.removeprefix('aten::'):34} {100 * one.self_cpu_time_total / total:4.0f} %")
+    print(f"{'all others':34} {100 * sum(one.self_cpu_time_total for one in operators[6:]) / total:4.0f} %")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Time all forms by turns, and print the tables."""
+    device = start_device("cpu", args.threads)
+    width, size = args.width, args.batch_size
+    own = passes(width, size)
+    matrix = torch.randn(SIDE, SIDE)
+    forms: Timed = {
+        "as in training": own["pass"],
+        "matrix product": lambda: matrix @ matrix,
+        "colour": passes(width, size, 3)["pass"],
+        "default memory format": passes(width, size, form=torch.contiguous_format)["pass"],
+        "scores": own["scores"],
+        **{f"evaluation, {n} at once": passes(width, n)["evaluation"] for n in EVALUATED},
+    }
+    started = time.perf_counter()
+    try:
+        own["compiled"]()
+        forms["compiled"] = own["compiled"]
+    except torch._dynamo.exc.TorchDynamoException as error:
+        print(f"compiled: left out ({type(error).__name__})")
+    first = time.perf_counter() - started
+    with FlopCounterMode(display=False) as counter:
+        own["pass"]()
+    seconds = {name: statistics.median(found) for name, found in seconds_of(forms, args.repeats, device).items()}
+    product, whole = seconds.pop("matrix product"), seconds["as in training"]
+    rates = 2 * SIDE**3 / product / 1e9, counter.get_total_flops() / whole / 1e9
+    print(f"width {width}: {size / whole:.0f} images/s, {rates[1]:.0f} of {rates[0]:.0f} GFLOP/s of a matrix product")
+    shares(own["pass"])
+    print(f"\nform                     ms for {size} images   ratio")
+    for name, found in seconds.items():
+        if name.startswith("evaluation"):
+            found *= size / int(name.split()[1])
+        note = f"  (compiled in {first:.0f} s)" if name == "compiled" else ""
+        print(f"{name:24} {1000 * found:17.1f} {found / whole:9.2f}{note}")
+    print(f"n = {args.repeats}, {environment(device)['threads']} threads, torch {torch.__version__}")
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args())
