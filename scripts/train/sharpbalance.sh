@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A SharpBalance ensemble; rho, flat_ratio and initial_epochs are the flags of the authors' script for CIFAR-100. Their
-# program then assigns samples an epoch later: --initial_epochs 101 is its run.
+# A SharpBalance ensemble; rho and flat_ratio are those of the authors' script for CIFAR-100. Samples are assigned after
+# half of the epochs, as there: 100 of 200. Their program does so an epoch later: --initial_epochs 101 is its run.
 # DATA, DATA_PATH and SAVE_PATH may be set in the environment; further arguments go to main.py.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by sh
 set -euo pipefail
@@ -16,6 +16,5 @@ python main.py \
     --sam True \
     --rho 0.2 \
     --flat_ratio 0.5 \
-    --initial_epochs 100 \
     --save_path "$SAVE_PATH" \
     "$@"
