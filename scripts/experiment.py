@@ -1,7 +1,7 @@
 """Train methods x seeds, measure them, and compare them in tables and figures. What is finished is skipped.
 
     python scripts/experiment.py digits
-    python scripts/experiment.py cifar100 --rho 0.1 --jobs 2 --epochs 100
+    python scripts/experiment.py cifar100 --rho 0.1 --jobs 2 --epochs 100 --initial_epochs 50
 
 The first word names one of `PRESETS`, the options that an experiment begins with. Options that follow replace them, and
 options that are not of this script go to main.py. Where --rho, --flat_ratio or --initial_epochs has several values, one
@@ -103,7 +103,9 @@ def build_parser() -> cli.Parser:
     cli.add_option(parser, "plain_members", text, cli.COUNT, "N")
     cli.add_option(parser, "rho", "of SAM", cli.POSITIVE, "R", nargs="+")
     cli.add_option(parser, "flat_ratio", "of SharpBalance", cli.SHARE, "K", nargs="+")
-    cli.add_option(parser, "initial_epochs", "of SharpBalance", cli.NATURAL, "N", nargs="+", default=[None])
+    cli.add_option(
+        parser, "initial_epochs", "of SharpBalance; None: as main.py", cli.NATURAL, "N", nargs="+", default=[None]
+    )
     cli.add_option(parser, "asam_rho", "rho of asam", cli.POSITIVE, "R", default=0.5)
     text = "ensembles that rho, k and T_d are chosen on; SAM is then measured at the rho that the methods have"
     cli.add_option(parser, "choose_on", text, cli.COUNT, "N")
@@ -272,6 +274,8 @@ class Experiment:
         method = method.removesuffix("_next")
         if method == "eoa" and "deep_ensemble" in self.args.methods:
             return "deep_ensemble"  # whose runs hold the averages
+        if method == "deep_ensemble" and self.args.plain_members:
+            return f"deep_ensemble_of_{self.args.plain_members}"
         several = [name for name in self.grid if self.grid[name] and len(self.grid[name]) > 1]
         parts = self.grid if method in SETS and several else [name for name in several if name == "rho"]
         parts = parts if method in (*SETS, "sam", "late_sam") else []
@@ -429,7 +433,7 @@ class Experiment:
         above = min((value for value in args.rho or [] if value > rho), default=None)
         for method in args.methods:
             rhos = [above] if method in NEXT else [rho]
-            if method == "sam" and args.choose_on is None and args.choices is None:
+            if method == "sam" and args.choose_on is None:
                 rhos += [other for other in args.rho if other != rho]
             elif method == "sam" and set(NEXT) & set(args.methods):
                 rhos += [above]
@@ -523,7 +527,7 @@ class Experiment:
         asked = {name: one for name, one in before["asked"].items() if self.asked.get(name, one) == one}
         plan = {
             "command": shlex.join(["python", *sys.argv]),
-            "claims": 2 if args.claims == "paper" else args.claims,  # 2: of the paper, all were written down before
+            "claims": args.claims,
             "plan": self.plan,
             "finished": finished,
             "choose_on": args.choose_on,

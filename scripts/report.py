@@ -9,6 +9,7 @@ are those of the experiment.
 """
 
 import argparse
+import hashlib
 import math
 import os
 import statistics
@@ -32,7 +33,7 @@ from utils.claims import (
     Claim,
     Judged,
     Measured,
-    above_the_line,
+    above_the_curve,
     compare,
     judge,
     slope,
@@ -61,24 +62,13 @@ CLAIMS = (
     compare("ii", "deep_ensemble", "sam", "eir"),
     compare("iii, released", "sharpbalance", "sam", "corrupted_ensemble"),
     compare("iii, paper", "sharpbalance_paper", "sam", "corrupted_ensemble"),
-    compare("iv, released", "sharpbalance", "sam", "ensemble"),
-    compare("iv, paper", "sharpbalance_paper", "sam", "ensemble"),
-    compare("v, corrupted", "sharpbalance_paper", "sharpbalance", "corrupted_ensemble"),
-    compare("v, clean", "sharpbalance_paper", "sharpbalance", "ensemble"),
-    compare("vi, corrupted", "sharpbalance", "random", "corrupted_ensemble"),
-    compare("vi, clean", "sharpbalance", "random", "ensemble"),
-    compare("vi, diversity", "sharpbalance", "random", "disagreement"),
-    compare("vii, released", "sharpbalance", "sam", "disagreement"),
-    compare("vii, paper", "sharpbalance_paper", "sam", "disagreement"),
-)
-# Written down after the experiments of plans without "claims": 2, whose numbers suggested some of them.
-LATER_CLAIMS = (
-    compare("viii, clean", "sharpbalance", "deep_ensemble", "ensemble"),
-    compare("viii, corrupted", "sharpbalance", "deep_ensemble", "corrupted_ensemble"),
-    compare("ix, released", "sam", "sharpbalance", "nll_calibrated"),
-    compare("ix, paper", "sam", "sharpbalance_paper", "nll_calibrated"),
-    above_the_line("x, released", "sharpbalance"),
-    above_the_line("x, paper", "sharpbalance_paper"),
+    compare("iv, corrupted", "sharpbalance_paper", "sharpbalance", "corrupted_ensemble"),
+    compare("iv, clean", "sharpbalance_paper", "sharpbalance", "ensemble"),
+    compare("v, corrupted", "sharpbalance", "random", "corrupted_ensemble"),
+    compare("v, diversity", "sharpbalance", "random", "disagreement"),
+    compare("vi, released", "sharpbalance", "sam", "disagreement"),
+    compare("vi, paper", "sharpbalance_paper", "sam", "disagreement"),
+    compare("vii", "sharpbalance", "deep_ensemble", "corrupted_ensemble"),
 )
 # The study of where SharpBalance helps. Of each reading: its method, and random sets of its size.
 READINGS = {"released": ("sharpbalance", "random"), "paper": ("sharpbalance_paper", "random_paper")}
@@ -93,10 +83,12 @@ SECONDARY = (
     *(compare(f"N1, {name}", "sam", rule, "nll_calibrated", NATS) for name, (rule, _) in READINGS.items()),
     *(compare(f"N2, {name}", drawn, rule, "nll_calibrated", NATS) for name, (rule, drawn) in READINGS.items()),
     *(compare(f"N3, {name}", "deep_ensemble", rule, "nll_calibrated", NATS) for name, (rule, _) in READINGS.items()),
-    *(above_the_line(f"D1, {name}", rule) for name, (rule, _) in READINGS.items()),
-    *(above_the_line(f"D2, {name}", f"{rule}_next") for name, (rule, _) in READINGS.items()),
+    *(above_the_curve(f"D1, {name}", rule) for name, (rule, _) in READINGS.items()),
+    *(above_the_curve(f"D2, {name}", f"{rule}_next") for name, (rule, _) in READINGS.items()),
     *(compare(f"U1, {name}", rule, "sam", "auroc entropy digits") for name, (rule, _) in READINGS.items()),
 )
+# Described without verdicts: N1 to N3 before the temperature.
+BEFORE = tuple(compare(claim.name, *claim.methods, "nll", NATS) for claim in SECONDARY if claim.name.startswith("N"))
 # The panels of the map, with the names of claims that are its rows.
 MAP = {
     "gain in ensemble accuracy  [% points]": {
@@ -110,35 +102,33 @@ MAP = {
         for name in READINGS
     },
 }
+VERDICTS = (
+    "A claim is *supported* or *contradicted* where the mean difference between ensembles of the same seeds is above "
+    f"or below 0 with a p value of at most {100 * LEVEL:g} % after Holm's correction for the claims of its family; "
+    "*equivalent* where it is neither, and lies within the margin by two one-sided tests at 5 % (the 90 % interval is "
+    "within it); else *undecided*. *Within the margin* is added where a difference is decided and of no interest. "
+    "Intervals are of 95 %, each for itself, over new ensembles and new test images, or over ensembles alone where "
+    "that is written beside them; all hold for one draw of training and validation images and of wrong labels."
+)
 STUDY_OPENING = (
     "# Where does SharpBalance help?",
     "`bash scripts/experiments/study.sh` trains, measures and writes this page from the JSON files beside it, `python "
-    "scripts/report.py FOLDER` writes it again. Settings, methods, claims and margins were written down before the "
-    "first test image was looked at, in results/study/PLAN.md, whose digest each result file holds.",
-    "A claim is *supported* or *contradicted* where the mean difference between ensembles of the same seeds is above "
-    f"or below 0 with a p value of at most {100 * LEVEL:g} % after Holm's correction for the claims of its family in a "
-    "setting; *equivalent* where it is neither, and lies within the margin by two one-sided tests at 5 %; else "
-    "*undecided*. The primary family of a setting is A1, each rule against SAM by ensemble accuracy; all others are "
-    "the secondary one. Intervals are of 95 %, each for itself, over new ensembles and new test images, or over "
-    "ensembles alone where that is written beside them; all hold for one draw of training images and of wrong labels.",
+    "scripts/report.py FOLDER` writes it again. Settings, methods, claims and margins were written down in "
+    "results/study/PLAN.md before any of these networks was measured on test images. Earlier networks had been, on the "
+    "same images, and suggested the claims.",
+    f"{VERDICTS} The primary family of a setting is A1, each reading of SharpBalance against SAM by ensemble accuracy; "
+    "all others are the secondary one.",
 )
 OPENING = (
     "# The paper's claims on Fashion-MNIST",
-    "`bash scripts/reproduce_fashion_mnist.sh` trains and measures; `python scripts/report.py results/fashion_mnist` "
-    "writes this page from the JSON files beside it.",
+    "`bash scripts/experiments/fashion_mnist.sh` trains, measures and writes this page from the JSON files beside it, "
+    "`python scripts/report.py FOLDER` writes it again. The claims, their margins and what had been looked at before "
+    "are written down in results/study/PLAN.md. Claims about SharpBalance against SAM on clean images are those of "
+    "[the study](../study/README.md).",
     "Ensembles of 3 members; ResNet-18, batch 64, learning rate 0.1 in steps, no augmentation except mirroring; "
     "Fashion-MNIST-C of the first test images (15 corruptions at 5 severities, by scripts/make_corrupted.py). "
-    "Checkpoints: end of training. rho was chosen by the ensemble accuracy of SAM on validation, k (the share of the "
-    "images that each member picks by its scores) and T_d (the epoch before which samples are assigned) by that of "
-    "SharpBalance (released) on the first seeds, and used for all methods; none of them was chosen on test images.",
-    "The claims were written down before test images were looked at. A claim is *supported* or *contradicted* where "
-    "the mean difference between ensembles of the same seeds is above or below 0 with a p value of at most "
-    f"{100 * LEVEL:g} % after Holm's correction for the claims of a table; *equivalent* where it is "
-    "neither, and lies within the margin of interest by two one-sided tests at 5 % (the 90 % interval is within it); "
-    "else *undecided*. The margins and the correction were chosen after these results were known. The intervals of the "
-    "tables are of 95 %, each for itself, over new ensembles and new test images, or over ensembles with these images "
-    "where that is written beside them; all hold for this one draw of training images and of wrong labels. "
-    "Differences of accuracy and disagreement are in percentage points.",
+    "Checkpoints: end of training.",
+    f"{VERDICTS} The claims of a table are a family. Accuracy and disagreement differ by percentage points.",
 )
 
 
@@ -194,20 +184,16 @@ def read_measured(folder: Path, rho: float, methods: tuple[str, ...] = (*NAMES, 
 
 def section(folder: Path, plan: dict[str, Any]) -> list[str]:
     """The paragraphs, tables and figures of one experiment."""
+    if not plan.get("finished"):
+        raise InputError(f"{folder}: not finished; run the same command of scripts/experiment.py again to go on")
     measured = read_measured(folder, plan["chosen"]["rho"])
     seeds = sorted(measured["sam"])
     results.require(measured["sam"][seeds[0]], "corrupted", "mean", "samples")
     blocks = [
         f"## {table_cell(folder.name.replace('_', ' ').capitalize())}",
         *described(plan, measured),
-        claims_table(CLAIMS + LATER_CLAIMS * (plan.get("claims") == 2), measured, seeds),
+        claims_table(CLAIMS, measured, seeds),
     ]
-    if plan.get("claims") != 2:
-        blocks += [
-            "Claims for the next experiment. They were written down after these test images had been looked at, so "
-            "that here nothing is decided by them:",
-            claims_table(LATER_CLAIMS, measured, seeds, decide=False),
-        ]
     blocks += mislabelled(plan)
     place = quote(os.fsencode(folder.name))
     uncertain = uncertainty(measured)
@@ -235,8 +221,8 @@ def described(plan: dict[str, Any], measured: Measured) -> list[str]:
         f"{first['trained']['epochs']} epochs; {images} validation images, {first['data']['test']} test images"
         f"{corrupted}. {plan['jobs']} single-thread processes on {plan['environment']['cpus']} cores, torch "
         f"{plan['environment']['torch']}. Measured by the code of {' and '.join(commits)}."
-        + " (-dirty: with changes that no commit has.)" * any(commit.endswith("-dirty") for commit in commits)
-        + looks(plan),
+        + " (-dirty: with changes that no commit has.)"
+        * any(commit.endswith("-dirty") for commit in commits),
         f"Ensemble accuracy on validation: {choices(plan)}.{chance(plan, images)}",
         f"Sharpness: the rise of the loss in the worst case within {'an adaptive' if ball['adaptive'] else 'a'} l2 "
         f"ball of radius {ball['rho0']:g}, mean over {ball['batch_num']} batches of {ball['eval_batch_size']} training "
@@ -263,7 +249,8 @@ def mislabelled(plan: dict[str, Any]) -> list[str]:
 class Setting(NamedTuple):
     """A setting of the study, with its verdicts by the names of claims; an unfinished one has none.
 
-    `label` is its title in the map, `key` the numbers that settings are sorted by, `digests` those of the plan.
+    `label` is its title in the map, `key` the numbers that settings are sorted by, `digests` those of the plan, and
+    `before` what is described without a verdict.
     """
 
     folder: Path
@@ -274,6 +261,7 @@ class Setting(NamedTuple):
     label: str = ""
     key: tuple[int, float] = (0, 0)
     digests: tuple[str, ...] = ()
+    before: tuple[Judged, ...] = ()
 
 
 def read_setting(folder: Path, plan: dict[str, Any]) -> Setting:
@@ -286,6 +274,7 @@ def read_setting(folder: Path, plan: dict[str, Any]) -> Setting:
     for family in (PRIMARY, SECONDARY):
         claims = [claim for claim in family if planned.issuperset(claim.methods)]
         judged |= {one.claim.name: one for one in judge(claims, measured, seeds)}
+    before = judge([claim for claim in BEFORE if planned.issuperset(claim.methods)], measured, seeds)
     contents = [one.content for by_seeds in measured.values() for one in by_seeds.values()]
     digests = sorted({content["experiment"].get("plan", {}).get("sha256", "none") for content in contents})
     data = contents[0]["data"]
@@ -294,7 +283,7 @@ def read_setting(folder: Path, plan: dict[str, Any]) -> Setting:
     title, label = f"{100 * noise:g} % wrong labels, {images} images", f"{100 * noise:g} %\n{images}"
     if own:
         title, label = f"{table_cell(folder.name)}, {images} images", f"{folder.name}\n{images}"
-    return Setting(folder, plan, measured, judged, title, label, (images, noise), tuple(digests))
+    return Setting(folder, plan, measured, judged, title, label, (images, noise), tuple(digests), tuple(before))
 
 
 def study(place: Path, settings: list[Setting]) -> list[str]:
@@ -315,13 +304,17 @@ def study(place: Path, settings: list[Setting]) -> list[str]:
     names = [name for name in (claim.name for claim in PRIMARY + SECONDARY) if any(name in s.judged for s in finished)]
     rows = [
         [name, next(s.judged[name] for s in finished if name in s.judged).claim.text]
-        + [f"{s.judged[name].row[2]}, **{s.judged[name].word}**" if name in s.judged else "-" for s in finished]
+        + [f"{s.judged[name].row[2]}, **{s.judged[name].verdict}**" if name in s.judged else "-" for s in finished]
         for name in names
     ]
     digests = {digest for one in finished for digest in one.digests}
+    plan = place / "PLAN.md"
+    if plan.is_file():
+        now = hashlib.sha256(plan.read_bytes()).hexdigest()
+        digests = {f"{digest} (PLAN.md as it is)" if digest == now else digest for digest in digests}
     blocks = [
         *STUDY_OPENING,
-        f"Digest of the plan that the results name: {', '.join(sorted(digests))}."
+        f"SHA-256 of the plan that the results name: {', '.join(sorted(digests))}."
         + f" Not finished, and left out: {left_out}." * bool(left_out),
         "![paired differences of SharpBalance in all settings](map.png)",
         "## Advice",
@@ -336,6 +329,8 @@ def study(place: Path, settings: list[Setting]) -> list[str]:
         for text, family in (("Primary claims:", PRIMARY), ("Secondary claims:", SECONDARY)):
             found = [one.judged[claim.name].row for claim in family if claim.name in one.judged]
             blocks += [text, _table(found, HEADER)]
+        text = "The claims about NLL before the temperature was fitted, described without verdicts:"
+        blocks += [text, _table([judged.row[:4] for judged in one.before], HEADER[:4])] if one.before else []
         blocks.append(f"All methods: {tables_of(one.folder)}.")
     return blocks
 
@@ -347,15 +342,28 @@ def advice(finished: list[Setting]) -> list[str]:
         found: dict[str, list[str]] = {}
         for one in finished:
             if name in one.judged:
-                found.setdefault(one.judged[name].word, []).append(one.title)
-        parts = [f"{WORDS[word]} with {' and with '.join(found[word])}" for word in WORDS if word in found]
+                found.setdefault(one.judged[name].verdict, []).append(one.title)
+        order = sorted(found, key=lambda verdict: (list(WORDS).index(verdict.split(",")[0]), verdict))
+        parts = [
+            f"{WORDS[verdict.split(',')[0]]}{' by less than the margin' * (',' in verdict)} with "
+            + " and with ".join(found[verdict])
+            for verdict in order
+        ]
         return f"{'; '.join(parts)} ({name})" if parts else "not compared"
 
-    both = {claim: "; ".join(f"the {name} rule is {where(f'{claim}, {name}')}" for name in READINGS) for claim in CLEAN}
+    both = {
+        claim: "; ".join(f"SharpBalance ({name}) is {where(f'{claim}, {name}')}" for name in READINGS)
+        for claim in CLEAN
+    }
     return [
         f"1. **SAM or plain training?** By accuracy, against a plain deep ensemble, SAM is {where('A3, SAM')}.",
         f"2. **SharpBalance or SAM?** By accuracy, against SAM, {both['A1']}. By calibrated NLL, {both['N1']}.",
         f"3. **Does the choice of samples matter?** By accuracy, against random sets of the same size, {both['A2']}.",
+        f"Each setting is a question of its own: if nothing differed anywhere, {LEVEL * len(finished):g} primary "
+        f"families of {len(finished)} would have a verdict by chance, and a finding in one setting is one of "
+        f"{len(finished)}. Where k was chosen, it was for SharpBalance (released), and the other reading has the same. "
+        "rho and k were chosen on some of the ensembles that are compared, which favours SAM and SharpBalance "
+        "(released) a little; the plan says how much.",
     ]
 
 
@@ -369,42 +377,35 @@ def undecided(finished: list[Setting]) -> list[str]:
     for one in finished:
         for name, judged in one.judged.items():
             if judged.word == "undecided":
-                number = f"more than {MAX_ENSEMBLES}, or more test images"
+                number = f"more than {MAX_ENSEMBLES}"
+                number += ", or more test images" * (judged.population == results.BOTH)
                 if not math.isfinite(judged.mean):
                     number = "unknown"
                 elif judged.ensembles:
                     number = str(judged.ensembles)
+                    enough = judged.ensembles <= len(one.measured["sam"])
+                    number += " (enough for the margin: what is there is smaller)" * enough
                 rows.append([one.title, name, *judged.row[2:4], judged.row[6], number])
     if not rows:
         return ["All claims are decided."]
     text = (
         "Ensembles by each method with which a true difference as large as the margin would be found with a "
         f"probability of {100 * POWER:g} %, by the spread seen here, at {100 * LEVEL:g} % over the number of claims of "
-        "the family (`ensembles_needed` in utils/claims.py). Ensembles that are added to these would be a second look."
+        "the family (`ensembles_needed` in utils/claims.py). A spread of five ensembles is known to a factor of 0.6 to "
+        "2.9 (95 %), and the number to its square. Ensembles that are added to these would be a second look."
     )
     return [text, _table(rows, ["setting", "claim", "mean", "95 % interval", "margin", "ensembles"])]
-
-
-def looks(plan: dict[str, Any]) -> str:
-    """What is to be said where test images were looked at before all ensembles were there."""
-    numbers = plan.get("looks", [])
-    if len(numbers) < 2:
-        return ""
-    times = " and again with ".join(map(str, numbers))
-    return (
-        f" Test images were looked at with {times} ensembles; where nothing differs, one of these looks excludes 0 "
-        "more often than the last alone."
-    )
 
 
 def choices(plan: dict[str, Any]) -> str:
     """The ensemble accuracies on validation that rho, k and T_d were chosen by."""
     found, tried = [], plan["validation"]
     if plan.get("choices_of"):
-        return f"not compared; rho, k and T_d were chosen in {plan['choices_of'].replace('_', ' ')}"
+        values = (f"{name} {value:g}" for name, value in plan["chosen"].items() if value is not None)
+        return f"not compared; {', '.join(values)} are those of {table_cell(plan['choices_of'])}"
     on = f"the first {plan['choose_on']} ensembles" if plan.get("choose_on") else "the first seeds"
     if "deep ensemble" in tried:
-        found.append(f"deep ensemble {100 * tried['deep ensemble']:.2f} %")
+        found.append(f"deep ensemble, all of them, {100 * tried['deep ensemble']:.2f} %")
     for name, of in (
         ("rho", "SAM" + f" on {on}" * bool(plan.get("choose_on"))),
         ("k", f"SharpBalance (released) on {on}"),
@@ -418,9 +419,9 @@ def choices(plan: dict[str, Any]) -> str:
 
 
 def chance(plan: dict[str, Any], images: int) -> str:
-    """The standard error of the accuracies that k and T_d were chosen by, beside how far apart these are."""
+    """The standard error of the accuracies that values were chosen by, beside how far apart these are."""
     found, gaps = [], []
-    for name in ("k", "T_d"):
+    for name in ("rho", "k", "T_d"):
         values = {float(value): score for value, score in plan["validation"].get(name, {}).items()}
         if len(values) > 1 and plan["chosen"][name] in values:
             found.append(values[plan["chosen"][name]])
@@ -429,15 +430,15 @@ def chance(plan: dict[str, Any], images: int) -> str:
         return ""
     error = 100 * math.sqrt(found[-1] * (1 - found[-1]) / images)
     return (
-        f" The accuracy of one ensemble on {images} images, {100 * found[-1]:.2f} %, has a standard error of "
-        f"{error:.1f} points; the best and the worst value that were tried are apart by {' and '.join(gaps)}."
+        f" An ensemble's accuracy of {100 * found[-1]:.2f} % on {images} images has a standard error of {error:.1f} "
+        "points, and less in differences on the same images; the best and the worst value that were tried are apart "
+        f"by {' and '.join(gaps)}."
     )
 
 
-def claims_table(claims: tuple[Claim, ...], measured: Measured, seeds: list[str], decide: bool = True) -> str:
-    """A line for each claim; without verdicts unless these decide."""
-    columns = slice(None if decide else 4)
-    return _table([one.row[columns] for one in judge(claims, measured, seeds)], HEADER[columns])
+def claims_table(claims: tuple[Claim, ...], measured: Measured, seeds: list[str]) -> str:
+    """A line for each claim."""
+    return _table([one.row for one in judge(claims, measured, seeds)], HEADER)
 
 
 def uncertainty(measured: Measured) -> list[str]:

@@ -183,7 +183,8 @@ def test_choices_on_validation(tmp_path, monkeypatch):
     words = ["--images", "40", "--validation", "10", "--corrupted", "2", "--ensembles", "2", "--jobs", "1"]
     words += ["--rho", "0.1", "0.2", "--flat_ratio", "0.3", "0.5", "--initial_epochs", "0", "1", "--measure_flags="]
     words += ["--sharpness_flags", FEWER, "--methods", "deep_ensemble,eoa,sam,sharpbalance"]
-    calls = run(words_of(tmp_path, "fashion_mnist/noisy_labels", *words), monkeypatch)
+    words += ["--data", "fashion_mnist", "--label_noise", "0.2"]
+    calls = run(words_of(tmp_path, "digits", *words), monkeypatch)
     plan = json.loads((tmp_path / "results" / "plan.json").read_text())
     chosen, tried, runs = plan["chosen"], plan["validation"], plan["runs"]
     for name in ("rho", "k", "T_d"):
@@ -207,22 +208,37 @@ def test_choices_on_validation(tmp_path, monkeypatch):
 
 
 def test_members(tmp_path, monkeypatch):
-    """Plain ensembles of more members than the others, and what the others are worth in plain members."""
+    """Plain ensembles of more members beside the others, whose networks another experiment measures again."""
     files.write_fashion_mnist(tmp_path / "data" / "fashion-mnist", train=130)
-    places = [word for name in ("runs", "measurements", "results") for word in (f"--{name}", str(tmp_path / name))]
-    words = ["--images", "40", "--validation", "10", "--ensembles", "2", "--plain_members", "4", "--jobs", "1"]
-    words += [*places, *TINY, "--sharpness_flags", FEWER, "--methods", "deep_ensemble,sam"]
-    run(["members", "--data_path", str(tmp_path / "data"), *words], monkeypatch)
-    for name, seeds in (("deep_ensemble_21", [21, 22, 23, 24]), ("sam_21", [21, 22, 23])):
+    (tmp_path / "choices").mkdir()
+    (tmp_path / "choices" / "plan.json").write_text(json.dumps({"chosen": {"rho": 0.2, "k": 0.8, "T_d": 1}}))
+    words = ["--images", "40", "--validation", "10", "--ensembles", "2", "--jobs", "1", "--rho", "0.1", "0.2"]
+    words += ["--choices", str(tmp_path / "choices"), "--methods", "deep_ensemble,sam", "--sharpness_flags", FEWER]
+    words += ["--runs", str(tmp_path / "runs"), "--data_path", str(tmp_path / "data"), *TINY]
+
+    def places(name):
+        return [f"--measurements={tmp_path / 'measurements' / name}", f"--results={tmp_path / name}"]
+
+    run(["members", *words, "--plain_members", "4", *places("members")], monkeypatch)
+    for name, seeds in (("deep_ensemble_of_4_21", [21, 22, 23, 24]), ("sam_0.2_21", [21, 22, 23])):
         assert json.loads((tmp_path / "runs" / name / "args.json").read_text())["seed"] == seeds
-    lines = (tmp_path / "results" / "tables.md").read_text().splitlines()
+    lines = (tmp_path / "members" / "tables.md").read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("| worth of"))
     (row,) = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[start + 2 : start + 3])
-    assert (row[:3], row[6]) == (["SAM, rho 0.1", "2", "3"], "6.00")
+    assert (row[:3], row[6]) == (["SAM, rho 0.2", "2", "3"], "6.00")
     assert row[5] == "new ensembles, new images"
-    assert "AUROC %, digits, mutual information" in lines[2]
-    figures = {path.name for path in (tmp_path / "results").glob("*.png")}
-    assert figures == {f"{kind}.png" for kind in ("tradeoff", "ensemble_size", "ood", "reliability")}
+    assert {path.name for path in (tmp_path / "members").glob("*.png")} == {"ensemble_size.png"}
+
+    words += ["--corrupted", "2", "--measure_flags", "--mode predict,disagreement,ood --ood digits corrupted"]
+    calls = run(["fashion_mnist/noisy_labels", *words, *places("noisy_labels")], monkeypatch)
+    trained = {Path(argv[argv.index("--save_path") + 1]).name for argv in calls if argv[0] == "main.py"}
+    assert trained == {f"{name}_{seed}" for name in ("deep_ensemble", "sam_0.1") for seed in (11, 21)}
+    measured = {path.name for path in (tmp_path / "noisy_labels" / "measurements").iterdir()}
+    assert measured == {f"{name}_{seed}" for name in ("deep_ensemble", "sam_0.1", "sam_0.2") for seed in (11, 21)}
+    assert "AUROC %, corrupted, mutual information" in (tmp_path / "noisy_labels" / "tables.md").read_text()
+    figures = {path.name for path in (tmp_path / "noisy_labels").glob("*.png")}
+    kinds = ("tradeoff", "benchmark", "severity", "ensemble_size", "ood", "reliability")
+    assert figures == {f"{kind}.png" for kind in kinds}
 
 
 STUDY = ["--data_path", "data", "--images", "40", "--validation", "10", "--ensembles", "2", "--seeds", "11 12,21 22"]
@@ -263,7 +279,7 @@ def test_a_study(tmp_path, monkeypatch):
         assert len(found) == 2 * 2 * 6
         assert {one["experiment"]["plan"]["sha256"] for one in [*found, {"experiment": plan}]} == {digest}
         kept = {name for one in found if "test" in one["result"] for name in one["result"]["test"]["values_of_samples"]}
-        assert kept == {"ensemble_nll_calibrated"}
+        assert kept == {"ensemble_nll", "ensemble_nll_calibrated"}
 
         # Another machine: a clone, to which one measurement was not committed.
         before = contents(Path("results"))
@@ -288,7 +304,7 @@ def test_a_study(tmp_path, monkeypatch):
     call("scripts/report.py", ["results"])
     text = Path("results", "README.md").read_text()
     assert digest in text
-    assert "rho, k and T_d were chosen in noise 0.2 images 1000" in text
+    assert "not compared; rho 0.1, k 0.5, T_d 1 are those of noise_0.2_images_1000" in text
     what = "clean images: ensemble accuracy, SharpBalance (released) - SAM"
     row = next(line for line in squeezed(text).splitlines() if line.startswith(f"| A1, released | {what} |"))
     assert sorted(cell.strip() == "-" for cell in row.split("|")[3:-1]) == [False, True]  # of one setting only
@@ -383,7 +399,7 @@ def test_a_command_that_fails(tmp_path):
 
 
 SCRIPTS = sorted(path.relative_to(ROOT) for path in (ROOT / "scripts" / "experiments").glob("*.sh"))
-SCRIPTS += [Path("scripts/quickstart.sh"), Path("scripts/reproduce_fashion_mnist.sh")]
+SCRIPTS += [Path("scripts/quickstart.sh")]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)
@@ -394,8 +410,7 @@ def test_scripts_name_their_experiment(script, tmp_path):
     (binaries / "python").write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" END >>"{tmp_path / "calls"}"\n')
     (binaries / "python").chmod(0o755)
     (binaries.parent / "installed-requirements.txt").write_text(2 * (ROOT / "requirements.txt").read_text())
-    size = ["night"] if script.name.startswith("reproduce") else []
-    words = ["bash", str(script), *size, "--data_path", "some place"]
+    words = ["bash", str(script), "--data_path", "some place"]
     done = subprocess.run(
         words, cwd=ROOT, env=os.environ | {"VENV": str(binaries.parent)}, capture_output=True, text=True
     )
@@ -406,7 +421,7 @@ def test_scripts_name_their_experiment(script, tmp_path):
             args = experiment.parse_args(argv)
             assert args.data_path == Path("some place")
             if script.stem != "study":
-                assert args.preset.split("/")[-1] in f"{script.stem} noisy_labels clean_labels regime"
+                assert args.preset.split("/")[-1] in f"{script.stem} noisy_labels regime"
     assert {call[0] for call in calls} <= {"scripts/experiment.py", "scripts/report.py"}
 
 

@@ -60,7 +60,7 @@ TINY = {
 }
 # Shell scripts that only call python, with what they are called with here: it is seen how they call it.
 RECORDED = {str(path.relative_to(ROOT)): [] for path in sorted(ROOT.glob("scripts/[emt]*/*.sh"))}
-RECORDED |= {"scripts/quickstart.sh": [], "scripts/reproduce_fashion_mnist.sh": ["hour"]}
+RECORDED |= {"scripts/quickstart.sh": []}
 QUICKSTART = "runs/quickstart/sharpbalance"
 SMALL_QUICKSTART = ["--width", "2", "--epochs", "2", "--initial_epochs", "1", "--batch_size", "64", "--seeds", "13 17"]
 SMALL_QUICKSTART += ["--measure_flags", "--bootstrap 20"]

@@ -35,6 +35,7 @@ COMPARED = {
     "disagreement": ("clean images: disagreement", "points", 0.5),
     "sharpness": ("logarithm of sharpness", "", 0.1),
     "eir": ("SAM lowers the gain of ensembling: EIR", "", 0.02),
+    "nll": ("clean images: ensemble NLL before calibration", "nats", 0.003),
     "nll_calibrated": ("clean images: ensemble NLL, calibrated", "nats", 0.003),
     "auroc entropy digits": ("digits from test images, by entropy: AUROC", "points", 1),
 }
@@ -71,16 +72,22 @@ class Judged(NamedTuple):
     corrected: float
     word: str
     ensembles: int | None
+    small: bool  # the 90 % interval lies within the margin
+
+    @property
+    def verdict(self) -> str:
+        """The verdict, with an addition where a difference that is decided is one of no interest."""
+        return self.word + ", within the margin" * (self.small and self.word in ("supported", "contradicted"))
 
     @property
     def row(self) -> list[str]:
         """Name, text, mean, interval, p, corrected p, margin and verdict, as cells of a table."""
-        claim, digits = self.claim, 2 if self.claim.unit in FACTORS else 3
+        claim, digits = self.claim, 2 if self.claim.unit in FACTORS else 4 if self.claim.unit == "nats" else 3
         edges = "[{:.{d}f}, {:.{d}f}]".format(*self.interval, d=digits) if self.interval else "-"
         edges += f" ({self.population})" * (self.interval is not None and self.population != results.BOTH)
-        mean = f"{self.mean:+.{digits}f} {claim.unit}".strip() if math.isfinite(self.mean) else "not finite"
+        mean = f"{self.mean:+.{digits}f} {claim.unit}".strip() if math.isfinite(self.mean) else "none"
         found = [claim.name, claim.text, mean, edges, f"{self.p:.4f}", f"{self.corrected:.3f}"]
-        return [*found, f"{claim.margin:g} {claim.unit}".strip(), f"**{self.word}**"]
+        return [*found, f"{claim.margin:g} {claim.unit}".strip(), f"**{self.verdict}**"]
 
 
 HEADER = ["claim", "", "mean", "95 % interval", "p", "p, Holm", "margin", "verdict"]
@@ -105,34 +112,51 @@ def compare(name: str, first: str, second: str, value: str, margin: float | None
     return Claim(name, text, unit, usual if margin is None else margin, gap, (first, second))
 
 
-def line_of_rho(found: Measured, seeds: str) -> tuple[float, float]:
-    """Slope and intercept of the least-squares line of disagreement over log sharpness, along rho of SAM (0: SGD).
-
-    It says nothing of ensembles that were trained by the same rho. nan where a sharpness is not finite.
-    """
+def curve_of_rho(found: Measured) -> list[dict[str, Ensemble]]:
+    """The ensembles by SGD, and by SAM at each rho that is there for the same seeds."""
+    plain = found["deep_ensemble"]
     sam = [by_seeds for name, by_seeds in found.items() if name.startswith("sam_") and name != "sam_largest"]
-    values = [by_seeds[seeds].values for by_seeds in [found["deep_ensemble"], *(sam or [found["sam"]])]]
-    if not all(0 < v["sharpness"] < math.inf for v in values):
-        return math.nan, math.nan
-    line = np.polyfit([np.log(v["sharpness"]) for v in values], [v["disagreement"] for v in values], 1)
-    return float(line[0]), float(line[1])
+    return [plain, *([group for group in sam if group.keys() >= plain.keys()] or [found["sam"]])]
 
 
 def slope(found: Measured, seeds: str) -> float:
-    """The slope of `line_of_rho`."""
-    return line_of_rho(found, seeds)[0]
+    """The slope of the least-squares line of disagreement over log sharpness, along rho of SAM (0: SGD).
+
+    It says nothing of ensembles that were trained by the same rho. nan where a sharpness is not finite.
+    """
+    values = [by_seeds[seeds].values for by_seeds in curve_of_rho(found)]
+    if not all(0 < v["sharpness"] < math.inf for v in values):
+        return math.nan
+    return float(np.polyfit([np.log(v["sharpness"]) for v in values], [v["disagreement"] for v in values], 1)[0])
 
 
-def above_the_line(name: str, method: str) -> Claim:
-    """The disagreement of a method less that of SAM on the `line_of_rho` at the method's sharpness."""
+def above_the_curve(name: str, method: str) -> Claim:
+    """The disagreement of a method less that of SAM at equal sharpness: pseudo-values of the jackknife over ensembles.
+
+    With d and s the means over ensembles of disagreement and sharpness, theta = d(method) - f(log s(method)), where f
+    is linear from point to point through (log s, d) of SGD and of SAM at each rho, and constant beyond both ends. Of
+    ensemble i among n it is n theta - (n - 1) theta without i; n is 2 or more. nan where a sharpness is not finite.
+
+    Source: Tukey's pseudo-values, in Miller, "The jackknife: a review", Biometrika 1974.
+    """
+
+    def theta(found: Measured, every: list[str]) -> float:
+        def mean(by_seeds: dict[str, Ensemble], name: str) -> float:
+            return statistics.mean(by_seeds[seeds].values[name] for seeds in every)
+
+        groups = [*curve_of_rho(found), found[method]]
+        sharpness = [mean(group, "sharpness") for group in groups]
+        if not all(0 < value < math.inf for value in sharpness):
+            return math.nan
+        *points, (at, disagreement) = zip(np.log(sharpness), [mean(g, "disagreement") for g in groups], strict=True)
+        return float(disagreement - np.interp(at, *zip(*sorted(points), strict=True)))
 
     def gap(found: Measured, seeds: str) -> float:
-        values, (slope, intercept) = found[method][seeds].values, line_of_rho(found, seeds)
-        if not 0 < values["sharpness"] < math.inf:
-            return math.nan
-        return values["disagreement"] - (intercept + slope * math.log(values["sharpness"]))
+        every = list(found[method])
+        others = [one for one in every if one != seeds]
+        return len(every) * theta(found, every) - len(others) * theta(found, others)
 
-    text = f"disagreement at equal sharpness, {ALL_NAMES[method]} - SAM on its line over rho"
+    text = f"disagreement at equal sharpness, {ALL_NAMES[method]} - SAM on its curve over rho"
     return Claim(name, text, *COMPARED["disagreement"][1:], gap, ("deep_ensemble", "sam", method))
 
 
@@ -153,12 +177,16 @@ def verdict(gaps: list[Gap], p: float, margin: float) -> str:
 
     A mean that is not finite has no interval, and decides nothing.
     """
-    mean, interval, _ = results.interval_of(gaps, 1 - 2 * LEVEL)
-    if interval is None:
-        return "undecided"
-    if p <= LEVEL:
+    mean, interval, _ = results.interval_of(gaps)
+    if interval is not None and p <= LEVEL:
         return "supported" if mean > 0 else "contradicted"
-    return "equivalent" if -margin < interval[0] and interval[1] < margin else "undecided"
+    return "equivalent" if is_small(gaps, margin) else "undecided"
+
+
+def is_small(gaps: list[Gap], margin: float) -> bool:
+    """Whether a difference lies within the margin by two one-sided tests at `LEVEL`."""
+    _, interval, _ = results.interval_of(gaps, 1 - 2 * LEVEL)
+    return interval is not None and -margin < interval[0] and interval[1] < margin
 
 
 def judge(claims: Sequence[Claim], measured: Measured, seeds: list[str]) -> list[Judged]:
@@ -168,9 +196,8 @@ def judge(claims: Sequence[Claim], measured: Measured, seeds: list[str]) -> list
     found = []
     for claim, gap, p, corrected in zip(claims, gaps, p_values, holm(p_values), strict=True):
         number = ensembles_needed(gap, claim.margin, LEVEL / len(claims))
-        found.append(
-            Judged(claim, *results.interval_of(gap), p, corrected, verdict(gap, corrected, claim.margin), number)
-        )
+        word, small = verdict(gap, corrected, claim.margin), is_small(gap, claim.margin)
+        found.append(Judged(claim, *results.interval_of(gap), p, corrected, word, number, small))
     return found
 
 

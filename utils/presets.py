@@ -11,13 +11,9 @@ PAPER += " --flat_ratio 0.5 --initial_epochs 100 --variance --figures tradeoff b
 PAPER += " --sharpness_flags '--mode APGD_worst,APGD_average,hessian_t,hessian_e,fisher,NTK'"
 SMALL = f"--data fashion_mnist --seeds '{TENS}' --epochs 30 --validation 500 --batch_size 64 --augmentation flip"
 SMALL += " --threads 1 --checkpoint last --jobs auto --sharpness_flags '--mode APGD_worst --norms l2 --batch_num 40'"
-FASHION = f"{SMALL} --methods deep_ensemble,eoa,sam,sharpbalance,sharpbalance_paper,random"
-FASHION += " --rho 0.05 0.1 0.2 --flat_ratio 0.3 0.5 0.7 --initial_epochs 7 15 22"
-FASHION += " --measure_flags '--mode predict,disagreement,KL,ood --ood digits corrupted noise'"
-FASHION += " --figures tradeoff benchmark severity ensemble_size ood reliability"
 # Of the study, whose plan says why: what is trained in each setting.
 CELLS = "--measure_flags '--mode predict,disagreement,ood --ood digits noise' --choose_on 3 --claims study"
-CELLS += " --plan results/study/PLAN.md --by_image ensemble_nll_calibrated 'auroc entropy'"
+CELLS += " --plan results/study/PLAN.md --by_image ensemble_nll ensemble_nll_calibrated 'auroc entropy'"
 STUDY = f"{SMALL} {CELLS} --width 8 --ensembles 5 --rho 0.05 0.1 0.2 0.4 --flat_ratio 0.2 0.5 0.8 --initial_epochs 15"
 RULES = "deep_ensemble,eoa,sam,sharpbalance,sharpbalance_paper,random"
 SETTINGS = {
@@ -26,6 +22,9 @@ SETTINGS = {
     "noise_0.4_images_1000": f"{RULES},random_paper,{','.join(NEXT)}",
     **{f"noise_{noise}_images_4000": RULES for noise in ("0", "0.2", "0.4")},
 }
+# With the networks of that setting, as far as they are there, and by the rho, k and T_d that were chosen with it.
+NOISY = f"{SMALL} --width 8 --label_noise 0.2 --images 1000 --ensembles 5 --rho 0.05 0.1 0.2 --flat_ratio 0.5 "
+NOISY += "--initial_epochs 15 --choices results/study/noise_0.2_images_1000 --runs runs/study/noise_0.2_images_1000"
 # By the name of an experiment, the words of its command line.
 PRESETS = {
     "quickstart": "--data digits --methods deep_ensemble,deep_ensemble_sam,sharpbalance --rho 0.1 --flat_ratio 0.5 "
@@ -39,13 +38,12 @@ PRESETS = {
     "tiny_imgnet": f"{PAPER} --data tiny_imgnet",
     "ablations": f"{PAPER} --methods sam,sharpbalance,sharpbalance_paper,random,same,asam,eoa --checkpoint last "
     "--runs runs/{data} --measurements measurements/{data}_ablations --results results/{data}_ablations",
-    # As noisy_labels, by the rho, k and T_d that were chosen there.
-    "members": f"{SMALL} --methods {','.join(FOUR)} --ensembles 5 --plain_members 9 --rho 0.1 --flat_ratio 0.7 "
-    "--initial_epochs 22 --width 8 --label_noise 0.2 --images 2000 --figures tradeoff ensemble_size ood reliability "
-    "--measure_flags '--mode predict,disagreement,ood --ood digits noise' --runs runs/{data}_members "
-    "--measurements measurements/{data}_members --results results/{data}_members",
-    "fashion_mnist/noisy_labels": f"{FASHION} --width 8 --label_noise 0.2 --images 2000 --ensembles 7 --corrupted 500",
-    "fashion_mnist/clean_labels": f"{FASHION} --width 16 --images 750 --ensembles 5 --corrupted 200",
+    "fashion_mnist/noisy_labels": f"{NOISY} --methods {RULES} --corrupted 500 --plan results/study/PLAN.md "
+    "--measure_flags '--mode predict,disagreement,KL,ood --ood digits corrupted noise' "
+    "--figures tradeoff benchmark severity ensemble_size ood reliability",
+    "members": f"{NOISY} --methods {','.join(FOUR)} --plain_members 9 --choose_on 3 --figures ensemble_size "
+    "--measure_flags '--mode predict,disagreement' --measurements measurements/{data}_members "
+    "--results results/{data}_members",
     **{
         f"study/{name}": f"{STUDY} --label_noise {name.split('_')[1]} --images {name.split('_')[3]} --methods {methods}"
         for name, methods in SETTINGS.items()
