@@ -415,38 +415,47 @@ def test_the_step_of_the_readme():
 
 METHODS = {
     "deep ensemble": "deep_ensemble",
-    "SAM on random samples, as many": "random",
+    "SAM on random samples": "random",
     "ensemble of averages (EoA)": "eoa",
     "SharpBalance (released)": "sharpbalance",
     "SharpBalance (paper)": "sharpbalance_paper",
 }
-VALUES = ("member", "ensemble", "corrupted_ensemble", "disagreement")
+# By the head of a column: the value, its factor and digits.
+VALUES = {
+    "member": ("member", 100, 1),
+    "ensemble": ("ensemble", 100, 1),
+    "ensemble, corrupted": ("corrupted_ensemble", 100, 1),
+    "NLL, calibrated": ("nll_calibrated", 1, 3),
+    "disagreement": ("disagreement", 100, 1),
+    "sharpness": ("sharpness", 1, 2),
+}
 
 
-@pytest.mark.parametrize(("document", "rows"), [("README.md", 4), ("results/fashion_mnist/INTERPRETATION.md", 16)])
-def test_tables_of_results_are_those_of_the_result_files(document, rows):
-    """Each row of each table of Fashion-MNIST, noisy labels first: mean ± standard deviation over the ensembles."""
-    tables = re.split(r"\| \| member \| ensemble \|.*\n", (ROOT / document).read_text())[1:]
-    found = 0
-    for setting, table in zip(("noisy_labels", "clean_labels"), tables, strict=False):
-        folder = ROOT / "results" / "fashion_mnist" / setting
-        rho = json.loads((folder / "plan.json").read_text())["chosen"]["rho"]
-        for line in table.partition("\n\n")[0].splitlines()[1:]:
-            label, *cells = line.strip("| ").split(" | ")
-            assert ("(chosen on validation)" in label) == (label.startswith(f"SAM, rho {rho:g} "))
-            label, _, value = label.removesuffix(" (chosen on validation)").partition(", rho ")
-            method = f"sam_{value or f'{rho:g}'}" if label == "SAM" else METHODS[label]
-            assert label == "SAM" or float(value or rho) == rho
-            places = [
-                place for place in folder.glob(f"measurements/{method}_*") if place.name[len(method) + 1 :].isdigit()
-            ]
-            values = [read_ensemble(place).values for place in places]
-            assert len(values) == (7 if setting == "noisy_labels" else 5)
-            for name, cell in zip(VALUES, cells, strict=True):
-                numbers = [100 * one[name] for one in values]
-                assert cell == f"{statistics.mean(numbers):.1f} ± {statistics.stdev(numbers):.1f}", (label, name)
-            found += 1
-    assert found == rows
+@pytest.mark.parametrize(
+    ("document", "folder", "rows"),
+    [
+        ("README.md", "study/noise_0.2_images_1000", 4),
+        ("results/fashion_mnist/INTERPRETATION.md", "fashion_mnist/noisy_labels", 8),
+    ],
+)
+def test_tables_of_results_are_those_of_the_result_files(document, folder, rows):
+    """Each row: mean ± standard deviation over five ensembles."""
+    folder = ROOT / "results" / folder
+    rho = json.loads((folder / "plan.json").read_text())["chosen"]["rho"]
+    (table,) = re.findall(r"^\| \| member \|.*?\n\n", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
+    header, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line]
+    assert len(lines) == rows
+    for label, *cells in lines:
+        name, _, value = label.removesuffix(" (chosen on validation)").partition(", rho ")
+        assert label.endswith("(chosen on validation)") == (name == "SAM" and value == f"{rho:g}")
+        method = f"sam_{value or f'{rho:g}'}" if name == "SAM" else METHODS[name]
+        places = [p for p in folder.glob(f"measurements/{method}_*") if p.name[len(method) + 1 :].isdigit()]
+        values = [read_ensemble(place).values for place in places]
+        assert len(values) == 5
+        for head, cell in zip(header[1:], cells, strict=True):
+            key, factor, digits = VALUES[head]
+            numbers = [factor * one[key] for one in values]
+            assert cell == f"{statistics.mean(numbers):.{digits}f} ± {statistics.stdev(numbers):.{digits}f}", label
 
 
 def test_table_of_speed_is_that_of_the_result_file():
