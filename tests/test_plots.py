@@ -246,6 +246,28 @@ def test_tradeoff(three, tmp_path):
     assert handles[0].get_markerfacecolor() != handles[1].get_markerfacecolor() == "white"
 
 
+def test_labels_say_what_tables_say(tmp_path):
+    """And fit into the picture; a line joins what differs in rho only."""
+    late = SAM | {"initial_method": "sgd", "initial_epochs": 8}
+    drawn = SHARPBALANCE | {"partition": "random", "match_size": "released"}
+    settings = [DEEP, SAM, SAM | {"rho": 0.05}, late, drawn, drawn | {"match_size": "paper", "unselected": "normal"}]
+    folders = [
+        measure(tmp_path / str(i), own, accuracy=0.7 + i / 50, sharpness=9.0 - i) for i, own in enumerate(settings)
+    ]
+    one = figure("tradeoff", folders)
+    (axis,) = drawn_well(one, 1)
+    assert [text.get_text() for text in one.legends[0].get_texts()] == [
+        "deep ensemble",
+        r"SAM, $\rho$ = 0.05",
+        rf"SAM, $\rho$ = {SAM['rho']}",
+        rf"SAM, SGD first, $\rho$ = {SAM['rho']}, $T_d$ = 8",
+        "SAM on random samples, sized as SharpBalance (released)",
+        "SAM on random samples, sized as SharpBalance (paper)",
+    ]
+    lines = [line.get_xydata()[:, 0].tolist() for line in axis.get_lines() if line.get_zorder() == 2]
+    assert [line for line in lines if len(line) > 1] == [[7.0, 8.0]]
+
+
 def test_ticks_have_labels():
     """The axis of a range that has no decimal of its own at an end."""
     one, axis = plots.panels(2)
@@ -660,10 +682,10 @@ def test_settings_that_tell_groups_apart(tmp_path):
     folders.append(measure(tmp_path / "sam", SAM))
     assert [group.label for group in plots.line_styles(list(map(read_ensemble, folders)))] == [
         "SAM",
-        "SharpBalance (released), $k$ = 0.5, unselected = one, members = 2",
-        "SharpBalance (released), $k$ = 0.5, unselected = normal, members = 2",
-        "SharpBalance (released), $k$ = 0.3, unselected = one, members = 2",
-        "SharpBalance (released), $k$ = 0.5, unselected = one, members = 3",
+        "SharpBalance (released), $k$ = 0.5, members 2",
+        "SharpBalance (released), unselected normal, $k$ = 0.5",
+        "SharpBalance (released), $k$ = 0.3",
+        "SharpBalance (released), $k$ = 0.5, members 3",
     ]
 
 
@@ -673,7 +695,7 @@ def test_map_of_verdicts():
     means, words = [-2.0, -0.3, 0.0, 0.3, 1.0, 2.0], 3 * ["equivalent"] + 3 * ["supported"]
 
     def judged(mean, word, margin):
-        return claims.Judged(claim._replace(margin=margin), mean, None, "", 1, 1, word, None)
+        return claims.Judged(claim._replace(margin=margin), mean, None, "", 1, 1, word, None, False)
 
     row = [judged(mean, word, 0.3) for mean, word in zip(means, words, strict=True)]
     small = [judged(0.003, "undecided", 0.003), *5 * [None]]

@@ -7,6 +7,7 @@ methods (`utils.results.METHODS`); markers and lines differ as well.
 import io
 import itertools
 import math
+import re
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -54,9 +55,10 @@ FILLS: tuple[dict[str, Any], ...] = (
 # All but the first have gaps: where curves coincide, those below stay visible.
 LINES = ("-", (0, (6, 2)), (0, (3, 2)), (0, (1, 1)))
 # How labels write the settings in which curves of one method differ.
-SYMBOLS = {"rho": r"$\rho$", "flat_ratio": "$k$", "initial_epochs": "$T_d$"}
+SYMBOLS = {"rho": r"$\rho$", "k": "$k$", "T_d": "$T_d$"}
 # Shades for the smallest to the largest rho. Those of other methods go from dark to the colour.
 SHADES = {"sam": ("#710000", "#D67822", "#AA8856")}
+MAX_LEGEND = 58  # characters of both columns of a legend that are as wide as half a page
 WIDTH = 3.4  # inches, in print: half a page. All sizes of text are those of print.
 STYLE = {
     "axes.grid": True,
@@ -185,10 +187,18 @@ def line_styles(ensembles: list[Ensemble]) -> list[Group]:
 
 
 def _differences(group: list[Ensemble], groups: list[list[Ensemble]]) -> str:
-    """The settings in which a group differs from other groups of its method, as the end of its label."""
-    settings, *others = ({**one[0].content["trained"], "members": len(one[0].seeds)} for one in (group, *groups))
+    """What a group differs in from other groups of its method, as the end of its label.
+
+    That is what its method's name in tables says, and, where this is the same, the settings.
+    """
+    parts, *others = (one[0].method.split(", ")[1:] for one in (group, *groups))
+    found = [part for part in parts if any(part not in other for other in others)]
+    same = [one for one in groups if one[0].method == group[0].method]
+    settings, *others = ({**one[0].content["trained"], "members": len(one[0].seeds)} for one in (group, *same))
     differing = [key for key in settings if key != "seed" and any(settings[key] != one.get(key) for one in others)]
-    return "".join(f", {SYMBOLS.get(key, key)} = {settings[key]}" for key in differing)
+    found += [f"{key} {settings[key]}" for key in differing]
+    named = (part.partition(" ") for part in found)
+    return "".join(f", {SYMBOLS[key]} = {value}" if key in SYMBOLS else f", {key} {value}" for key, _, value in named)
 
 
 def _how_many(groups: list[Group]) -> str:
@@ -271,14 +281,16 @@ def tradeoff(ensembles: list[Ensemble]) -> Figure:
             _bar(axis, 100 * y.mean, x, 1, across=True, ecolor=group.colour, zorder=3.5)
             axis.plot(x.mean, 100 * y.mean, markersize=6, zorder=4, **style)
             shown += [x, y]
-            means.setdefault(group.key, []).append((x.mean, 100 * y.mean))
+            # What differs in rho only.
+            joined = re.sub(r", \$\\rho\$ = [^,]+", "", group.label)
+            means.setdefault((group.key, joined), []).append((x.mean, 100 * y.mean))
         else:
             missing = [str(one.values["sharpness"]) for one in group.ensembles if not _is_drawn(one)]
             left_out += (
                 f" Not drawn: {len(missing)} of {group.label}, of sharpness {', '.join(dict.fromkeys(missing))}."
             )
             left_out += " Nor is their mean." * (len(group.ensembles) > 1)
-    for key, points in means.items():
+    for (key, _), points in means.items():
         axis.plot(*zip(*points, strict=True), color=METHODS[key].colour, linewidth=0.7, zorder=2)
     axis.set(xlabel="worst-case sharpness of a member  [nats]", ylabel="disagreement of two members  [%]")
     if max(finite) > 3 * min(finite) > 0:
@@ -286,7 +298,7 @@ def tradeoff(ensembles: list[Ensemble]) -> Figure:
         decimal_ticks(axis.xaxis, (1, 1.5, 2, 3, 5, 7))
     protocol, note = sharpness_protocol(ensembles[0], "APGD_worst-l2"), f"{about(groups)}."
     note += " Small: an ensemble; large: their mean." * any(len(group.ensembles) > 1 for group in groups)
-    note += " A line joins the settings of one method." * any(len(points) > 1 for points in means.values())
+    note += " A line joins what differs in rho only." * any(len(points) > 1 for points in means.values())
     note += f" Sharpness: {'adaptive ' * bool(protocol.get('adaptive'))}worst case, l2, radius {protocol.get('rho0')}"
     if "batch_num" in protocol:
         note += ", mean over members and {batch_num} batches of {eval_batch_size} {split} images".format(**protocol)
@@ -539,7 +551,8 @@ def caption(figure: Any, text: str) -> int:
 
 def finished(figure: Figure, handles: list[Any], note: str) -> Figure:
     """Add a legend above the panels and a note below them, without taking the panels' height."""
-    columns = min(2, len(handles))
+    widths = [len(re.sub(r"[$\\]", "", handle.get_label())) for handle in handles]
+    columns = 2 if len(handles) > 1 and max(widths[::2]) + max(widths[1::2]) <= MAX_LEGEND else 1
     rows = -(-len(handles) // columns)
     # matplotlib fills columns first; this order fills rows first.
     ordered = [handle for i in range(columns) for handle in handles[i::columns]]
