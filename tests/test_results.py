@@ -4,8 +4,10 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 from scripts import summarize
 from tests.test_ensemble import ROOT
@@ -13,7 +15,17 @@ from tests.test_summarize import SAM, SHARPBALANCE, write
 from utils import InputError
 from utils.files import load_json, write_json
 from utils.landscape import read_landscape
-from utils.results import METHODS, check_alike, groups_of, key_of, method_of, read_ensemble, read_run
+from utils.results import (
+    METHODS,
+    Ensemble,
+    check_alike,
+    estimate_of,
+    groups_of,
+    key_of,
+    method_of,
+    read_ensemble,
+    read_run,
+)
 
 PAPER = SHARPBALANCE | {"partition": "paper", "unselected": "normal"}
 RANDOM = SHARPBALANCE | {"partition": "random", "unselected": None, "match_size": None}
@@ -112,13 +124,14 @@ def test_committed_results_have_the_names_of_today():
         "sharpbalance": "SharpBalance (released)",
         "sharpbalance_paper": "SharpBalance (paper)",
         "random": "SAM on random samples",
+        "random_paper": "SAM on random samples",
         "eoa": "ensemble of averages (EoA)",
     }
     folders = [path.parent for path in ROOT.glob("results/**/diversity.json")]
     assert len(folders) > 100
     for folder in folders:
         method = folder.name.rpartition("_")[0]
-        method = "sam" if method.startswith("sam_") else method
+        method = "sam" if method.startswith(("sam_", "late_sam")) else method.removesuffix("_next")
         assert read_ensemble(folder).method.partition(",")[0] == names[method], folder
     content = json.loads((ROOT / "results/digits/landscape.json").read_text())
     assert [run.key for run in read_landscape(ROOT / "results/digits/landscape.json")] == [
@@ -359,3 +372,19 @@ def test_committed_results_can_be_compared(place, capsys):
     assert checked(folders, capsys) == ""
     contents = [load_json(folder / f"{name}.json") for folder in folders for name in ("diversity", "sharpness")]
     assert not any((content["environment"]["commit"] or "-dirty").endswith("-dirty") for content in contents)
+
+
+def test_the_interval_of_a_share_ends_at_its_ends():
+    group = [
+        Ensemble(Path(), "SAM", (seed,), {"ensemble": rate, "eir": rate}, by_sample={})
+        for seed, rate in ((1, 0.999), (2, 0.97))
+    ]
+    mean, (low, high) = estimate_of(group, "ensemble")
+    assert (mean, high) == (pytest.approx(0.9845), 1.0)
+    assert 0 < low < 0.9
+    assert estimate_of(group, "eir")[1][1] > 1
+    for ensemble, rate in zip(group, (0.999, 0.97), strict=True):
+        column = torch.full((4,), rate, dtype=torch.float64)
+        ensemble.values["auroc entropy digits"] = rate
+        ensemble.by_sample["auroc entropy digits"] = column
+    assert estimate_of(group, "auroc entropy digits")[1][1] == 1.0

@@ -40,7 +40,8 @@ PRESETS = {
     "--runs runs/{data} --measurements measurements/{data}_ablations --results results/{data}_ablations",
     "fashion_mnist/noisy_labels": f"{NOISY} --methods {RULES} --corrupted 500 --plan results/study/PLAN.md "
     "--measure_flags '--mode predict,disagreement,KL,ood --ood digits corrupted noise' "
-    "--figures tradeoff benchmark severity ensemble_size ood reliability",
+    "--by_image ensemble_nll ensemble_nll_calibrated aurc 'auroc max_probability' 'auroc entropy' "
+    "'auroc mutual_information' 'auroc energy' --figures tradeoff benchmark severity ensemble_size ood reliability",
     "members": f"{NOISY} --methods {','.join(FOUR)} --plain_members 9 --choose_on 3 --figures ensemble_size "
     "--measure_flags '--mode predict,disagreement' --measurements measurements/{data}_members "
     "--results results/{data}_members",

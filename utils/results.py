@@ -77,6 +77,7 @@ VALUES = {
     "entropy": Value("entropy", "entropy, nats", 1, 4),
     "mutual_information": Value("mutual_information", "mutual information, nats", 1, 4),
 }
+SHARES = ("member", "ensemble", "disagreement", "ece", "ece_calibrated", "rmsce", "aurc")
 OF_SIZE = "ensemble_nll_calibrated_of_"  # of fewer members, by image; the number follows
 # Values in sharpness.json, means over members.
 SHARPNESS = {
@@ -386,14 +387,20 @@ def population_of(ensembles: list[Ensemble], name: str) -> str:
 
 
 def estimate_of(ensembles: list[Ensemble], name: str) -> Estimate:
-    """Mean over ensembles of a value and its 95 % interval, over the population that `population_of` names."""
+    """Mean over ensembles of a value and its 95 % interval, over the population that `population_of` names.
+
+    That of a share ends at 0 and 1.
+    """
     values = [ensemble.values[name] for ensemble in ensembles]
     interval, by_sample = ensembles[0].intervals.get(name), ensembles[0].by_sample.get(name)
     if len(ensembles) == 1 and interval is None and by_sample is not None:
         interval = paired_bootstrap(by_sample.double())
+    mean, interval = estimate(values, interval)
     if population_of(ensembles, name) == BOTH and all(map(math.isfinite, values)):
-        return statistics.mean(values), crossed_interval(torch.stack([one.by_sample[name] for one in ensembles]))
-    return estimate(values, interval)
+        interval = crossed_interval(torch.stack([one.by_sample[name] for one in ensembles]))
+    if interval and (name.removeprefix("corrupted_") in SHARES or name.startswith("auroc ")):
+        interval = [min(max(edge, 0.0), 1.0) for edge in interval]
+    return mean, interval
 
 
 def gap_between(a: Ensemble, b: Ensemble, name: str) -> Gap | None:
