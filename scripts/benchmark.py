@@ -35,7 +35,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -53,6 +52,7 @@ import measure_diversity
 from models import create_model
 from sam import SAM
 from scripts import pipeline
+from scripts.passes import Timed, forward_backward, seconds_of
 from scripts.pipeline import PilDataset
 from tests.reference import fisher_by_samples, fisher_by_vmap, simulate_sam_step_by_step
 from utils import cli
@@ -71,9 +71,6 @@ from utils.sharpness import worst_case_sharpness
 from utils.theory import simulate_sam
 from utils.training import predict, sharpbalance_step, train_epoch
 
-# A case returns its timed functions by name; the first is the case, the others are what it is compared with.
-Timed = dict[str, Callable[[], object]]
-
 
 def network(width: int) -> torch.nn.Module:
     """ResNet-18 for 32x32 colour images, in the memory format of training."""
@@ -85,12 +82,6 @@ def batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Random images and labels."""
     images = torch.randn(size, 3, 32, 32).to(memory_format=torch.channels_last)
     return images, torch.randint(0, 10, (size,))
-
-
-def forward_backward(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
-    """One pass: the gradient of the mean loss in `.grad`."""
-    model.zero_grad()
-    F.cross_entropy(model(images), labels).backward()
 
 
 def fisher(width: int, size: int = 128) -> Timed:
@@ -528,21 +519,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.only = args.only or [name for name in known if name not in SLOW]
     args.only = args.only or list(known)
     return args
-
-
-def seconds_of(functions: Timed, repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """The seconds of every repeat of each function, by turns."""
-    wait = (lambda: None) if device.type == "cpu" else torch.accelerator.synchronize
-    seconds: dict[str, list[float]] = {label: [] for label in functions}
-    for repeat in range(repeats + 1):
-        for label, function in functions.items():
-            wait()
-            started = time.perf_counter()
-            function()
-            wait()
-            if repeat:  # the first round warms up
-                seconds[label].append(time.perf_counter() - started)
-    return seconds
 
 
 def measure(name: str, repeats: int, threads: int | None, device_name: str) -> dict:

@@ -271,11 +271,9 @@ class Experiment:
 
     def run_name(self, method: str, values: dict[str, Any]) -> str:
         """The name of a run's folder without its seed; what has several values is part of it."""
-        method = method.removesuffix("_next")
-        if method == "eoa" and "deep_ensemble" in self.args.methods:
-            return "deep_ensemble"  # whose runs hold the averages
-        if method == "deep_ensemble" and self.args.plain_members:
-            return f"deep_ensemble_of_{self.args.plain_members}"
+        method, plain = method.removesuffix("_next"), self.args.plain_members
+        if method == "deep_ensemble" or (method == "eoa" and "deep_ensemble" in self.args.methods):
+            return f"deep_ensemble_of_{plain}" if plain else "deep_ensemble"  # whose runs hold the averages
         several = [name for name in self.grid if self.grid[name] and len(self.grid[name]) > 1]
         parts = self.grid if method in SETS and several else [name for name in several if name == "rho"]
         parts = parts if method in (*SETS, "sam", "late_sam") else []

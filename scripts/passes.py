@@ -17,16 +17,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import create_model
-from scripts.benchmark import Timed, forward_backward, seconds_of
 from utils import cli
 from utils.distributed import start_device
 from utils.fisher import per_sample_fisher
 from utils.run import environment
 
+# Functions that are timed by turns, by name; of a case of the benchmark the first is the case, the others what it is
+# compared with.
+Timed = dict[str, Callable[[], object]]
 SIDE = 2048  # of the matrices of a product
 EVALUATED = (128, 512, 2048)  # images at once
 
@@ -39,6 +42,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_option(parser, "threads", "CPU threads (default: one for each core)", cli.COUNT, "N")
     cli.add_option(parser, "repeats", "timed repeats of each form", cli.number(int, 3), "N", default=9)
     return parser.parse_args(argv)
+
+
+def forward_backward(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
+    """One pass: the gradient of the mean loss in `.grad`."""
+    model.zero_grad()
+    F.cross_entropy(model(images), labels).backward()
+
+
+def seconds_of(functions: Timed, repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """The seconds of every repeat of each function, by turns."""
+    wait = (lambda: None) if device.type == "cpu" else torch.accelerator.synchronize
+    seconds: dict[str, list[float]] = {label: [] for label in functions}
+    for repeat in range(repeats + 1):
+        for label, function in functions.items():
+            wait()
+            started = time.perf_counter()
+            function()
+            wait()
+            if repeat:  # the first round warms up
+                seconds[label].append(time.perf_counter() - started)
+    return seconds
 
 
 def passes(width: int, size: int, channels: int = 1, form: torch.memory_format = torch.channels_last) -> Timed:

@@ -112,8 +112,8 @@ VERDICTS = (
 )
 STUDY_OPENING = (
     "# Where does SharpBalance help?",
-    "`bash scripts/experiments/study.sh` trains, measures and writes this page from the JSON files beside it, `python "
-    "scripts/report.py FOLDER` writes it again. Settings, methods, claims and margins were written down in "
+    "`bash scripts/experiments/study.sh` trains, measures and writes this page from the JSON files beside it, "
+    "`scripts/report.py` writes it again. Settings, methods, claims and margins were written down in "
     "results/study/PLAN.md before any of these networks was measured on test images. Earlier networks had been, on the "
     "same images, and suggested the claims.",
     f"{VERDICTS} The primary family of a setting is A1, each reading of SharpBalance against SAM by ensemble accuracy; "
@@ -122,7 +122,7 @@ STUDY_OPENING = (
 OPENING = (
     "# The paper's claims on Fashion-MNIST",
     "`bash scripts/experiments/fashion_mnist.sh` trains, measures and writes this page from the JSON files beside it, "
-    "`python scripts/report.py FOLDER` writes it again. The claims, their margins and what had been looked at before "
+    "`scripts/report.py` writes it again. The claims, their margins and what had been looked at before "
     "are written down in results/study/PLAN.md. Claims about SharpBalance against SAM on clean images are those of "
     "[the study](../study/README.md).",
     "Ensembles of 3 members; ResNet-18, batch 64, learning rate 0.1 in steps, no augmentation except mirroring; "
