@@ -290,5 +290,5 @@ def test_report_decides_nothing_by_them(measured):
         warnings.simplefilter("error")
         test_report.call(measured)
     text = test_report.squeezed((measured / "README.md").read_text())
-    assert text.count("| not finite | - | 1.0000 | 1.000 |") == 2  # the slope, and the largest rho
+    assert text.count("| none | - | 1.0000 | 1.000 |") == 2  # the slope, and the largest rho
     assert claims.verdict([NAN, 1.0], 0.01, 1) == "undecided"

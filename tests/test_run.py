@@ -308,7 +308,8 @@ def test_more_threads_than_cores(stopped, monkeypatch, capsys):
     monkeypatch.setattr(distributed, "cores", lambda: 2)
     call(["--resume", stopped])
     assert capsys.readouterr().err.startswith(
-        "note: the run began with 3 threads, and this machine has 2 cores: the result is the same, but late; "
+        "note: the run began with 3 threads, and this machine has 2 cores: "
+        "the result is the same, but training is slower; "
     )
     call(["--resume", stopped, "--threads", "2"])
     assert capsys.readouterr().err == ""
