@@ -6,7 +6,9 @@
 
 Writes under --save_path (default runs/<data>_<method>): args.json, environment.json, command.txt, summary.json, and for
 each member seed_<seed>/ with checkpoint.pth.tar, model_best.pth.tar, log.jsonl, fisher.npy and sam_mask.npy.
-Re-run the same command to resume an interrupted run. The members are trained side by side by processes on this machine (--jobs), or on several machines by `torchrun --nproc-per-node K main.py ...`, with the same result for any number of them.
+Re-run the same command to resume an interrupted run. The members are trained side by side by processes on this machine
+(--jobs), or on several machines by `torchrun --nproc-per-node K main.py ...`, with the same result for any number of
+them.
 """
 
 import argparse
@@ -222,8 +224,8 @@ def add_ensemble_options(group: Any) -> None:
     cli.add_option(group, "flat_ratio", text, cli.SHARE, "K", default=0.0)
     text = "epochs with SAM on all samples, before the scores are exchanged (default: half of --epochs)"
     cli.add_option(group, "initial_epochs", text, cli.NATURAL, "N")
-    text = "how these epochs are trained; sgd: without SAM, a variant that is ours: SharpBalance after normal training or, without "
-    text += "--flat_ratio, SAM late in training. It takes fewer passes"
+    text = "how these epochs are trained; sgd: without SAM, a variant that is ours: SharpBalance after normal training "
+    text += "or, without --flat_ratio, SAM late in training. It takes fewer passes"
     cli.add_choice(group, "initial_method", text, ("sam", "sgd"), default="sam")
     text = "released: as in the authors' code (a member picks its flattest samples; --unselected others on cifar10, "
     text += "one elsewhere); paper: as in its text (its sharpest samples; --unselected normal); random, same: sets "
@@ -377,7 +379,8 @@ def train(args: argparse.Namespace, data: Data | None = None) -> dict | None:
     cores = distributed.cores()
     if args.threads > cores and args.threads == threads_of_run(args):
         why = f"the run began with {args.threads} threads, and this machine has {cores} cores"
-        note(f"{why}: the result is the same, but training is slower; --threads {cores} is faster, and differs in the last bits")
+        way_out = f"--threads {cores} is faster, and differs in the last bits"
+        note(f"{why}: the result is the same, but training is slower; {way_out}")
     if data is None:
         data = read_data(args, device)
     if not distributed.rank() and not processes.supervised():

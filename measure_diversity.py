@@ -3,7 +3,9 @@
     python measure_diversity.py --resume runs/digits_sharpbalance --mode predict,disagreement,KL,CKA
     python measure_diversity.py --resume runs/digits_sharpbalance --mode ood --ood noise corrupted folder:PICTURES
 
-Writes under --save (default measurements/<run>): diversity.json, and the members' logits under predictions/, which measure_diversity_variance.py uses as well. The fitted temperature of the ensemble also goes into the run, as temperatures.json.
+Writes under --save (default measurements/<run>): diversity.json, and the members' logits under predictions/, which
+measure_diversity_variance.py uses as well. The fitted temperature of the ensemble also goes into the run, as
+temperatures.json.
 """
 
 import argparse
