@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -65,29 +66,19 @@ def seconds_of(functions: Timed, repeats: int, device: torch.device) -> dict[str
     return seconds
 
 
-def passes(width: int, size: int, channels: int = 1, form: torch.memory_format = torch.channels_last) -> Timed:
-    """Passes in training, evaluation of as many images, and their scores, of one network."""
+def network(
+    width: int, size: int, channels: int = 1, form: torch.memory_format = torch.channels_last
+) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+    """A network, images and labels, in a memory format."""
     torch.manual_seed(0)
     model = create_model("resnet18", 10, width, in_channels=channels).to(memory_format=form)
-    images, labels = torch.randn(size, channels, 32, 32).to(memory_format=form), torch.randint(0, 10, (size,))
+    return model, torch.randn(size, channels, 32, 32).to(memory_format=form), torch.randint(0, 10, (size,))
 
-    def training() -> None:
-        forward_backward(model.train(), images, labels)
 
-    def compiled() -> None:
-        forward_backward(fast, images, labels)
-
-    @torch.no_grad()
-    def evaluation() -> None:
-        model.eval()(images)
-
-    fast = torch.compile(model)
-    return {
-        "pass": training,
-        "compiled": compiled,
-        "evaluation": evaluation,
-        "scores": lambda: per_sample_fisher(model.eval(), images, labels),
-    }
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
+    """A forward pass in eval mode."""
+    model.eval()(images)
 
 
 def shares(function: Callable[[], object], count: int = 9) -> None:
@@ -107,30 +98,35 @@ def main(args: argparse.Namespace) -> None:
     """Time all forms by turns, and print the tables."""
     device = start_device("cpu", args.threads)
     width, size = args.width, args.batch_size
-    own = passes(width, size)
-    matrix = torch.randn(SIDE, SIDE)
+    own, matrix = network(width, size), torch.randn(SIDE, SIDE)
+
+    def training(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+        return lambda: forward_backward(model.train(), images, labels)
+
+    as_in_training = training(*own)
     forms: Timed = {
-        "as in training": own["pass"],
+        "as in training": as_in_training,
         "matrix product": lambda: matrix @ matrix,
-        "colour": passes(width, size, 3)["pass"],
-        "default memory format": passes(width, size, form=torch.contiguous_format)["pass"],
-        "scores": own["scores"],
-        **{f"evaluation, {n} at once": passes(width, n)["evaluation"] for n in EVALUATED},
+        "colour": training(*network(width, size, 3)),
+        "default memory format": training(*network(width, size, form=torch.contiguous_format)),
+        "scores": lambda: per_sample_fisher(own[0].eval(), *own[1:]),
+        **{f"evaluation, {n} at once": partial(evaluate, *network(width, n)) for n in EVALUATED},
     }
+    compiled = training(torch.compile(own[0]), *own[1:])
     started = time.perf_counter()
     try:
-        own["compiled"]()
-        forms["compiled"] = own["compiled"]
+        compiled()
+        forms["compiled"] = compiled
     except torch._dynamo.exc.TorchDynamoException as error:
         print(f"compiled: left out ({type(error).__name__})")
     first = time.perf_counter() - started
     with FlopCounterMode(display=False) as counter:
-        own["pass"]()
+        as_in_training()
     seconds = {name: statistics.median(found) for name, found in seconds_of(forms, args.repeats, device).items()}
     product, whole = seconds.pop("matrix product"), seconds["as in training"]
     rates = 2 * SIDE**3 / product / 1e9, counter.get_total_flops() / whole / 1e9
     print(f"width {width}: {size / whole:.0f} images/s, {rates[1]:.0f} of {rates[0]:.0f} GFLOP/s of a matrix product")
-    shares(own["pass"])
+    shares(as_in_training)
     print(f"\nform                     ms for {size} images   ratio")
     for name, found in seconds.items():
         if name.startswith("evaluation"):

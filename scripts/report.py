@@ -114,8 +114,8 @@ STUDY_OPENING = (
     "# Where does SharpBalance help?",
     "`bash scripts/experiments/study.sh` trains, measures and writes this page from the JSON files beside it, "
     "`scripts/report.py` writes it again. Settings, methods, claims and margins were written down in "
-    "results/study/PLAN.md before any of these networks was measured on test images. Earlier networks had been, on the "
-    "same images, and suggested the claims.",
+    "results/study/PLAN.md before any of these networks was measured on test images. Earlier ones had been, on those "
+    "of Fashion-MNIST, and suggested the claims.",
     f"{VERDICTS} The primary family of a setting is A1, each reading of SharpBalance against SAM by ensemble accuracy; "
     "all others are the secondary one.",
 )
@@ -192,7 +192,7 @@ def section(folder: Path, plan: dict[str, Any]) -> list[str]:
     blocks = [
         f"## {table_cell(folder.name.replace('_', ' ').capitalize())}",
         *described(plan, measured),
-        claims_table(CLAIMS, measured, seeds),
+        _table([one.row for one in judge(CLAIMS, measured, seeds)], HEADER),
     ]
     blocks += mislabelled(plan)
     place = quote(os.fsencode(folder.name))
@@ -433,11 +433,6 @@ def chance(plan: dict[str, Any], images: int) -> str:
         "points, and less in differences on the same images; the best and the worst value that were tried are apart "
         f"by {' and '.join(gaps)}."
     )
-
-
-def claims_table(claims: tuple[Claim, ...], measured: Measured, seeds: list[str]) -> str:
-    """A line for each claim."""
-    return _table([one.row for one in judge(claims, measured, seeds)], HEADER)
 
 
 def uncertainty(measured: Measured) -> list[str]:

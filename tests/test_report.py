@@ -16,7 +16,7 @@ from tests.test_ensemble import ROOT
 from tests.test_summarize import SAM, write
 from utils import claims, cli
 from utils.metrics import OOD_SCORES, crossed_interval
-from utils.results import METHODS, Ensemble, gap_between, interval_of, ood_name, p_value_of
+from utils.results import BOTH, METHODS, Ensemble, gap_between, interval_of, ood_name, p_value_of
 
 
 def test_p_value():
@@ -239,6 +239,23 @@ def test_report(results, capsys):
         assert f"(noisy_labels/{name})" in text
 
 
+@pytest.mark.parametrize(
+    ("mean", "ensembles", "population", "said"),
+    [
+        (0.2, 5, BOTH, "5 (enough for the margin: what is there is smaller)"),
+        (0.2, 6, BOTH, "6"),
+        (0.2, None, BOTH, "more than 1000, or more test images"),
+        (0.2, None, "ensembles", "more than 1000"),
+        (math.nan, None, "ensembles", "unknown"),
+    ],
+)
+def test_how_many_ensembles_are_said_to_do(mean, ensembles, population, said):
+    claim = claims.compare("A", "sam", "deep_ensemble", "ensemble", 0.3)
+    judged = claims.Judged(claim, mean, [0, 1], population, 0.1, 0.1, "undecided", ensembles, False)
+    setting = report.Setting(Path(), {}, {"sam": dict.fromkeys(range(5))}, {"A": judged})
+    assert report.undecided([setting])[1].splitlines()[-1].split("|")[-2].strip() == said
+
+
 def power_of(number, margin, spread, level):
     """The probability that Student's test of normal differences finds a mean of the margin."""
     shift, edge = margin / spread * math.sqrt(number), stats.t.ppf(1 - level / 2, number - 1)
@@ -454,6 +471,8 @@ def test_bad_results(results, tmp_path, capsys):
     for change in ({"chosen": {}}, {"chosen": {"rho": "x"}}, {"validation": 3}, {"jobs": None, "environment": None}):
         (folder / "plan.json").write_text(json.dumps(PLAN | change))
         assert f"{folder}: not an experiment with all methods of the claims (" in refused(results, capsys)
+    (folder / "plan.json").write_text(json.dumps(PLAN | {"finished": False}))
+    assert f"{folder}: not finished; run the same command of scripts/experiment.py again" in refused(results, capsys)
     (folder / "plan.json").write_text("{")
     assert "plan.json: cannot be read" in refused(results, capsys)
     (folder / "plan.json").write_text(json.dumps(PLAN))

@@ -281,8 +281,7 @@ def tradeoff(ensembles: list[Ensemble]) -> Figure:
             _bar(axis, 100 * y.mean, x, 1, across=True, ecolor=group.colour, zorder=3.5)
             axis.plot(x.mean, 100 * y.mean, markersize=6, zorder=4, **style)
             shown += [x, y]
-            # What differs in rho only.
-            joined = re.sub(r", \$\\rho\$ = [^,]+", "", group.label)
+            joined = re.sub(r", rho [^,]+", "", group.ensembles[0].method)
             means.setdefault((group.key, joined), []).append((x.mean, 100 * y.mean))
         else:
             missing = [str(one.values["sharpness"]) for one in group.ensembles if not _is_drawn(one)]
