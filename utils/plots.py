@@ -543,7 +543,7 @@ def panels(height: float, *shape: int, **options: Any) -> tuple[Figure, Any]:
 
 def caption(figure: Any, text: str) -> int:
     """Write a caption below the panels, and return its number of lines."""
-    lines = textwrap.wrap(text, 74)
+    lines = textwrap.wrap(text.replace(" %", "\N{NO-BREAK SPACE}%"), 74)
     figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=6, color="0.25")
     return len(lines)
 
