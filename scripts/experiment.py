@@ -21,6 +21,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -46,24 +47,18 @@ from utils.distributed import cores
 from utils.files import load_json, read_bytes, read_json, write_array, write_atomically, write_json
 from utils.kept import VERSIONS, up_to_date
 from utils.places import PLACES, find
-from utils.presets import FOUR, METHODS, NEXT, PRESETS, SETS
-from utils.results import copy_results
+from utils.presets import FOUR, METHODS, NEXT, PRESETS, SETS, WITHOUT
+from utils.results import copy_results, validation_of
 from utils.run import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 # --initial_method is late_sam's.
-SET_BY_METHOD = (
-    "--initial_method",
-    "--sam",
-    "--sam_adaptive",
-    "--partition",
-    "--match_size",
-    "--average_from",
-    "--seed",
-    "--save_path",
-)
+SET_BY_METHOD = ("--initial_method", "--sam", "--sam_adaptive", "--partition")
+SET_BY_METHOD += ("--match_size", "--average_from", "--seed", "--save_path")
 ENVIRONMENT = ("data", "data_path", "methods", "seeds", "rho", "flat_ratio", "initial_epochs", "asam_rho", "checkpoint")
 ENVIRONMENT += ("nproc", "measure_flags", "sharpness_flags", "runs", "measurements", "results")
+# The option of several values, and the method that chooses among them.
+CHOSEN_BY = {"rho": ("--rho", "sam"), "k": ("--flat_ratio", SETS[0]), "T_d": ("--initial_epochs", SETS[0])}
 PARTS = ("asked", "runs", "sets")  # of plan.json, by the name of a run: what was asked for, validation, and SAM sets
 
 
@@ -84,6 +79,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         except argparse.ArgumentTypeError as error:
             parser.error(f"--{name}: {error}")
     args.seeds = [seeds.strip() for seeds in args.seeds.split(",")][: args.ensembles]
+    if wrong := next((seeds for seeds in args.seeds if not re.fullmatch(r"\d+( +\d+)*", seeds)), None):
+        parser.error(f"--seeds: expected whole numbers, ensembles separated by commas, got '{wrong}'")
     args.jobs = cores() if args.jobs == "auto" else args.jobs
     if args.images and not args.validation:
         parser.error("--images: given without --validation; say how many images to validate on")
@@ -186,6 +183,16 @@ class Experiment:
             raise InputError("--initial_epochs: eoa averages from this epoch on; give one")
         if "late_sam" in args.methods and not self.passed.epochs:
             raise InputError("--epochs: late_sam begins after 7/8 of them; say how many")
+        self.steps = []
+        for name, (flag, by) in CHOSEN_BY.items():
+            if len(self.grid[name] or []) > 1 and by in args.methods:
+                self.steps.append((name, by))
+            elif len(self.grid[name] or []) > 1 and not args.choices and set(args.methods) - set(WITHOUT[name]):
+                raise InputError(f"{flag}: {by} chooses among several values; add it to --methods, or give one")
+        for flag, method in (("--seeds", "sam"), ("--plain_members", "deep_ensemble")):
+            seeds = [seed for each in args.seeds for seed in self.seeds_of(method, each)]
+            if twice := next((seed for seed in seeds if seeds.count(seed) > 1), None):
+                raise InputError(f"{flag}: seed {twice} is in two ensembles, which would share a network; give others")
         self.plan, self.tried, self.all_chosen, self.splits = {}, {}, False, ""
         if args.plan:
             self.plan = {"file": args.plan.name, "sha256": hashlib.sha256(read_bytes(args.plan)).hexdigest()}
@@ -268,6 +275,13 @@ class Experiment:
             "same": [*sets, "--partition", "same", "--match_size"],
         }[method.removesuffix("_next")]
 
+    def seeds_of(self, method: str, seeds: str) -> list[int]:
+        """The seeds of an ensemble's members; of plain ones there may be more, or fewer."""
+        first, count = list(map(int, seeds.split())), self.args.plain_members
+        if method != "deep_ensemble" or not count:
+            return first
+        return [*first, *range(max(first) + 1, max(first) + 1 + count)][:count]
+
     def run_name(self, method: str, values: dict[str, Any]) -> str:
         """The name of a run's folder without its seed; what has several values is part of it."""
         method, plain = method.removesuffix("_next"), self.args.plain_members
@@ -276,7 +290,7 @@ class Experiment:
         several = [name for name in self.grid if self.grid[name] and len(self.grid[name]) > 1]
         parts = self.grid if method in SETS and several else [name for name in several if name == "rho"]
         parts = parts if method in (*SETS, "sam", "late_sam") else []
-        return "_".join([method, *(f"{values[name]:g}" for name in parts)])
+        return "_".join([method, *(f"{values[name]:g}" for name in parts if values[name] is not None)])
 
     def place(self, root: Path, name: str, seeds: str) -> Path:
         """The folder of a run or of its measurements."""
@@ -289,8 +303,7 @@ class Experiment:
             self.read_choices(args.choices, "--choices")
             return
         rho_on, sets_on = (args.seeds, args.seeds[:1]) if args.choose_on is None else [args.seeds[: args.choose_on]] * 2
-        steps = [("rho", "sam", rho_on), ("k", SETS[0], sets_on), ("T_d", SETS[0], sets_on)]
-        steps = [step for step in steps if len(self.grid[step[0]] or []) > 1 and step[1] in args.methods]
+        steps = [(name, method, rho_on if name == "rho" else sets_on) for name, method in self.steps]
         for i, (name, method, seeds) in enumerate(steps):
             later = [job for step in steps[i + 1 :] for job in self.tries(*step)] + self.cells()
             self.run_all(self.tries(name, method, seeds), sum(job.cost for job in later if not job.done()))
@@ -335,17 +348,14 @@ class Experiment:
     def validation(self, method: str, values: dict[str, Any], seeds: list[str]) -> float:
         """The ensemble accuracy on validation at the end of training, mean over ensembles."""
         runs = [self.run_of(method, values, s) for s in seeds]
-        rows = [_validation(run) if (run / "summary.json").is_file() else self.before["runs"][run.name] for run in runs]
+        known = self.before["runs"]
+        rows = [validation_of(run) if (run / "summary.json").is_file() else known[run.name] for run in runs]
         return statistics.mean(row["ensemble accuracy"] for row in rows)
 
     def training(self, method: str, values: dict[str, Any], seeds: str) -> Job:
         """A run of main.py."""
         folder = self.run_of(method, values, seeds)
-        if method == "deep_ensemble" and self.args.plain_members:
-            first = list(map(int, seeds.split()))
-            more = range(max(first) + 1, max(first) + 1 + self.args.plain_members)
-            seeds = " ".join(map(str, [*first, *more][: self.args.plain_members]))
-        own = [*self.flags_of(method, values), "--seed", seeds]
+        own = [*self.flags_of(method, values), "--seed", " ".join(map(str, self.seeds_of(method, seeds)))]
         flags = [*self.places, *own]
         if self.args.results:
             passed = {name: value for name, value in vars(self.passed).items() if name != "download"}
@@ -515,7 +525,7 @@ class Experiment:
             return
         for name in sorted(self.made):
             folder = args.runs / name
-            before["runs"][name], before["asked"][name] = _validation(folder), self.asked[name]
+            before["runs"][name], before["asked"][name] = validation_of(folder), self.asked[name]
             if masks := [np.load(file) for file in sorted(folder.glob("seed_*/sam_mask.npy"))]:
                 wrong = self.data.mislabelled
                 shares = [(mask.mean(), wrong[mask].mean() if mask.any() else 0.0) for mask in masks]
@@ -608,21 +618,6 @@ def _digest(*asked: Any) -> str:
 def _weights(folder: Path) -> list[Path]:
     """The checkpoints of a run."""
     return sorted(folder.glob("seed_*/*.pth.tar"))
-
-
-def _validation(folder: Path) -> dict[str, float]:
-    """How a run did on validation at its end, and on its augmented training images in the last epoch."""
-    last = load_json(folder / "summary.json")["last"]
-    logs = [json.loads(file.read_text().splitlines()[-1]) for file in sorted(folder.glob("seed_*/log.jsonl"))]
-    accuracies = [member["val_acc"] for member in last["members"]]
-    return {
-        "training accuracy": statistics.mean(line["train_acc"] for line in logs),
-        "member accuracy": statistics.mean(accuracies),
-        "standard deviation": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
-        "ensemble accuracy": last["ensemble"]["val_acc"],
-        "ensemble NLL": last["ensemble"]["val_loss"],
-        "disagreement": last["ensemble"].get("val_disagreement", 0.0),
-    }
 
 
 if __name__ == "__main__":

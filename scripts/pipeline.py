@@ -38,7 +38,6 @@ from utils.predictions import load_members
 from utils.run import environment, find_checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
-SEEDS = (13, 17, 27)  # main.py's own
 SHARPBALANCE = "--sam --rho 0.1 --flat_ratio 0.5"
 NINE = "--seed " + " ".join(map(str, range(11, 20)))
 # By name: training and validation images (None: those of the data set), epochs, and further options of main.py.
@@ -133,9 +132,9 @@ def plain_step(model: torch.nn.Module, optimizer: SAM, images: Tensor, labels: T
     optimizer.base_optimizer.step()
 
 
-def first_member(seed: int, args: argparse.Namespace, folder: Path) -> None:
-    """One member of the plain program; the scores of all meet as files in `folder`."""
-    data = data_of(args)
+def first_member(args: argparse.Namespace) -> None:
+    """One member of the plain program; the scores of all meet as files in a folder."""
+    data, seed, folder = data_of(args), args.member, args.place
     torch.manual_seed(seed)
     model = create_model("resnet18", width=args.width, **data.network)
     optimizer = SAM(model.parameters(), rho=0.1, lr=0.1, momentum=0.9, weight_decay=5e-4)
@@ -149,10 +148,10 @@ def first_member(seed: int, args: argparse.Namespace, folder: Path) -> None:
             scores = [fisher_by_vmap(model, images, labels) for images, labels, _ in loader(data.train, 128)]
             np.save(folder / f"part_{seed}.npy", torch.cat(scores).detach().numpy())
             (folder / f"part_{seed}.npy").rename(folder / f"{seed}.npy")
-            while not all((folder / f"{other}.npy").exists() for other in SEEDS):
+            while not all((folder / f"{other}.npy").exists() for other in args.seed):
                 time.sleep(0.1)
-            everyone = np.stack([np.load(folder / f"{other}.npy") for other in SEEDS])
-            mask = torch.from_numpy(sharpness_aware_masks(everyone, 0.5)[SEEDS.index(seed)])
+            everyone = np.stack([np.load(folder / f"{other}.npy") for other in args.seed])
+            mask = torch.from_numpy(sharpness_aware_masks(everyone, 0.5)[args.seed.index(seed)])
         model.train()
         for images, labels, index in train:
             plain_step(model, optimizer, images, labels, mask[index])
@@ -166,12 +165,12 @@ def first_member(seed: int, args: argparse.Namespace, folder: Path) -> None:
     print(f"member {seed}: test accuracy {accuracy(model, test):.4f}")
 
 
-def first_version(folder: Path, words: list[str], shared: bool) -> None:
+def first_version(args: argparse.Namespace) -> None:
     """The plain program: a process for each member, with torch's own number of threads or a share of the cores."""
-    folder.mkdir()
-    threads = {"OMP_NUM_THREADS": str(max(1, cores() // len(SEEDS)))} if shared else {}
-    start = [sys.executable, "-W", "ignore", __file__, "member", str(folder), *words, "--seed"]
-    members = [subprocess.Popen([*start, str(seed)], env=os.environ | threads) for seed in SEEDS]
+    args.place.mkdir()
+    threads = {"OMP_NUM_THREADS": str(max(1, cores() // len(args.seed)))} if args.what == "shared" else {}
+    start = [sys.executable, "-W", "ignore", __file__, "member", str(args.place), *args.words, "--member"]
+    members = [subprocess.Popen([*start, str(seed)], env=os.environ | threads) for seed in args.seed]
     statuses = [member.wait() for member in members]
     if any(statuses):
         sys.exit(1)
@@ -334,24 +333,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     parser.add_argument("what", choices=("first_version", "shared", "member", "passes"), help="what to do")
     parser.add_argument("place", type=cli.path, help="folder that is written to; of passes, the run")
-    parser.add_argument("--seed", type=int, help="of a member")
+    parser.add_argument("--member", type=int, help="its seed")
     args, args.words = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     parser = cli.Parser("The options of main.py that a setting has")
     for name in ("data", "data_path", "train_idx_path", "val_idx_path"):
         parser.add_argument(f"--{name}")
     for name in ("width", "epochs", "initial_epochs", "batch_size"):
         parser.add_argument(f"--{name}", type=int)
-    return parser.parse_args(args.words, args)
+    parser.add_argument("--seed", type=int, nargs="+", default=[13, 17, 27])  # main.py's own
+    parser.parse_args(args.words, args)
+    if args.epochs and args.initial_epochs is None:
+        args.initial_epochs = args.epochs // 2  # as main.py
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
     """Carry it out."""
     if args.what == "member":
-        first_member(args.seed, args, args.place)
+        first_member(args)
     elif args.what == "passes":
         passes(args.place, args)
     else:
-        first_version(args.place, args.words, args.what == "shared")
+        first_version(args)
 
 
 if __name__ == "__main__":

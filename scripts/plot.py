@@ -42,6 +42,7 @@ from utils.verification import published, simulate_all
 # Kinds by what they are drawn from; each is a function of its module.
 MEASURED, OF_RUNS = ("tradeoff", "benchmark", "severity", "ensemble_size"), ("curves", "sets", "landscape")
 UNCERTAINTY = ("ood", "reliability")
+DATA_SETS = 20  # of each setting of theory
 # Kinds whose numbers are computed from run folders and saved beside the figure: how to compute and how to read them.
 COMPUTED = {"sets": (compute_sets, read_sets), "landscape": (compute_landscape, read_landscape)}
 
@@ -53,12 +54,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("kind", choices=[*MEASURED, *UNCERTAINTY, *OF_RUNS, "theory"], help="which figure")
     add("--from", type=path, nargs="+", dest="folders", metavar="FOLDER", help="result folders, or a file of numbers")
     add("--to", type=path, required=True, metavar="FILE", help="the figure, without suffix; of theory a folder")
-    add("--data_sets", type=number(int, 2), default=20, metavar="N", help="data sets of each setting of theory")
+    text = f"data sets of each setting of theory, simulated (default: {DATA_SETS})"
+    add("--data_sets", type=number(int, 2), metavar="N", help=text)
     args = parser.parse_args(argv)
     if args.kind != "theory" and args.folders is None:
         parser.error(f"--from: {args.kind} is drawn from result folders, name them")
     if args.kind == "theory" and args.folders is not None and len(args.folders) != 1:
         parser.error(f"--from: expected one theory.json, got {len(args.folders)} files; leave it out to simulate again")
+    if args.data_sets and (args.kind != "theory" or args.folders is not None):
+        parser.error(
+            "--data_sets: has no effect here, nothing is simulated; leave it out, or call theory without --from"
+        )
     return args
 
 
@@ -102,10 +108,11 @@ def read(args: argparse.Namespace) -> list[Ensemble]:
 def theory(args: argparse.Namespace) -> dict[str, Figure]:
     """The figures of the theorems by their names; new simulations are written into the folder `--to`."""
     if args.folders is None:
-        grids = simulate_all(args.data_sets, partial(tqdm, desc="simulations", unit="setting", disable=None))
-        write_json(args.to / "theory.json", {"data_sets": args.data_sets, "grids": grids}, indent=None)
+        data_sets = args.data_sets or DATA_SETS
+        grids = simulate_all(data_sets, partial(tqdm, desc="simulations", unit="setting", disable=None))
+        write_json(args.to / "theory.json", {"data_sets": data_sets, "grids": grids}, indent=None)
         print(f"wrote {args.to / 'theory.json'}")
-        return theory_plots.theory(grids, published(), args.data_sets)
+        return theory_plots.theory(grids, published(), data_sets)
     remedy = "leave --from out to simulate again"
     content = read_json(args.folders[0], remedy)
     try:

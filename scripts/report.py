@@ -40,6 +40,7 @@ from utils.claims import (
 )
 from utils.cli import Parser, path, run
 from utils.files import read_json, write_atomically
+from utils.presets import PRESETS
 from utils.results import Ensemble
 
 FIGURES = {
@@ -47,11 +48,16 @@ FIGURES = {
     "benchmark": "accuracy of members and ensembles, and differences to SAM",
     "severity": "scores against the severity of corruption, and differences to SAM",
     "ensemble_size": "scores against the number of members",
-}
-# Of settings where other data were measured.
-UNCERTAINTY = {
     "ood": "entropy of test images and of other data, and ROC curves",
     "reliability": "accuracy against confidence, before and after a temperature",
+}
+
+RECIPE = {
+    "epochs": "{} epochs",
+    "batch_size": "batch {}",
+    "lr": "learning rate {:g}",
+    "schedule": "schedule {}",
+    "augmentation": "augmentation {}",
 }
 
 SLOPE = "from one rho to the next, sharper members are more diverse: slope of disagreement over log sharpness"
@@ -112,22 +118,17 @@ VERDICTS = (
 )
 STUDY_OPENING = (
     "# Where does SharpBalance help?",
-    "`bash scripts/experiments/study.sh` trains, measures and writes this page from the JSON files beside it, "
-    "`scripts/report.py` writes it again. Settings, methods, claims and margins were written down in "
+    "`bash scripts/experiments/study.sh` trains, measures and writes this page from the JSON files beside it; "
+    "`scripts/report.py` alone writes it again. Settings, methods, claims and margins were written down in "
     "results/study/PLAN.md before any of these networks was measured on test images. Earlier ones had been, on those "
     "of Fashion-MNIST, and suggested the claims.",
     f"{VERDICTS} The primary family of a setting is A1, each reading of SharpBalance against SAM by ensemble accuracy; "
     "all others are the secondary one.",
 )
 OPENING = (
-    "# The paper's claims on Fashion-MNIST",
-    "`bash scripts/experiments/fashion_mnist.sh` trains, measures and writes this page from the JSON files beside it, "
-    "`scripts/report.py` writes it again. The claims, their margins and what had been looked at before "
-    "are written down in results/study/PLAN.md. Claims about SharpBalance against SAM on clean images are those of "
-    "[the study](../study/README.md).",
-    "Ensembles of 3 members; ResNet-18, batch 64, learning rate 0.1 in steps, no augmentation except mirroring; "
-    "Fashion-MNIST-C of the first test images (15 corruptions at 5 severities, by scripts/make_corrupted.py). "
-    "Checkpoints: end of training.",
+    "# The paper's claims",
+    "`scripts/report.py` writes this page from the JSON files beside it. Each part names the command that trained and "
+    "measured what it is about.",
     f"{VERDICTS} The claims of a table are a family. Accuracy and disagreement differ by percentage points.",
 )
 
@@ -189,16 +190,21 @@ def section(folder: Path, plan: dict[str, Any]) -> list[str]:
     measured = read_measured(folder, plan["chosen"]["rho"])
     seeds = sorted(measured["sam"])
     results.require(measured["sam"][seeds[0]], "corrupted", "mean", "samples")
+    made = f"`{plan['command']}`"
+    if plan.get("plan"):
+        made += f", after {plan['plan']['file']} (SHA-256 {plan['plan']['sha256']}) had been written, which has the "
+        made += "claims, their margins and what had been looked at before"
     blocks = [
         f"## {table_cell(folder.name.replace('_', ' ').capitalize())}",
+        f"{made}.",
         *described(plan, measured),
         _table([one.row for one in judge(CLAIMS, measured, seeds)], HEADER),
     ]
     blocks += mislabelled(plan)
     place = quote(os.fsencode(folder.name))
     uncertain = uncertainty(measured)
-    shown = FIGURES | (UNCERTAINTY if uncertain else {})
-    figures = [f"![{text}]({place}/{kind}.png)" for kind, text in shown.items()]
+    drawn = {kind: text for kind, text in FIGURES.items() if (folder / f"{kind}.png").is_file()}
+    figures = [f"![{text}]({place}/{kind}.png)" for kind, text in drawn.items()]
     return [*blocks, f"All methods: {tables_of(folder)}.", *uncertain, *by_corruption(measured), *figures]
 
 
@@ -211,15 +217,19 @@ def described(plan: dict[str, Any], measured: Measured) -> list[str]:
     """The paragraphs on data, machine, choices and sharpness of an experiment."""
     ensembles = [one for by_seeds in measured.values() for one in by_seeds.values()]
     first, images = ensembles[0].content, ensembles[0].content["data"]["val"]
+    trained, protocol, members = first["trained"], first["protocol"], {len(one.seeds) for one in ensembles}
+    recipe = ", ".join(text.format(trained[name]) for name, text in RECIPE.items() if trained.get(name) is not None)
+    machine = f"{plan['jobs']} single-thread processes" if plan["jobs"] > 1 else "one process at a time"
     commits = sorted({one.content["environment"]["commit"] or "no clone" for one in ensembles})
     ball = results.sharpness_protocol(next(iter(measured["sam"].values())), "APGD_worst-l2")
     corrupted = ""
     if "corrupted" in first["result"]:
         corrupted = f", corrupted copies of {results.require(ensembles[0], 'corrupted', 'mean', 'samples'):g}"
+        corrupted += f" ({len(protocol['corruptions'])} corruptions at {len(protocol['severities'])} severities)"
     return [
-        f"{len(measured['sam'])} ensembles by each method: {results.setting_of(first)}, "
-        f"{first['trained']['epochs']} epochs; {images} validation images, {first['data']['test']} test images"
-        f"{corrupted}. {plan['jobs']} single-thread processes on {plan['environment']['cpus']} cores, torch "
+        f"{len(measured['sam'])} ensembles of {' or '.join(map(str, sorted(members)))} members by each method: "
+        f"{results.setting_of(first)}, {recipe}; {images} validation images, {first['data']['test']} test images"
+        f"{corrupted}; checkpoints '{protocol['checkpoint']}'. {machine} on {plan['environment']['cpus']} cores, torch "
         f"{plan['environment']['torch']}. Measured by the code of {' and '.join(commits)}."
         + " (-dirty: with changes that no commit has.)"
         * any(commit.endswith("-dirty") for commit in commits),
@@ -289,7 +299,10 @@ def read_setting(folder: Path, plan: dict[str, Any]) -> Setting:
 def study(place: Path, settings: list[Setting]) -> list[str]:
     """The page of the study; draws its map."""
     finished = sorted((one for one in settings if one.judged), key=lambda one: one.key)
-    left_out = ", ".join(table_cell(one.folder.name) for one in settings if not one.judged)
+    plan, begun = place / "PLAN.md", {one.folder.name for one in settings}
+    planned = [name.removeprefix("study/") for name in PRESETS if name.startswith("study/") and plan.is_file()]
+    left = [one.folder.name for one in settings if not one.judged] + [name for name in planned if name not in begun]
+    left_out = ", ".join(map(table_cell, left))
     if not finished:
         raise InputError(f"{place}: no setting is finished ({left_out}); run the same command again to go on")
     shown = {
@@ -308,7 +321,6 @@ def study(place: Path, settings: list[Setting]) -> list[str]:
         for name in names
     ]
     digests = {digest for one in finished for digest in one.digests}
-    plan = place / "PLAN.md"
     if plan.is_file():
         now = hashlib.sha256(plan.read_bytes()).hexdigest()
         digests = {f"{digest} (PLAN.md as it is)" if digest == now else digest for digest in digests}
@@ -316,7 +328,7 @@ def study(place: Path, settings: list[Setting]) -> list[str]:
         *STUDY_OPENING,
         f"SHA-256 of the plan that the results name: {', '.join(sorted(digests))}."
         + f" Not finished, and left out: {left_out}." * bool(left_out),
-        "![paired differences of SharpBalance in all settings](map.png)",
+        "![paired differences of SharpBalance, by setting](map.png)",
         "## Advice",
         *advice(finished),
         "## Verdicts",
@@ -452,10 +464,13 @@ def uncertainty(measured: Measured) -> list[str]:
         return f"{factor * mean:.{digits}f}{edges}"
 
     rows = [[columns[name].title, *(cell(name, group) for group in methods.values())] for name in chosen]
+    alone = [name for name in chosen if any(results.population_of(g, name) != results.BOTH for g in methods.values())]
+    over = f"over new ensembles, with the images as they are: {', '.join(columns[name].title for name in alone)}"
+    over = (over + "; else " if alone else "") + "over new ensembles and new test images"
     text = (
         "What flatness does to uncertainty: how well four scores tell other data from the test images (AUROC, 50 % for "
         "a score that says nothing), and the error at each coverage (AURC, lower is better), beside disagreement and "
-        "sharpness. Means and 95 % intervals over new ensembles and new images, but of sharpness over ensembles:"
+        f"sharpness. Means and 95 % intervals {over}:"
     )
     return [text, _table(rows, ["", *NAMES.values()])]
 

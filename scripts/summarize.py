@@ -129,8 +129,9 @@ def explain(groups: list[list[Ensemble]], shown: Columns) -> list[str]:
         text = "±: standard deviation over members; [ ]: 95 % interval over test images, of these networks only."
         found.append(f"One ensemble: {text}" if several else text)
     if several:
-        known = [column for column in shown if all(one.values.get(column) is not None for g in several for one in g)]
-        only = [c for c in known if any(results.population_of(group, c) != results.BOTH for group in several)]
+        rows = {c: [g for g in several if all(one.values.get(c) is not None for one in g)] for c in shown}
+        known = [column for column in shown if rows[column]]  # in the others no row has an interval
+        only = [c for c in known if any(results.population_of(group, c) != results.BOTH for group in rows[c])]
         text = "±: standard deviation over ensembles; [ ]: 95 % interval"
         over = "over new ensembles and new test images"
         if only:

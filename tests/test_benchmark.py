@@ -66,13 +66,14 @@ def test_on_a_gpu_there_are_fewer_cases(capsys):
 
 
 def test_whole_commands_by_turns(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(
-        pipeline.SETTINGS, "digits", (None, 2, "--data digits --width 4 --initial_epochs 1 --batch_size 64")
-    )
+    monkeypatch.setitem(pipeline.SETTINGS, "digits", (None, 2, "--data digits --width 4 --batch_size 64 --seed 12 14"))
     for arms, busy in ((["first_version_shared"], False), (["passes"], True)):
         pipeline.run("digits", arms, 1, busy, tmp_path, tmp_path / "saved")
     content = json.loads((tmp_path / "saved/pipeline.json").read_text())["digits"]
     assert [set(found) for found in content["rounds"]] == [{"first_version_shared"}, {"passes", "passes, busy"}]
+    words = ["member", "x", "--epochs", "5", "--seed", "12", "14", "--member", "14"]
+    args = pipeline.parse_args(words)
+    assert (args.seed, args.member, args.initial_epochs) == ([12, 14], 14, 2)
     for found in content["rounds"]:
         assert all(seconds > 0 and 50 < mib < 20_000 for seconds, mib in found.values())
     # What another commit or machine made is replaced.

@@ -366,6 +366,7 @@ def test_what_cannot_be(tmp_path, monkeypatch, capsys):
         (["digits", "--methods", "sgd"], "--methods: expected some of deep_ensemble"),
         (["digits", "--images", "50"], "--images: given without --validation"),
         (["digits", "--match-size"], "--match_size: set by --methods and --seeds"),
+        (["digits", "--seeds", "1 2,3 x"], "--seeds: expected whole numbers, ensembles separated by commas, got '3 x'"),
         (["digits", "--jobs", "none"], "--jobs: expected a whole number from 1 to 1024, or auto, got 'none'"),
     ):
         with pytest.raises(SystemExit, match="2"):
@@ -378,6 +379,18 @@ def test_what_cannot_be(tmp_path, monkeypatch, capsys):
         run(["digits", "--images", "1000", "--validation", "10"], monkeypatch)
     with pytest.raises(InputError, match="--epochs: late_sam begins after 7/8 of them"):
         run(["digits", "--methods", "late_sam"], monkeypatch)
+    for words, message in (
+        (["--rho", "0.1", "0.2", "--methods", "sharpbalance"], "--rho: sam chooses among several values; add it"),
+        (
+            ["--flat_ratio", "0.1", "0.2", "--methods", "sam,sharpbalance_paper"],
+            "--flat_ratio: sharpbalance chooses among",
+        ),
+        (["--initial_epochs", "1", "2", "--methods", "sam,same"], "--initial_epochs: sharpbalance chooses"),
+        (["--seeds", "1 2,2 3"], "--seeds: seed 2 is in two ensembles, which would share a network; give others"),
+        (["--seeds", "1 2,4 5", "--plain_members", "4"], "--plain_members: seed 4 is in two ensembles"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(["digits", *words], monkeypatch)
     with pytest.raises(InputError, match=r"x/plan\.json: .*run the experiment first"):
         run(["digits", "--choices", "x"], monkeypatch)
     (tmp_path / "x").mkdir()

@@ -177,10 +177,23 @@ def test_in_parts(batch_size, at_once, limit, sizes):
 
 
 @pytest.mark.parametrize("error", OTHER_WORDS)
-def test_less_memory(error):
+def test_less_memory(error, monkeypatch):
+    """For the function, and for making the images float: no more than one part is made at once."""
     data = load_data("digits").val
     function = limited(20, error)[1]
     assert len(torch.cat(list(in_parts(function, data, 128, 128)))) == 89
+    normalise, made = data.normalise, []
+
+    def made_float(pixels):
+        made.append(len(pixels))
+        if len(pixels) > 20:
+            raise error
+        return normalise(pixels)
+
+    monkeypatch.setattr(data, "normalise", made_float)
+    assert len(torch.cat(list(in_parts(limited(999)[1], data, 128, 64)))) == 89
+    assert made[0] == 45
+    monkeypatch.undo()
     with pytest.raises(type(error)):
         list(in_parts(limited(0, error)[1], data, 128, 128))
 

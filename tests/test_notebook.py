@@ -323,6 +323,8 @@ def test_a_bad_file_of_numbers(text, tmp_path, capsys):
         (["nothing", "--to", "x"], "kind: expected one of tradeoff, "),
         (["theory", "--to", __file__], "cannot be written (File exists)"),
         (["theory", "--to", "x", "--data_sets", "1"], "--data_sets: expected a whole number >= 2, got '1'"),
+        (["theory", "--to", "x", "--data_sets", "5", "--from", "a.json"], "--data_sets: has no effect here"),
+        (["tradeoff", "--to", "x", "--data_sets", "5", "--from", "a"], "--data_sets: has no effect here"),
     ],
 )
 def test_bad_input_to_the_script(words, message, capsys):

@@ -266,6 +266,13 @@ def test_labels_say_what_tables_say(tmp_path):
     ]
     lines = [line.get_xydata()[:, 0].tolist() for line in axis.get_lines() if line.get_zorder() == 2]
     assert [line for line in lines if len(line) > 1] == [[7.0, 8.0]]
+    # Nor are ensembles of more members joined to others, or those whose weights are averaged later.
+    averaged = measure(tmp_path / "6", SAM | {"rho": 0.02, "average_from": 5}, sharpness=9.5)
+    more = measure(tmp_path / "7", SAM | {"rho": 0.02}, seeds=(1, 2, 3), sharpness=9.5)
+    (axis,) = figure("tradeoff", [*folders, averaged, more]).axes
+    assert [line for line in axis.get_lines() if line.get_zorder() == 2 and len(line.get_xdata()) > 1] != []
+    assert sum(len(line.get_xdata()) for line in axis.get_lines() if line.get_zorder() == 2) == len(folders) + 2
+    assert max(len(line.get_xdata()) for line in axis.get_lines() if line.get_zorder() == 2) == 2
 
 
 def test_ticks_have_labels():
@@ -713,6 +720,8 @@ def test_map_of_verdicts():
             of_text = contrasts([text.get_color()])[0]
             pair = sorted((1.05 / contrasts([colour])[0], 1.05 / of_text))
             assert pair[1] / pair[0] > 4, text
+    (unknown,) = plots.verdicts(["a"], {"gain": {"one": [judged(np.nan, "undecided", 0.3)]}}, "").axes[0].texts
+    assert (unknown.get_text(), unknown.get_color()) == ("- ?", "black")  # on white
     half = second.images[0]
     assert half.norm(3.0) == pytest.approx(0.75)  # half of the way, since twice the margin has the full colour
     for sight in SIGHT:
@@ -731,6 +740,9 @@ def test_bad_measurements(three, tmp_path, capsys):
     error = refused(capsys, "severity", [clean], to)
     assert "clean/diversity.json: no corrupted set was measured" in error
     assert "--split test,corrupted" in error
+    damaged = measure(tmp_path / "damaged", SAM)
+    (damaged / "sharpness.json").write_text('{"result": {"APGD_worst-l2": null}}')
+    assert "damaged/sharpness.json: not a result of measure_sharpness.py" in refused(capsys, "tradeoff", [damaged], to)
     content = json.loads((three[0] / "diversity.json").read_text())
     del content["result"]["test"]["ensemble_by_size"]
     write_json(three[0] / "diversity.json", content)

@@ -159,6 +159,8 @@ PLAN = {
         "T_d": {"2": 0.51, "5": 0.53},
     },
     "finished": True,
+    "command": "python scripts/experiment.py nothing",
+    "plan": {"file": "PLAN.md", "sha256": "digest of the plan"},
     "mislabelled": {"all": 0.2} | {f"{m}{s}": 0.25 for m in claims.NAMES for s in ("", "_size")},
 }
 
@@ -235,8 +237,17 @@ def test_report(results, capsys):
     )
     assert "Of the training images 20.0 % have a wrong label." in text
     assert "SAM on random samples 25.0 % (sets of 25 % of the images)." in text
-    for name in ("tables.md", *(f"{kind}.png" for kind in report.FIGURES)):
-        assert f"(noisy_labels/{name})" in text
+    assert "`python scripts/experiment.py nothing`, after PLAN.md (SHA-256 digest of the plan) had been" in text
+    assert "3 ensembles of 2 members by each method: digits, " in text
+    assert ", 9 epochs, " in text
+    assert "(2 corruptions at 2 severities); checkpoints 'best'. 2 single-thread processes on 2 cores" in text
+    assert "(noisy_labels/tables.md)" in text
+    for kind in report.FIGURES:  # of which only those that were drawn are shown
+        assert f"(noisy_labels/{kind}.png)" not in text
+        (results / "noisy_labels" / f"{kind}.png").touch()
+    call(results)
+    text = (results / "README.md").read_text()
+    assert all(f"(noisy_labels/{kind}.png)" in text for kind in report.FIGURES)
 
 
 @pytest.mark.parametrize(
@@ -355,6 +366,8 @@ def test_a_study(tmp_path, capsys):
     for folder in "ab":
         shutil.rmtree(tmp_path / folder)
     assert f"{tmp_path}: no setting is finished (c); run the same command again to go on" in refused(tmp_path, capsys)
+    (tmp_path / "PLAN.md").write_text("of six settings, of which none has begun")
+    assert "no setting is finished (c, noise_0_images_1000, noise_0.2_images_1000, " in refused(tmp_path, capsys)
 
 
 def test_claims_of_the_study_have_the_sign_of_their_words():
@@ -544,7 +557,7 @@ SETTINGS = sorted(str(file.parent.relative_to(ROOT / "results")) for file in ROO
 
 @pytest.mark.parametrize("place", ["fashion_mnist", "study"])
 def test_the_report_in_the_repository_is_that_of_its_result_files(place, tmp_path):
-    shutil.copytree(ROOT / "results" / place, tmp_path / "x", ignore=shutil.ignore_patterns("README.md", "*.png"))
+    shutil.copytree(ROOT / "results" / place, tmp_path / "x", ignore=shutil.ignore_patterns("README.md"))
     call(tmp_path / "x")
     assert (tmp_path / "x/README.md").read_text() == (ROOT / "results" / place / "README.md").read_text()
 
@@ -575,4 +588,6 @@ def test_a_folder_of_any_name(results):
     text = (results / "README.md").read_text()
     assert r"## Noisy \|\<labels>\\n(a) %" in text.splitlines()
     assert r"[noisy \|\<labels>\\n(a) %/tables.md](noisy%20%7C%3Clabels%3E%0A%28a%29%20%25/tables.md)" in text
-    assert "(noisy%20%7C%3Clabels%3E%0A%28a%29%20%25/tradeoff.png)" in text
+    (results / name / "tradeoff.png").touch()
+    call(results)
+    assert "(noisy%20%7C%3Clabels%3E%0A%28a%29%20%25/tradeoff.png)" in (results / "README.md").read_text()

@@ -61,7 +61,7 @@ def write(folder, settings, seeds, accuracy, sharpness=None, **change):
         "members": [{"seed": seed, "sha256_of_weights": f"{seed:064x}"} for seed in seeds],
         "network": {"model": "resnet18", "width": 8},
         "data": {"dataset": "digits", "test": IMAGES, "sha256_of_arrays_and_split": "d"},
-        "protocol": {"checkpoint": "best", "bins": 15},
+        "protocol": {"checkpoint": "best", "bins": 15, "corruptions": ["fog", "snow"], "severities": [1, 5]},
         "environment": {"commit": "abc"},
         "trained": settings | {"seed": list(seeds)},
         "result": {"test": row},
@@ -216,11 +216,10 @@ def test_the_note_names_what_is_over_ensembles_alone(tmp_path, capsys):
     change(folders[3], "ensemble")
     expected = f"{alone}ensemble acc. %, gain, points, EIR, DER, {rest}; else over new ensembles and new test images"
     assert over(folders) == over(folders[::-1]) == expected
-    # What some ensembles lack has no interval in their row, and what is never known by image leaves nothing else.
+    # What some ensembles lack has an interval in the other row, and what is never known by image leaves nothing else.
     for folder in folders:
         change(folder, "members", "differing_pairs", *["ensemble"] * (folder != folders[3]))
     (folders[0] / "sharpness.json").unlink()
-    rest = "ensemble NLL, ensemble ECE %"
     assert over(folders) == f"{alone}member acc. %, ensemble acc. %, gain, points, EIR, DER, disagreement %, {rest}"
 
 

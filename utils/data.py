@@ -212,12 +212,14 @@ class ImageSet:
         chosen = torch.from_numpy(index)
         return self.normalise(self.pixels(chosen)), self.labels[chosen.to(self.device)]
 
+    def part(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Consecutive images without augmentation, normalised, and their labels; those that follow are read ahead."""
+        self._read_ahead(slice(stop, 2 * stop - start))
+        return self.normalise(self.pixels(slice(start, stop))), self.labels[start:stop]
+
     def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All images once, in order and without augmentation: (images, labels) batch by batch."""
-        for start in range(0, len(self), batch_size):
-            part = slice(start, start + batch_size)
-            self._read_ahead(slice(part.stop, part.stop + batch_size))
-            yield self.normalise(self.pixels(part)), self.labels[part]
+        return (self.part(start, start + batch_size) for start in range(0, len(self), batch_size))
 
     def epoch(self, seed: int, epoch: int, batch_size: int, done: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """One epoch of training batches: every image once, in random order, cropped and mirrored at random.

@@ -281,15 +281,17 @@ def tradeoff(ensembles: list[Ensemble]) -> Figure:
             _bar(axis, 100 * y.mean, x, 1, across=True, ecolor=group.colour, zorder=3.5)
             axis.plot(x.mean, 100 * y.mean, markersize=6, zorder=4, **style)
             shown += [x, y]
-            joined = re.sub(r", rho [^,]+", "", group.ensembles[0].method)
-            means.setdefault((group.key, joined), []).append((x.mean, 100 * y.mean))
+            one = group.ensembles[0]
+            later = (one.content.get("trained") or {}).get("average_from")
+            others = re.sub(r", rho [^,]+", "", one.method), len(one.seeds), later
+            means.setdefault((group.key, *others), []).append((x.mean, 100 * y.mean))
         else:
             missing = [str(one.values["sharpness"]) for one in group.ensembles if not _is_drawn(one)]
             left_out += (
                 f" Not drawn: {len(missing)} of {group.label}, of sharpness {', '.join(dict.fromkeys(missing))}."
             )
             left_out += " Nor is their mean." * (len(group.ensembles) > 1)
-    for (key, _), points in means.items():
+    for (key, *_), points in means.items():
         axis.plot(*zip(*points, strict=True), color=METHODS[key].colour, linewidth=0.7, zorder=2)
     axis.set(xlabel="worst-case sharpness of a member  [nats]", ylabel="disagreement of two members  [%]")
     if max(finite) > 3 * min(finite) > 0:
@@ -512,7 +514,8 @@ def verdicts(settings: list[str], parts: dict[str, dict[str, list[Any]]], note: 
             if row[j] is not None:
                 value = table[i, j]
                 text = f"{value:+.2f}" if math.isfinite(value) else "-"
-                colour = "white" if _luminance(BETTER((value / limit + 1) / 2)) < 0.18 else "black"
+                dark = math.isfinite(value) and _luminance(BETTER((value / limit + 1) / 2)) < 0.18
+                colour = "white" if dark else "black"  # a cell without a number is not filled
                 axis.text(j, i, f"{text} {MARKS[row[j].word]}", ha="center", va="center", fontsize=5.5, color=colour)
         axis.set_xticks(range(len(settings)), settings)
         axis.set_yticks(range(len(found)), found)

@@ -210,8 +210,12 @@ def read_ensemble(folder: Path) -> Ensemble:
             ensemble.spread["member"] = standard_deviation(accuracies)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a result of the test set ({error}); measure again with --split test") from error
-    if (folder / "sharpness.json").is_file():
-        _add_sharpness(ensemble)
+    path = folder / "sharpness.json"
+    if path.is_file():
+        try:
+            _add_sharpness(ensemble)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: not a result of measure_sharpness.py ({error}); measure again") from error
     return ensemble
 
 
@@ -563,3 +567,18 @@ def groups_of(ensembles: list[Ensemble]) -> dict[str, list[Ensemble]]:
         names = (name, f"{name} ({printable(folder.name)})", f"{name} ({printable(str(folder))})")
         groups[next(name for name in names if name not in groups)] = rows
     return groups
+
+
+def validation_of(folder: Path) -> dict[str, float]:
+    """How a run did on validation at its end, and on its augmented training images in the last epoch."""
+    last = load_json(folder / "summary.json")["last"]
+    logs = [json.loads(file.read_text().splitlines()[-1]) for file in sorted(folder.glob("seed_*/log.jsonl"))]
+    accuracies = [member["val_acc"] for member in last["members"]]
+    return {
+        "training accuracy": statistics.mean(line["train_acc"] for line in logs),
+        "member accuracy": statistics.mean(accuracies),
+        "standard deviation": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
+        "ensemble accuracy": last["ensemble"]["val_acc"],
+        "ensemble NLL": last["ensemble"]["val_loss"],
+        "disagreement": last["ensemble"].get("val_disagreement", 0.0),
+    }

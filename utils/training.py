@@ -1,5 +1,6 @@
 """Training and evaluating one network: the SharpBalance step, an epoch of it, and the logits of an image set."""
 
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -360,31 +361,33 @@ def in_parts(
     """function(images, labels) of all images in order, of at most `at_once` in one call.
 
     Batches of `batch_size` are cut into equal parts, since of a few images alone kernels may form sums in another order
-    than of many. Where memory runs out, parts are half as large from there on.
+    than of many. No more than one part is in memory. Where memory runs out, parts are half as large from there on.
 
     Raises:
         RuntimeError, MemoryError: if the memory is too small for a single image.
     """
-    for batch in images.in_order(batch_size):
-        parts = [batch]
+    for start in range(0, len(images), batch_size):
+        parts = [range(start, min(start + batch_size, len(images)))]
         while parts:
-            part, labels = parts.pop(0)
-            count = -(-len(labels) // at_once)
+            part = parts.pop(0)
+            count = -(-len(part) // at_once)
             if count > 1:
-                parts[:0] = zip(part.tensor_split(count), labels.tensor_split(count), strict=True)
+                size, longer = divmod(len(part), count)
+                ends = [part.start + i * size + min(i, longer) for i in range(count + 1)]
+                parts[:0] = itertools.starmap(range, itertools.pairwise(ends))
                 continue
             try:
-                result = [function(part, labels)]
+                result = [function(*images.part(part.start, part.stop))]
             except (MemoryError, RuntimeError) as error:
-                if len(labels) == 1 or not out_of_memory(error):
+                if len(part) == 1 or not out_of_memory(error):
                     raise
                 result = []
             # After the handler: while there is an error, its frames hold the memory.
             if result:
                 yield result[0]
             else:
-                at_once = len(labels) // 2
-                parts.insert(0, (part, labels))
+                at_once = len(part) // 2
+                parts.insert(0, part)
 
 
 def learning_rate(lr: float, schedule: str, epoch: int, epochs: int, warmup: int = 0) -> float:
