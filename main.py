@@ -29,6 +29,7 @@ from utils.datasets import AUGMENTATIONS, expected_info, load_data
 from utils.ensemble import train_ensemble
 from utils.events import check_tensorboard
 from utils.files import load_json
+from utils.folder import class_names
 from utils.partition import PARTITION_RULE, SCORE_FREE, UNSELECTED
 from utils.run import Run, Settings, begun_by_this_job, check_known, commit_of, read_settings, relative_paths
 
@@ -64,7 +65,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.around = f"{folder / 'args.json'}: ", f"; it was changed, or made by another version{commit_of(folder)}"
         recorded = parser.parse_given(words)
         parser.around = "", ""
-        given["save_path"] = given["resume"]
+        if given.get("save_path", folder) != folder:
+            parser.error(
+                f"--save_path: given with --resume {folder}, which is the run's folder; leave one of the two out"
+            )
+        given["save_path"] = folder
         if given.get("overwrite"):
             parser.error("--overwrite: given with --resume; leave one of the two out")
     args = argparse.Namespace(**(parser.defaults() | recorded | given))
@@ -103,9 +108,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             check_tensorboard()
         except InputError as error:
             parser.error(str(error))
+    if "jobs" in given and dist.is_torchelastic_launched() and os.environ.get("RANK") == "0":
+        note("--jobs has no effect under torchrun, which starts the processes")
     info = expected_info(args.data, args.image_size)
+    classes = info.num_classes
     try:
-        check_model(args.model, info.num_classes, args.width, info.image_size, info.channels)
+        if args.data == "folder" and is_external(args.model):  # which may be made for so many
+            with relative_paths(args.resume, data_path=args.data_path):
+                classes = len(class_names(args.data_path))
+        check_model(args.model, classes, args.width, info.image_size, info.channels)
+    except InputError as error:
+        parser.error(str(error))
     except ValueError as error:
         parser.error(f"--{error}")
     return args
@@ -194,7 +207,9 @@ def build_parser() -> cli.Parser:
     cli.add_data_options(parser)
     group = parser.add_argument_group("network")
     cli.add_network_option(group)
-    cli.add_option(group, "width", f"64 is the published size of every network ({_by_data(0)})", cli.COUNT, "N")
+    cli.add_option(
+        group, "width", f"64 is the published size of every network ({_by_data(0)})", cli.number(int, 1, 2**16), "N"
+    )
     add_ensemble_options(parser.add_argument_group("ensemble"))
     add_optimization_options(parser.add_argument_group("optimization"))
     group = parser.add_argument_group("run")

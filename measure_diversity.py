@@ -108,7 +108,8 @@ def main(args: argparse.Namespace) -> None:
     if "predict" in args.mode:
         logits, labels, _ = measurement.predictions(measurement.parts("val")[0])
         temperatures = fit_temperatures(torch.log_softmax(logits.double(), dim=2), labels, args.average)
-        keep_temperatures(measurement, temperatures["ensemble"], args.average)
+        if not measurement.other_data:
+            keep_temperatures(measurement, temperatures["ensemble"], args.average)
         of_subsets = subset_temperatures(logits, labels, args.average)
     results: dict[str, Any] = {}
     for split in measurement.splits:

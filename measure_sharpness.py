@@ -79,7 +79,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_option(group, "ntk_samples", "images of the NTK", cli.number(int, 2), "N", default=100)
     text = "only parameters whose names match (default: all; NTK: weight$); not in fisher"
     cli.add_option(group, "params", text, str, "REGEX")
-    args = parser.parse_args(argv)
+    given, args = parser.parse_given(argv), parser.parse_args(argv)
+    used = {name for mode in args.mode for name in PROTOCOL[mode]}
+    used |= {"norms"} if set(args.mode) & {"APGD_worst", "APGD_average"} else set()
+    known = {"norms", *itertools.chain(*PROTOCOL.values())}
+    idle = [f"--{name}" for name in given if name in known - used and name != "params"]
+    if idle:
+        print(f"note: {', '.join(idle)}: no effect on --mode {','.join(args.mode)}", file=sys.stderr)
     if args.n_draws % 2:
         parser.error(f"--n_draws: expected an even number, since draws come in pairs, got {args.n_draws}")
     if args.trace_method == "hutch++" and args.probes < 6:

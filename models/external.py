@@ -152,7 +152,10 @@ def _timm(name: str, num_classes: int, image_size: int, in_channels: int) -> nn.
     # A name with a : or / would be fetched from a hub, or read from a folder.
     if not re.fullmatch(r"\w+(\.\w+)?", name, re.ASCII) or not timm.is_model(name):
         raise _unknown("timm", name, timm.list_models())
-    config = timm.models.get_pretrained_cfg(name)
+    try:
+        config = timm.models.get_pretrained_cfg(name)
+    except RuntimeError as error:  # of a tag behind the name
+        raise ValueError(f"model: timm:{name}: {_words(error)}; leave the tag out, weights are drawn anew") from error
     # Networks whose weights depend on the size of the images are made for it; others have no such argument.
     size = {"img_size": image_size} if config is not None and config.fixed_input_size else {}
     options = {"num_classes": num_classes, "in_chans": in_channels, **size}
@@ -262,9 +265,12 @@ def _try(
         model.to(memory_format=torch.channels_last).train()
     except RuntimeError as error:
         raise ValueError(f"model: {name} cannot be put into channels_last memory: {_words(error)}") from error
-    for batch, training in ((2, True), (1, False), (1, False)):
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    unseen = 0
+    for i, (batch, training) in enumerate(((2, True), (1, False), (1, False))):
         images = torch.zeros(batch, in_channels, image_size, image_size, device=device)
         images = images.to(memory_format=torch.channels_last)
+        version = images._version
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -274,6 +280,9 @@ def _try(
         except Exception as error:
             what = f"{in_channels} x {image_size} x {image_size} images in channels_last memory"
             raise ValueError(f"model: {name} cannot take {what}: {_words(error)}") from error
+        if images._version != version:
+            way_out = "other passes see the same images; let it work on a copy (x = x - mean)"
+            raise ValueError(f"model: {name} changes its input in place, but {way_out}")
         if not isinstance(out, Tensor):
             kind = f"{type(out).__name__} in {'train' if training else 'eval'} mode"
             way_out = "make it in a file of your own that returns the logits alone (--model FILE.py:FACTORY)"
@@ -282,7 +291,15 @@ def _try(
             got = f"{out.dtype} {list(out.shape)}"
             raise ValueError(f"model: {name}: expected float logits [{batch}, {num_classes}], got {got}")
         try:
-            out.sum().backward()
+            if i < 2:
+                model.zero_grad()
+                out.sum().backward()
+            else:  # as scores and sharpness take it
+                found = torch.autograd.grad(out.sum(), weights, allow_unused=True)
+                unseen = sum(g is None and w.grad is not None for g, w in zip(found, weights, strict=True))
         except RuntimeError as error:  # the second time in eval mode: LeViT and others store tensors of the first there
             why = "its gradient cannot be taken" + ("" if training else " twice in eval mode, as sharpness requires")
             raise ValueError(f"model: {name}: {why}: {_words(error)[:80]}") from error
+    if unseen:
+        way_out = "with torch.utils.checkpoint use_reentrant=False"
+        raise ValueError(f"model: {name} hides {unseen} of its weights from torch.autograd.grad; {way_out}")

@@ -84,6 +84,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.jobs = cores() if args.jobs == "auto" else args.jobs
     if args.images and not args.validation:
         parser.error("--images: given without --validation; say how many images to validate on")
+    if args.corrupted and args.data == "folder":
+        parser.error("--corrupted: not for --data folder; make the copies by scripts/make_corrupted.py, they are found")
     return args
 
 

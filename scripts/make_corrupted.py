@@ -39,7 +39,7 @@ from utils.cli import Choices, Parser, add_flag, add_image_size, fail, image_siz
 from utils.corruptions import SIZES, corrupt
 from utils.data import ImageSet
 from utils.datasets import CORRUPTIONS, NAMES, SEVERITIES, corrupted_name, load_data
-from utils.files import load_json, open_atomically, refusing, visible, write_array, write_atomically, write_json
+from utils.files import load_json, locked, open_atomically, refusing, visible, write_array, write_atomically, write_json
 
 PUBLISHED = {"cifar10": 2535967, "cifar100": 3555552, "tiny_imgnet": 8206060}  # records at zenodo.org
 CHUNK = 256  # images of one task
@@ -87,16 +87,18 @@ def main(args: argparse.Namespace) -> None:
     folder = args.to / name
     with refusing(f"--to: {folder} cannot be created"):
         folder.mkdir(parents=True, exist_ok=True)
-    _check_origin(folder, test, count)
     shape = (len(SEVERITIES) * count, test.height, test.width, test.channels)
-    todo = [corruption for corruption in args.corruptions if not _is_done(folder / f"{corruption}.npy", shape)]
-    started = time.monotonic()
-    try:
-        _make(folder, test, shape, todo, args.workers)
-    except BrokenProcessPool as error:
-        raise RunError("a worker was killed (out of memory?); re-run the same command with fewer --workers") from error
-    except KeyboardInterrupt:
-        fail("interrupted; re-run the same command to resume after the last finished corruption", status=130)
+    with locked(folder / ".lock"):  # the same command that is started meanwhile waits
+        _check_origin(folder, test, count)
+        todo = [corruption for corruption in args.corruptions if not _is_done(folder / f"{corruption}.npy", shape)]
+        started = time.monotonic()
+        try:
+            _make(folder, test, shape, todo, args.workers)
+        except BrokenProcessPool as error:
+            what = "a worker was killed (out of memory?)"
+            raise RunError(f"{what}; re-run the same command with fewer --workers") from error
+        except KeyboardInterrupt:
+            fail("interrupted; re-run the same command to resume after the last finished corruption", status=130)
     speed, existed = len(todo) * shape[0] / (time.monotonic() - started), len(args.corruptions) - len(todo)
     notes = (f", {speed:.0f} images/s" if todo else "") + (f", {existed} existed" if existed else "")
     print(f"wrote {len(todo)} corruptions of {count} images to {folder}{notes}")

@@ -104,7 +104,10 @@ def find_images(places: list[Path]) -> list[str]:
     files = []
     for place in places:
         if place.is_dir():
-            found = [os.path.join(place, inside) for inside, _, _ in find_files(place, "")]
+            try:
+                found = [os.path.join(place, inside) for inside, _, _ in find_files(place, "")]
+            except InputError as error:
+                raise InputError(str(error).replace("--data_path", "--images", 1)) from error
             if not found:
                 raise InputError(f"--images {place}: an empty folder; name one that holds images")
             files += found
@@ -135,7 +138,7 @@ def read_picture(file: str, ensemble: Ensemble) -> Picture:
     except Exception as error:  # a damaged file raises nearly anything
         return Picture(file, None, getattr(error, "strerror", None) or first_line(error)[:120], False, False)
     pixels = ensemble.coloured(pixels if whole else ensemble.placed(pixels))
-    other_size = size not in (inputs, (picture, picture))
+    other_size = not whole and size != (picture, picture)
     return Picture(file, pixels, "", other_size, grey != (ensemble.channels == 1))
 
 

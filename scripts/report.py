@@ -221,7 +221,8 @@ def described(plan: dict[str, Any], measured: Measured) -> list[str]:
     recipe = ", ".join(text.format(trained[name]) for name, text in RECIPE.items() if trained.get(name) is not None)
     machine = f"{plan['jobs']} single-thread processes" if plan["jobs"] > 1 else "one process at a time"
     commits = sorted({one.content["environment"]["commit"] or "no clone" for one in ensembles})
-    ball = results.sharpness_protocol(next(iter(measured["sam"].values())), "APGD_worst-l2")
+    sam = next(iter(measured["sam"].values()))
+    ball = results.sharpness_protocol(sam, "APGD_worst-l2")
     corrupted = ""
     if "corrupted" in first["result"]:
         corrupted = f", corrupted copies of {results.require(ensembles[0], 'corrupted', 'mean', 'samples'):g}"
@@ -235,8 +236,8 @@ def described(plan: dict[str, Any], measured: Measured) -> list[str]:
         * any(commit.endswith("-dirty") for commit in commits),
         f"Ensemble accuracy on validation: {choices(plan)}.{chance(plan, images)}",
         f"Sharpness: the rise of the loss in the worst case within {'an adaptive' if ball['adaptive'] else 'a'} l2 "
-        f"ball of radius {ball['rho0']:g}, mean over {ball['batch_num']} batches of {ball['eval_batch_size']} training "
-        f"images, by '{ball['maximiser']}' in {ball['n_iters']} iterations.",
+        f"ball of radius {ball['rho0']:g}, mean over {results.batches_of(sam, 'APGD_worst-l2')} batches of "
+        f"{ball['eval_batch_size']} training images, by '{ball['maximiser']}' in {ball['n_iters']} iterations.",
     ]
 
 

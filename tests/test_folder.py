@@ -231,7 +231,7 @@ def test_odd_files_are_named(folder, capsys):
     (folder / "bee" / "more" / "and more").mkdir(parents=True)
     Image.fromarray(picture(seed=1)).save(folder / "bee" / "more" / "and more" / "\udcff\n.png")
     (folder / "bee" / "more" / "again").symlink_to(folder / "bee")  # a circle
-    for junk in (".hidden.png", "Thumbs.db", "._000.png", "@eaDir/x.png", "__MACOSX/y.png"):
+    for junk in (".hidden.png", "Thumbs.db", "._000.png", "@eaDir/x.png", "__MACOSX/y.png", "#recycle/z.png"):
         (folder / "cat" / junk).parent.mkdir(exist_ok=True)
         (folder / "cat" / junk).write_text("junk")
     (folder / ".git").mkdir()
@@ -272,6 +272,9 @@ WRONG = {
     "no image": "no file in dog is an image that can be read (no image of a format that Pillow reads)",
     "train alone": "expected train/ and test/ (and val/), got train alone",
     "train and valid": "holds valid/ beside train/ and test/",
+    "train and Val": "holds Val/ beside train/ and test/",
+    "Training and Testing": "expected train/ and test/ (and val/), got Testing, Training alone; rename or complete",
+    "train and val among others": "expected train/ and test/ (and val/), got train, val; rename or complete them, or",
     "other classes": "dog: only in train/ or in test/, expected in both",
     "empty test class": "no images in test/bee",
     "too few": "too few images, none are left for val",
@@ -304,6 +307,14 @@ def test_bad_folders(case, folder, tmp_path, capsys):
             shutil.rmtree(place / "test")
         elif case == "train and valid":
             (place / "valid").mkdir()
+        elif case == "train and Val":
+            (place / "Val").mkdir()
+        elif case == "Training and Testing":
+            (place / "train").rename(place / "Training")
+            (place / "test").rename(place / "Testing")
+        elif case == "train and val among others":
+            (place / "test").rename(place / "val")
+            (place / "unlabelled").mkdir()
         elif case == "other classes":
             (place / "train" / "dog").mkdir()
         elif case == "empty test class":
@@ -326,6 +337,13 @@ def test_a_class_without_training_images(tmp_path, capsys):
     split = ["--train_idx_path", tmp_path / "train.npy", "--val_idx_path", tmp_path / "val.npy"]
     line = refused(capsys, *TINY, "--data_path", place, "--save_path", tmp_path / "run", *split)
     assert f"--data_path {place}: no training images of b; add some, or remove the class" in line
+
+
+def test_classes_that_are_signs(tmp_path):
+    """Their names begin as those of some junk do."""
+    names = ("#", "$", "@", "#5", "train")  # a vehicle, among others
+    place = files.write_image_folder(tmp_path / "signs", dict.fromkeys(names, 8))
+    assert read_images(place, 8, 1).classes == sorted(names)
 
 
 def test_options_that_contradict(folder, tmp_path, capsys):
@@ -683,6 +701,13 @@ def test_measuring_on_other_images(trained, tmp_path, capsys):
     data = load_data("folder", other, image_size=8, inputs=inputs)
     assert list(data.info.preprocessing.mean) == inputs["mean"]
     assert "means and deviations are those of training" in capsys.readouterr().err
+    # Their temperature is not the run's: on its own images, predictions would be cooled by that of others.
+    words[words.index("disagreement")] = "predict"
+    (run / "temperatures.json").unlink(missing_ok=True)
+    for place, kept in ((other, False), (trained[0], True)):
+        cli.run(measure_diversity.main, measure_diversity.parse_args([*words, "--data_path", str(place)]))
+        assert ("not the images, or not the split, that the members were" in capsys.readouterr().err) == (not kept)
+        assert (run / "temperatures.json").exists() == kept
 
 
 def test_a_run_is_resumed_to_the_bits(trained, tmp_path, monkeypatch, capsys):

@@ -230,6 +230,9 @@ def test_resume_by_the_folder(tmp_path, capsys):
     assert capsys.readouterr().out.partition("checkpoints")[2] == table
     assert "--epochs 3 here, 2 there" in refused(["--resume", tmp_path / "run", "--epochs", "3"], capsys)
     assert "--overwrite: given with --resume" in refused(["--resume", tmp_path / "run", "--overwrite"], capsys)
+    line = refused(["--resume", tmp_path / "run", "--save_path", tmp_path / "other"], capsys)
+    assert "--save_path: given with --resume" in line
+    assert "--width: expected a whole number from 1 to 65536" in refused(["--width", "10000000000"], capsys)
     moved = (tmp_path / "run").rename(tmp_path / "moved")
     call(["--resume", moved])
     assert f"wrote {moved}" in capsys.readouterr().out

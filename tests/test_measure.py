@@ -750,6 +750,12 @@ def test_bad_input(saved, tmp_path, capsys):
     for mode in ("fisher", "all", "NTK,fisher"):
         line = refused(capsys, "sharpness", "--resume", *paths, "--params", "weight", "--mode", mode, *common)
         assert "--params: has no effect on --mode fisher" in line
+    call("sharpness", "--resume", *paths, "--n_draws", 6, "--save", tmp_path / "o", "--n_iters", 1, "--batch_num", 1)
+    assert "note: --n_draws: no effect on --mode APGD_worst" in capsys.readouterr().err
+    line = refused(
+        capsys, "diversity_variance", "--resume", *paths, "--mode", "variance_mse_c", "--split", "val", *common
+    )
+    assert "--split: --mode variance_mse_c takes the corrupted images alone" in line
     for flags in (["--n_draws", 5], ["--rho0", 0], ["--norms", "l1"], ["--probes", 5, "--trace_method", "hutch++"]):
         assert flags[0] in refused(capsys, "sharpness", "--resume", *paths, *flags, *common)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("*.json"))

@@ -9,6 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import measure_diversity
@@ -18,6 +19,7 @@ from models import check_model, create_model, full_name
 from models.external import try_external
 from sam import SAM
 from tests import reference
+from tests.files import write_image_folder
 from tests.test_ensemble import ROOT
 from tests.test_main import call, refused
 from utils import InputError, cli
@@ -80,6 +82,27 @@ class Stored(Two):
         if not hasattr(self, "kept"):
             self.kept = self.head.weight * 2
         return self.stem(x).mean((2, 3)) @ self.kept.T
+
+class InPlace(Two):
+    def forward(self, x):
+        return Net.forward(self, x.sub_(0.5))
+
+class Reentrant(Two):
+    def forward(self, x):
+        from torch.utils.checkpoint import checkpoint
+        return self.head(checkpoint(self.stem, x.requires_grad_(), use_reentrant=True).mean((2, 3)))
+
+class Noisy(nn.Module):
+    def __init__(self, num_classes, in_channels=3):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(in_channels, 4, 3), nn.BatchNorm2d(4))
+        self.head = nn.Linear(4, num_classes)
+
+    def forward(self, x):
+        return self.head(self.stem(x).mean((2, 3)))
+
+def ten(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 3))
 
 def features(num_classes):
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
@@ -296,6 +319,8 @@ def test_scores_of_layers_that_do_not_stand_alone(network):
         ("net.py:Two", 32, "returns a tuple in train mode, not one tensor of logits"),
         ("net.py:TwoLater", 32, "returns a tuple in eval mode, not one tensor of logits"),
         ("net.py:Stored", 32, "its gradient cannot be taken twice in eval mode"),
+        ("net.py:InPlace", 32, "changes its input in place, but other passes see the same images; let it work on a c"),
+        ("net.py:Reentrant", 32, "hides 4 of its weights from torch.autograd.grad; with torch.utils.checkpoint"),
         ("net.py:features", 32, r"expected float logits \\[2, 5\\], got torch.float32 \\[2, 4, 30, 30\\]"),
         ("net.py:lazy", 32, "has lazy layers"),
         ("net.py:no_statistics", 32, "BatchNorm without running statistics"),
@@ -330,6 +355,56 @@ def test_other_widths_and_channels():
     assert grey.fc.out_features == 5
 
 
+def test_a_file_that_is_made_for_the_classes_of_a_folder(file, tmp_path, capsys):
+    """It is tried with their number, before a long run."""
+    place = write_image_folder(tmp_path / "x", dict.fromkeys("abc", 12))
+    words = ["--data", "folder", "--data_path", place, "--image_size", "8", "--epochs", "1", "--seed", "1"]
+    call([*words, "--model", f"{file}:ten", "--save_path", tmp_path / "run"])
+    shutil.rmtree(place / "c")
+    line = refused([*words, "--model", f"{file}:ten", "--save_path", tmp_path / "other"], capsys)
+    assert "expected float logits [2, 2], got torch.float32 [2, 3]" in line
+
+
+def test_averages_do_not_depend_on_what_was_drawn_before(file, tmp_path):
+    """The statistics of BatchNorm behind a dropout: written anew, they are the same bytes."""
+    words = ["--model", f"{file}:Noisy", "--epochs", "2", "--average_from", "1", "--seed", "1", "2", "--jobs", "1"]
+    call([*words, "--save_path", tmp_path / "run"])
+    found = {path: path.read_bytes() for path in (tmp_path / "run").glob("seed_*/*averag*")}
+    assert len(found) == 2
+    for path in found:
+        path.unlink()
+    call([*words, "--save_path", tmp_path / "run"])
+    assert all(path.read_bytes() == content for path, content in found.items())
+
+
+class Cosine(nn.Module):
+    """A head that uses a layer without calling it."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x):
+        return F.linear(F.normalize(x), F.normalize(self.linear.weight), self.linear.bias)
+
+
+@pytest.mark.parametrize("change", ["weight_norm", "not called"])
+def test_a_changed_network_of_this_repository_is_tried_too(change):
+    """Its class is ours, its layers are not."""
+    torch.manual_seed(0)
+    model = create_model("resnet18", 5, 2).double()
+    if change == "weight_norm":
+        torch.nn.utils.weight_norm(model.linear)
+    else:
+        model.linear = Cosine(model.linear)
+    model.eval()
+    images, labels = torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 3, 1, 4])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = per_sample_fisher(model, images, labels)
+    torch.testing.assert_close(found, reference.fisher_by_samples(model, images, labels), rtol=1e-8, atol=0)
+
+
 def test_timm_is_optional(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ValueError, match=r"timm cannot be imported.*; install it by pip install timm"):
@@ -341,6 +416,12 @@ def test_timm_never_fetches(name, near):
     pytest.importorskip("timm")
     with pytest.raises(ValueError, match=f"timm has no classifier '{name}'.*{near}"):
         check_model(f"timm:{name}", 5)
+
+
+def test_a_tag_that_timm_does_not_know():
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match=r"timm:resnet18\.nothing: .*leave the tag out, weights are drawn anew"):
+        check_model("timm:resnet18.nothing", 5)
 
 
 RECIPE = ["--sam", "--rho", "0.05", "--flat_ratio", "0.5", "--optimizer", "adamw", "--label_smoothing", "0.1"]

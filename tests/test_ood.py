@@ -8,10 +8,10 @@ from PIL import Image
 import utils.predictions
 from tests import files, reference
 from tests.test_measure import call, no_pass, outputs, refused, save_corrupted, save_member
-from utils import ood
+from utils import InputError, ood
 from utils.data import ImageSet, Preprocessing
 from utils.datasets import load_data
-from utils.metrics import crossed_interval, out_of_distribution, unpack_values
+from utils.metrics import OOD_METRICS, crossed_interval, out_of_distribution, unpack_values
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +104,19 @@ def test_corrupted_copies(saved, tmp_path):
     assert len(unpack_values(one["values_of_samples"]["entropy"]["auroc"])) == 30
 
 
+def test_parts_with_different_numbers_of_images(saved, tmp_path):
+    """As of a published set of which files are missing: means over parts stand, without intervals."""
+    random = np.random.RandomState(0)
+    parts = []
+    for count in (20, 19):
+        low, high = (torch.from_numpy(random.rand(2, n, 4)).log() for n in (30, count))
+        parts.append(ood.compare(ood.scores(low), ood.scores(high), ood.largest_scores(2, 4), False))
+    found = ood.summarize(parts, {"images": 20})
+    assert found["intervals_95"]["entropy"] == dict.fromkeys(OOD_METRICS)
+    both = [part["entropy"]["auroc"] for part, _ in parts]
+    assert found["scores"]["entropy"]["auroc"] == pytest.approx(np.mean(both))
+
+
 def test_one_member_has_no_mutual_information(saved, tmp_path, capsys):
     call("diversity", "--resume", saved[1][0], "--save", tmp_path, "--mode", "ood")
     out = capsys.readouterr().out
@@ -128,6 +141,17 @@ def test_the_same_data_is_refused(saved, tmp_path, capsys):
     Image.fromarray(255 - test.images[0, ..., 0].numpy()).save(tmp_path / "copy" / "other.png")
     call(*common, "--ood", f"folder:{place}")
     assert "5 of its 6 images are test images of the run" in capsys.readouterr().err
+
+
+def test_the_same_pictures_are_refused_without_their_border(tmp_path):
+    """Inputs of Fashion-MNIST are its pictures with two zeros around them; a folder's are scaled to the whole size."""
+    files.write_fashion_mnist(tmp_path / "fashion-mnist", train=130, test=6)
+    data = load_data("fashion_mnist", tmp_path)
+    (tmp_path / "copy").mkdir()
+    for i, image in enumerate(data.test.pixels(slice(6)).numpy()):
+        Image.fromarray(image[2:-2, 2:-2, 0]).save(tmp_path / "copy" / f"{i}.png")
+    with pytest.raises(InputError, match="copy: its images are the test images of the run"):
+        ood.read_set("folder", tmp_path / "copy", data, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from models import create_model
 from scripts import plot
 from tests.test_ensemble import ROOT
 from tests.test_measure import save_member
-from utils import claims, cli, landscape, plots
+from utils import InputError, claims, cli, landscape, plots
 from utils.checkpoint import load_model
 from utils.datasets import load_data
 from utils.files import write_array, write_json
@@ -423,6 +423,8 @@ def test_curves(runs):
     assert lines[2].get_xdata().tolist() == [1, 2, 3, 4]
     assert lines[-1].get_xdata()[0] == 2.5
     assert axes[3].get_lines()[0].get_ydata().tolist() == pytest.approx([40] * 4)
+    assert "Until its sets are made, SharpBalance is SAM." in notes(figure("curves", runs))
+    assert "Until its sets" not in notes(figure("curves", runs[:2]))
 
 
 def test_a_diverged_loss_does_not_squeeze_the_others(runs, tmp_path):
@@ -589,6 +591,22 @@ def test_the_curvature_along_the_top_eigenvector():
     assert norms == pytest.approx([length, length])
     assert curvature(direction) == pytest.approx(eigenvalue * length**2, rel=1e-3)
     assert curvature(random) < eigenvalue * length**2
+    # What is not trained does not move.
+    model[0].requires_grad_(False)
+    direction, eigenvalue, _ = landscape.top_direction(model, batches)
+    assert not any(way.any() for way in direction[:2])
+    assert curvature(direction) == pytest.approx(eigenvalue * sum(w.square().sum().item() for w in direction), rel=1e-3)
+
+
+def test_a_landscape_without_second_derivatives(runs, few_steps, tmp_path, monkeypatch, capsys):
+    """As of hard sigmoids: the other panels need none."""
+
+    def without(*rest):
+        raise InputError("the Hessian: torch has no second derivative of hardswish; measure without")
+
+    monkeypatch.setattr(landscape, "along_top", without)
+    assert len(drawn_well(figure("landscape", runs, tmp_path / "a"), 2)) == 2
+    assert capsys.readouterr().err.count("without the top eigenvector; the Hessian: torch has no second derivat") == 1
 
 
 def test_a_method_has_one_name_and_colour(tmp_path):
@@ -726,6 +744,18 @@ def test_map_of_verdicts():
     assert half.norm(3.0) == pytest.approx(0.75)  # half of the way, since twice the margin has the full colour
     for sight in SIGHT:
         assert least_distance([plots.BETTER(0.0)[:3], plots.BETTER(1.0)[:3], (1, 1, 1)], sight) > 30
+
+
+def test_the_batches_of_few_images(tmp_path):
+    """Those that there were, not those that were asked for."""
+    folder = measure(tmp_path / "a", SAM)
+    content = json.loads((folder / "sharpness.json").read_text())
+    content["protocol"] |= {"batch_num": 100, "eval_batch_size": 5, "split": "train"}
+    content["result"]["APGD_worst-l2"]["members"] = [{"images": 297}] * 2
+    write_json(folder / "sharpness.json", content)
+    assert "mean over members and 60 batches of 5 train images" in notes(figure("tradeoff", [folder])).replace(
+        "\n", " "
+    )
 
 
 def test_bad_measurements(three, tmp_path, capsys):

@@ -319,7 +319,7 @@ def test_parts_of_other_code_or_another_device_are_measured_anew(change, members
     result = call("sharpness", *common, "--mode", "fisher")["result"]
     assert measured == ["fisher", "fisher"]
     error = capsys.readouterr().err
-    assert error.count("\n") == 1
+    assert error.count("note: m/sharpness/") == 1
     assert f"fisher.json: measured {why}; measured anew (2 such parts)" in error
     assert result["fisher"]["mean"] == first["fisher"]["mean"]
     assert all(row["commit"] == "second" for row in result["fisher"]["members"])

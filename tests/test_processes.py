@@ -1,6 +1,7 @@
 """Processes of this machine: what they share out, say and fail at, and scripts without a new interpreter."""
 
 import json
+import signal
 import subprocess
 import sys
 import textwrap
@@ -8,7 +9,7 @@ import textwrap
 import pytest
 
 from tests.test_ensemble import ROOT, TINY, run
-from utils import processes
+from utils import distributed, processes
 
 
 def python(program, *words):
@@ -80,7 +81,14 @@ def test_what_fails_in_one_ends_all(fault, expected):
 
 def test_memory_of_a_control_group(monkeypatch):
     files = {"/proc/meminfo": "MemTotal: 100 kB\nMemAvailable: 50 kB\n"}
-    monkeypatch.setattr(processes.Path, "read_text", lambda path: files[str(path)])
+    files["/proc/self/cgroup"] = "0::/jobs/mine\n3:memory:/\n4:cpu,cpuacct:/\n"
+
+    def read(path):
+        if str(path) not in files:
+            raise FileNotFoundError
+        return files[str(path)]
+
+    monkeypatch.setattr(processes.Path, "read_text", read)
     files |= {"/sys/fs/cgroup/memory.max": "40960\n", "/sys/fs/cgroup/memory.current": "10240\n"}
     files |= {
         "/sys/fs/cgroup/memory/memory.limit_in_bytes": "51200",
@@ -89,6 +97,34 @@ def test_memory_of_a_control_group(monkeypatch):
     assert processes.free_memory() == 30720
     files["/sys/fs/cgroup/memory.max"] = "max\n"
     assert processes.free_memory() == 51200
+    # The group of the process itself, in which files that were read can be dropped; one of those around it.
+    mine = "/sys/fs/cgroup/jobs/mine/memory."
+    files |= {f"{mine}max": "30000", f"{mine}current": "25000", f"{mine}stat": "anon 1\ninactive_file 4000\n"}
+    assert processes.free_memory() == 9000
+    files |= {"/sys/fs/cgroup/jobs/memory.max": "26000", "/sys/fs/cgroup/jobs/memory.current": "25000"}
+    assert processes.free_memory() == 1000
+
+
+def test_cores_of_a_quota(monkeypatch, tmp_path):
+    """As a container has that may use two of eight cores."""
+    monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda process: range(8), raising=False)
+    monkeypatch.setattr(distributed, "control_groups", lambda controller: [tmp_path, tmp_path / "above"])
+    assert distributed.cores() == 8
+    for text, cores in (("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1)):
+        (tmp_path / "cpu.max").write_text(text)
+        assert distributed.cores() == cores
+    (tmp_path / "cpu.max").unlink()
+    (tmp_path / "cpu.cfs_period_us").write_text("100000\n")
+    for text, cores in (("-1\n", 8), ("350000\n", 3)):
+        (tmp_path / "cpu.cfs_quota_us").write_text(text)
+        assert distributed.cores() == cores
+
+
+def test_a_command_that_would_begin_anew_is_not_said_again(monkeypatch, capsys):
+    for words, text in ((["--epochs", "3"], "command to"), (["--overwrite"], "command without --overwrite to")):
+        monkeypatch.setattr(sys, "argv", ["main.py", *words])
+        processes.say_stopped(signal.SIGTERM)
+        assert f"stopped by SIGTERM; all work is saved: re-run the same {text} resume" in capsys.readouterr().err
 
 
 def test_measuring_side_by_side_gives_the_same_numbers(tmp_path):

@@ -1,7 +1,9 @@
 """What the scripts share; each module says in its first line what it holds."""
 
 import re
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -10,6 +12,12 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """A run that cannot go on: the scripts print its message as one line and exit with status 1."""
+
+
+def again() -> str:
+    """How to go on with what was interrupted: by the same command, but for --overwrite, which would begin anew."""
+    anew = any(word.partition("=")[0] == "--overwrite" for word in sys.argv[1:])
+    return "re-run the same command" + " without --overwrite" * anew
 
 
 def first_line(error: BaseException) -> str:
@@ -38,3 +46,18 @@ def out_of_memory(error: Exception) -> bool:
     """Whether the memory of the device or of the machine was too small: torch says so by a RuntimeError of any kind."""
     words = ("out of memory", "allocate memory", "enough memory")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+def control_groups(controller: str) -> list[Path]:
+    """Folders of the Linux control groups that may limit this process: its own, and those around it."""
+    found = []
+    try:
+        lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:  # another system
+        return []
+    for _, controllers, path in lines:  # of version 2 there is one line, without names
+        root = Path("/sys/fs/cgroup", *[controller] * bool(controllers))
+        if not controllers or controller in controllers.split(","):
+            place = root / path.lstrip("/")
+            found += [folder for folder in (place, *place.parents) if folder.is_relative_to(root)]
+    return found

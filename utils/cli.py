@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from models import MODELS, full_name
-from utils import InputError, RunError, out_of_memory, printable, processes
+from utils import InputError, RunError, again, out_of_memory, printable, processes
 from utils.datasets import CORRUPTIONS, DEFAULT_SIZE, NAMES, SEVERITIES, SPLITS
 from utils.files import PINNED, broken_link, pinned
 
@@ -173,7 +173,9 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace, fo
     except OSError as error:  # unexpected ones: a failing disk, permissions that were taken away
         fail(f"{error.filename or 'a file'}: {error.strerror or error}", status=1)
     except KeyboardInterrupt:
-        fail("interrupted; re-run the same command to resume after the last finished epoch", status=130)
+        if hasattr(args, "epochs"):
+            fail(f"interrupted; {again()} to resume after the last finished epoch", status=130)
+        fail("interrupted" + "; what is finished is kept, re-run the same command" * hasattr(args, "save"), status=130)
 
 
 def boolean(text: str) -> bool:

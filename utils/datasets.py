@@ -40,6 +40,8 @@ DATASETS = {
     # A mirrored digit is another sign, and in 8 pixels a shift by one is large.
     "digits": DatasetInfo(10, 8, Preprocessing((0.3053,), (0.3763,), padding=1)),
 }
+# To which pictures are scaled where inputs have a border of zeros, see `_read_fashion_mnist`.
+PICTURE_SIZE = {"fashion_mnist": 28}
 NAMES = (*DATASETS, "folder")
 DEFAULT_SIZE = 64  # of the images of a folder
 

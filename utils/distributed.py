@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from utils import InputError, RunError, first_line
+from utils import InputError, RunError, again, control_groups, first_line
 
 # Ranks start together; later they wait for slower ones as long as it takes, and the watch checks that these are alive.
 START, FOREVER = timedelta(minutes=5), timedelta(days=365)
@@ -38,8 +38,17 @@ _watch: "Watch | None" = None
 
 
 def cores() -> int:
-    """How many CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many CPU cores this process may use: those it is bound to, or the whole ones that its quota comes to."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for folder in control_groups("cpu"):
+        for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # of version 2, and of version 1
+            try:
+                quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
+            except (OSError, ValueError):  # of the other version, or without a quota
+                continue
+            if quota > 0:
+                count = min(count, max(1, quota // period))
+    return count
 
 
 def cpu_kind() -> str:
@@ -109,7 +118,8 @@ def _keep_freed_memory() -> None:
     m_trim_threshold, m_mmap_threshold, largest = -1, -3, 2**30
     try:
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(m_mmap_threshold, largest)
+        if not libc.mallopt(m_mmap_threshold, largest):
+            libc.mallopt(m_mmap_threshold, 2**25)  # the most that glibc before 2.35 takes
         libc.mallopt(m_trim_threshold, largest)
     except (OSError, AttributeError):
         pass  # another C library, with an allocator of its own
@@ -350,7 +360,7 @@ class Watch:
             gone = [other for other in range(1, ranks()) if not self._reaches(other)]
         who = ", ".join(self.names[number] for number in gone) or "another rank"
         text = f"rank {rank()}: {who} has ended or does not answer"
-        print(f"{text}; this rank stops: re-run the same command to resume", file=sys.stderr, flush=True)
+        print(f"{text}; this rank stops: {again()} to resume", file=sys.stderr, flush=True)
         if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # before and after training: there is nothing to save
             os._exit(1)
         os.kill(os.getpid(), signal.SIGTERM)

@@ -86,8 +86,7 @@ def train_members(run: Run, members: list[Member]) -> None:
     for member in members:
         member.check_best()
         if member.average is not None:
-            with run.signals.deferred():
-                member.save_average()
+            member.save_average()
 
 
 def assign_samples(run: Run, members: list[Member]) -> None:

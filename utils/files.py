@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
-from utils import InputError, RunError, first_line
+from utils import InputError, RunError, again, first_line
 
 # Upper limits, well above what the published data sets and our own files need.
 MAX_JSON, MAX_FILE, MAX_TEXT = 2**28, 2**28, 2**24
@@ -28,8 +28,11 @@ NOT_DOWNLOADED = {
     rb"\s*<(?i:!doctype|html|head|\?xml|!--)": "a web page; download the file itself, by its direct link",
 }
 # What systems and tools leave behind: hidden files, ._* and .DS_Store of macOS, @eaDir and #recycle of file servers.
+# Not every name that begins so: a class may be the sign # or $.
 JUNK = re.compile(
-    r"[.@#$].*|__MACOSX|__pycache__|Thumbs\.db|desktop\.ini|lost\+found|System Volume Information", re.IGNORECASE
+    r"\..*|@(eaDir|tmp|Recycle|Recently-Snapshot)|#(recycle|snapshot)|\$(RECYCLE\.BIN|Recycle\.Bin)|RECYCLER"
+    r"|__MACOSX|__pycache__|Thumbs\.db|desktop\.ini|lost\+found|System Volume Information",
+    re.IGNORECASE,
 )
 NOT_FINITE = "not_finite"  # the key in our JSON files under which their infinities and nans are named
 
@@ -66,7 +69,7 @@ def open_atomically(path: str | Path, size: int, previous: Path | None = None) -
     except OSError as error:
         temporary.unlink(missing_ok=True)
         problem = f"{path}: could not be written ({error.strerror}; {size / 2**20:.1f} MiB are needed)"
-        way_out = "the previous content is untouched: free some space and re-run the same command"
+        way_out = f"the previous content is untouched: free some space and {again()}"
         raise RunError(f"{problem}; {way_out}") from error
 
 

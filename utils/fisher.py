@@ -31,6 +31,8 @@ VMAP_NUMBERS = 2**25  # in their gradients (128 MiB in float32)
 PROBES, TOLERANCE = 3, 1e-4  # images by which a network that is not of this repository is tried
 MOVE_COST = 10  # moving a number through memory takes about as long as so many multiply-adds of a matrix product
 
+WEIGHTS = {"weight", "bias"}
+
 WARNED_OF: set[str] = set()
 Terms = Iterator[Tensor]
 Units = dict[str, tuple[str, ...]]  # the names of a module's parameters within it, by the name of the module
@@ -148,7 +150,10 @@ def _units(model: nn.Module, images: Tensor, labels: Tensor, trainable: set[int]
     owners = {name: names for name, names in owners.items() if names}
     if sum(map(len, owners.values())) > len(trainable):
         raise _NeedsWholeModelError("a parameter belongs to two layers")
-    if type(model).__module__.startswith("models."):
+    # Of this repository, and as it was made: without a layer of somebody else, or weights under other names.
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    ours = all(kind.__module__.startswith(("models.", "torch.nn.modules.")) for kind in kinds.values())
+    if ours and all(kinds[n] in FORMULAS and (kinds[n] is Tokens or {*own} <= WEIGHTS) for n, own in owners.items()):
         return owners
     if model not in UNITS or UNITS[model][0] != trainable:
         if len(images) == 1:
@@ -262,7 +267,10 @@ def _by_layers(model: nn.Module, images: Tensor, labels: Tensor, trainable: set[
         for parameter in parameters:
             parameter.requires_grad_(False)
         with torch.enable_grad():
-            F.cross_entropy(model(images.detach()), labels, reduction="sum").backward()
+            loss = F.cross_entropy(model(images.detach()), labels, reduction="sum")
+            if len(called) < len(names):
+                raise _NeedsWholeModelError("a layer is used without being called")
+            loss.backward()
     finally:
         for handle in handles:
             handle.remove()

@@ -36,7 +36,7 @@ from utils import InputError, RunError, first_line
 from utils.files import JUNK, load_array, load_json, locked, refusing, sync_folder, visible, write_json
 
 PARTS = ("train", "val", "test")
-OTHER_PARTS = {"training", "valid", "validation", "testing"}
+OTHER_PARTS = {*PARTS, "training", "valid", "validation", "dev", "testing"}  # in any case
 # Shares of each class that are drawn where there are no parts; the seed is part of the experiment.
 SHARES, SPLIT_SEED = {"test": 0.2, "val": 0.1}, 0
 FOLDER_CORRUPTED = "folder-{}-C"  # the corrupted copies, which may lie beside the classes
@@ -47,8 +47,9 @@ SCALED_FROM, LARGER = 128, 115
 # Raised by whoever changes what is decoded, so that it is decoded anew.
 CACHE_VERSION = 1
 CHUNK = 16  # files of one request to a process
-# Of processes that decode: glibc keeps freed memory up to 64 MiB, which it would hand back and fault in at every file.
-KEPT_MEMORY = dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(2**26))
+# Of processes that decode: glibc keeps freed memory up to 32 MiB, the most that all its versions take, which it would
+# hand back and fault in at every file.
+KEPT_MEMORY = dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(2**25))
 # Of each file: whether it is decoded; SHA-256 of its pixels; their sums, and the sums of their squares, by channel.
 RECORD = np.dtype([("done", "u1"), ("digest", "u1", 32), ("sums", "<i8", 3), ("squares", "<i8", 3)])
 PROGRAMS = {"EPS"}  # formats for which Pillow starts a program
@@ -115,8 +116,7 @@ def read_images(path: Path, size: int, processes: int) -> Images:
             parts, a class without images that can be read.
         RunError: if the decoded images cannot be written, or a process was killed.
     """
-    parts = _parts(path)
-    classes = _class_names(path, parts)
+    classes, parts = class_names(path), _parts(path)
     files = []  # (part, label, path below `path`, bytes, time)
     for part in parts:
         for label, name in enumerate(classes):
@@ -192,16 +192,18 @@ def _parts(path: Path) -> list[str]:
     if not path.is_dir():
         found = "a file" if path.exists() else "no such folder"
         raise InputError(f"--data_path {path}: expected a folder of images, got {found}")
-    names = [name for name in _folders(path) if name in PARTS or name in OTHER_PARTS]
+    folders = _folders(path)
+    names = [name for name in folders if name.lower() in OTHER_PARTS]
     if {"train", "test"} <= set(names):
-        other = [name for name in names if name in OTHER_PARTS]
+        other = [name for name in names if name not in PARTS]
         if other:
             problem = f"--data_path {path}: holds {other[0]}/ beside train/ and test/"
             raise InputError(f"{problem}; rename it to val/ where it is for validation, or move it elsewhere")
         return [part for part in PARTS if part in names]
-    if names and len(names) == len(_folders(path)):
-        problem = f"--data_path {path}: expected train/ and test/ (and val/), got {', '.join(names)} alone"
-        raise InputError(f"{problem}; complete it, or give a folder of the classes, of which test images are drawn")
+    if len(names) > 1 or (names and names == folders):  # one among others may be a class, as of vehicles
+        problem = f"--data_path {path}: expected train/ and test/ (and val/), got {', '.join(names)}"
+        problem += " alone" * (names == folders)
+        raise InputError(f"{problem}; rename or complete them, or give a folder of classes, of which parts are drawn")
     return [""]
 
 
@@ -211,8 +213,13 @@ def _folders(path: Path) -> list[str]:
     return [name for name in names if not (name.startswith(ours[0]) and name.endswith(ours[1]))]
 
 
-def _class_names(path: Path, parts: list[str]) -> list[str]:
-    """The classes, which all parts must have."""
+def class_names(path: Path) -> list[str]:
+    """The classes of a folder, which all its parts must have, without looking at an image.
+
+    Raises:
+        InputError: as `read_images`.
+    """
+    parts = _parts(path)
     names = _folders(path / parts[0])
     for part in parts[1:]:
         others = _folders(path / part)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from utils import InputError
 from utils.data import DatasetInfo, coloured, scaled
-from utils.datasets import DATASETS, NAMES, folder_info, note
+from utils.datasets import DATASETS, NAMES, PICTURE_SIZE, folder_info, note
 from utils.files import load_json
 from utils.folder import stored_size
 from utils.kept import VERSIONS
@@ -27,8 +27,6 @@ from utils.predictions import SavedMember, load_members
 from utils.run import CHECKPOINTS, find_checkpoints, kept_temperatures, read_settings, run_of
 
 AT_ONCE, LARGE = 128, 64  # the most images in one pass, and the size from which on there are fewer
-# To which pictures are scaled where inputs have a border of zeros: that of `utils.datasets._read_fashion_mnist`.
-PICTURE_SIZE = {"fashion_mnist": 28}
 # Of the published sets, in the order of their labels; those of TinyImageNet are the names of its folders.
 CLASS_NAMES = {
     "cifar10": "airplane automobile bird cat deer dog frog horse ship truck",

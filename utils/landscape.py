@@ -84,6 +84,7 @@ def compute_landscape(folders: list[Path], path: Path) -> None:
     members = [load_members(find_checkpoints([run.folder], "best")) for run in runs]
     total = sum(len(m) * (len(m) + 1) // 2 for m in members)
     content: dict[str, Any] = {"about": about, "runs": []}
+    without: dict[str, None] = {}
 
     def keep(row: dict[str, Any], kind: str, key: str, compute: Callable[[], Any]) -> None:
         known, record = before[kind].get(key) or (None, made_by(kind, here))
@@ -100,11 +101,16 @@ def compute_landscape(folders: list[Path], path: Path) -> None:
             for member in members_of_run:
                 model = member.model.to(device)
                 keep(row, "along", member.digest, partial(along_random, model, batches))
-                keep(row, "top", member.digest, partial(along_top, model, batches))
+                try:
+                    keep(row, "top", member.digest, partial(along_top, model, batches))
+                except InputError as error:  # of a layer without a second derivative: the other panels need none
+                    without.setdefault(str(error).partition(";")[0])
             for a, b in itertools.combinations(members_of_run, 2):
                 compute = partial(losses_between, a.model, b.model, BETWEEN, batches, training)
                 keep(row, "between", f"{a.digest} {b.digest}", compute)
             write_json(path, content)
+    for reason in without:
+        print(f"note: {path}: without the top eigenvector; {reason}", file=sys.stderr)
 
 
 def read_landscape(path: Path) -> list[Ensemble]:
@@ -210,7 +216,7 @@ def top_direction(model: nn.Module, batches: Batches) -> tuple[list[Tensor], flo
     means nothing.
 
     Args:
-        model: all its parameters trainable; measured in eval mode, BatchNorm's statistics stay.
+        model: measured in eval mode, BatchNorm's statistics stay. Parameters that are not trained do not move.
         batches: (images, labels), over which the loss is taken.
 
     Returns:
@@ -223,8 +229,8 @@ def top_direction(model: nn.Module, batches: Batches) -> tuple[list[Tensor], flo
         values, vectors, _ = top_eigenpairs(model, batches)
     weights = list(model.parameters())
     length = sum(to_float64(w).square().sum() for w in weights if w.ndim > 1).sqrt().item()
-    parts = (length * vectors[:, 0]).split([w.numel() for w in weights])
-    direction = [part.view(w.shape).to(w.dtype).to(w.device) for part, w in zip(parts, weights, strict=True)]
+    parts = iter((length * vectors[:, 0]).split([w.numel() for w in weights if w.requires_grad]))
+    direction = [next(parts).view(w.shape).to(w) if w.requires_grad else torch.zeros_like(w) for w in weights]
     return direction, values[0].item(), length
 
 

@@ -81,8 +81,10 @@ class Member:
         checkpoint = self._newest_checkpoint()
         if checkpoint is None and settings.init_from is not None:
             path = unpinned(settings.init_from)
-            weights = load_checkpoint(path, names=self.model.state_dict())["state_dict"]
-            loaded = start_from(self.model, weights, run.data.network["num_classes"], path)
+            found = load_checkpoint(path, names=self.model.state_dict())
+            loaded = start_from(self.model, found["state_dict"], run.data.network["num_classes"], path)
+            if found["unread"]:
+                loaded += f"; also there, and not read: {', '.join(found['unread'])}"
             if seed == settings.seed[0]:  # it is the same for all
                 print(f"--init_from {loaded}", file=sys.stderr)
         self.model.to(device, memory_format=torch.channels_last)
@@ -244,6 +246,7 @@ class Member:
             pass  # missing or damaged: it is written anew, with the same bytes
         settings = self.run.settings
         batches = self.run.data.train.epoch(self.seed, settings.epochs, settings.batch_size)
+        torch.manual_seed((self.seed << 20) + settings.epochs)  # of networks that draw, whatever was drawn before
         update_bn((images for _, images, _ in batches), self.average)
         state = {name: tensor.cpu() for name, tensor in self.average.module.state_dict().items()}
         save_checkpoint(path, {**self._checkpoint(), "state_dict": state, "optimizer": None, "average": None})

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from utils import InputError, metrics, some
 from utils.data import Data, ImageSet, coloured, scaled
-from utils.datasets import NAMES, corrupted_name, find_corrupted, load_data, note
+from utils.datasets import NAMES, PICTURE_SIZE, corrupted_name, find_corrupted, load_data, note
 from utils.distributed import cores
 from utils.folder import read_unlabelled, stored_size
 from utils.metrics import OOD_METRICS, OOD_SCORES
@@ -89,7 +90,7 @@ def read_set(name: str, path: Path | None, data: Data, data_path: Path, download
         images, np.zeros(len(images if rows is None else rows), np.int64), preprocessing, test.device, rows
     )
     if name != NOISE:
-        _refuse_the_same(flag, found, test)
+        _refuse_the_same(flag, found, data)
     return found
 
 
@@ -102,9 +103,14 @@ def fit(images: np.ndarray, size: int, channels: int) -> np.ndarray:
     return found
 
 
-def _refuse_the_same(flag: str, found: ImageSet, test: ImageSet) -> None:
-    """Refuse images of which all are test images of the run; say so where some are."""
-    known = set(_digests(test))
+def _refuse_the_same(flag: str, found: ImageSet, data: Data) -> None:
+    """Refuse images of which all are test images of the run; say so where some are.
+
+    Of those that have a border, files are scaled as pictures without it.
+    """
+    test = data.test
+    border = (test.height - PICTURE_SIZE.get(data.name, test.height)) // 2
+    known = {digest for cut in {0, border} for digest in _digests(test, cut)}
     same = sum(digest in known for digest in _digests(found))
     if same == len(found):
         raise InputError(f"{flag}: its images are the test images of the run; name other data")
@@ -112,9 +118,12 @@ def _refuse_the_same(flag: str, found: ImageSet, test: ImageSet) -> None:
         note(f"{flag}: {same} of its {len(found)} images are test images of the run")
 
 
-def _digests(images: ImageSet) -> Iterator[bytes]:
+def _digests(images: ImageSet, border: int = 0) -> Iterator[bytes]:
     for start in range(0, len(images), AT_ONCE):
         pixels = images.pixels(slice(start, start + AT_ONCE)).cpu().contiguous().numpy()
+        if border:  # by Pillow, as files are scaled, to the bit; the images that have one are grey
+            inner, size = pixels[:, border:-border, border:-border, 0], (images.height, images.height)
+            pixels = np.stack([Image.fromarray(one).resize(size, Image.Resampling.BILINEAR) for one in inner])
         yield from (hashlib.sha256(image).digest() for image in pixels)
 
 
@@ -207,8 +216,11 @@ def summarize(parts: list[Compared], about: dict[str, Any]) -> dict[str, Any]:
     """What a result holds of one set, from `compare` of its parts: means over parts, and their intervals over images.
 
     The intervals are DeLong's, or as his, of the mean of the columns; none where all are alike, as of a score that
-    tells everything apart, or nothing.
+    tells everything apart, or nothing; nor are there values by image of parts with different numbers of images.
     """
+    if len({len(columns["entropy"]["auroc"]) for _, columns in parts}) > 1:
+        none = {score: dict.fromkeys(OOD_METRICS) for score in OOD_SCORES}
+        return about | {"parts": len(parts), "scores": means(parts, curves=True), "intervals_95": none}
     columns: dict[str, dict[str, Tensor]] = {
         score: {name: sum(one[1][score][name] for one in parts) / len(parts) for name in OOD_METRICS}
         for score in OOD_SCORES

@@ -33,6 +33,7 @@ from utils.results import (
     Ensemble,
     Gap,
     Interval,
+    batches_of,
     estimate_of,
     gap_between,
     groups_of,
@@ -302,7 +303,8 @@ def tradeoff(ensembles: list[Ensemble]) -> Figure:
     note += " A line joins what differs in rho only." * any(len(points) > 1 for points in means.values())
     note += f" Sharpness: {'adaptive ' * bool(protocol.get('adaptive'))}worst case, l2, radius {protocol.get('rho0')}"
     if "batch_num" in protocol:
-        note += ", mean over members and {batch_num} batches of {eval_batch_size} {split} images".format(**protocol)
+        batches = batches_of(ensembles[0], "APGD_worst-l2")
+        note += f", mean over members and {batches} batches of {protocol['eval_batch_size']} {protocol['split']} images"
     note += f".{_intervals(shown)}{left_out}"
     return finished(figure, _markers(groups, linestyle="", markersize=5), note)
 

@@ -363,6 +363,7 @@ class Measurement:
     Attributes:
         settings: with what was not given filled in.
         splits: the splits to measure on.
+        other_data: whether the images, or their split, are others than the members' runs record.
         environment: what result files record of it.
 
     Raises:
@@ -416,8 +417,16 @@ class Measurement:
             other = self.members[0].network[name]
             if other != value:
                 raise InputError(f"--data {data}: its {name} is {value}, the network of {paths[0]} has {other}")
-        copies = find_corrupted(data, places["data_path"], image_size=self.data.info.image_size)
-        self.splits = settings.split or ["test", *(["corrupted"] if copies else [])]
+        key = "sha256_of_arrays_and_split"
+        digests = {run: read_entry(run / "environment.json", "data", key) for run in map(run_of, paths) if run}
+        self.other_data = any(digest not in (None, self.data.record[key]) for digest in digests.values())
+        if self.other_data:
+            what = "not the images, or not the split, that the members were trained on: test images may be among those"
+            print(f"note: {places['data_path']}: {what}; temperatures are not kept with the run", file=sys.stderr)
+        self.splits = settings.split
+        if self.splits is None:
+            copies = find_corrupted(data, places["data_path"], image_size=self.data.info.image_size)
+            self.splits = ["test", *(["corrupted"] if copies else [])]
         self.bar = tqdm(disable=not sys.stderr.isatty(), unit="img", unit_scale=True, dynamic_ncols=True, delay=2)
         self._parts: dict[str, list[Part]] = {}
         at_once = recorded.get("batch_size")  # what the run's memory was enough for

@@ -25,11 +25,16 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from utils import InputError, RunError, out_of_memory
+from utils import InputError, RunError, again, control_groups, out_of_memory
 
 # The variable that holds where a process that started the same command anew sends its messages.
 PIPE = "SHARPBALANCE_PIPE"
 MEMORY_SHARE = 0.8  # of the free memory is planned with
+# Of a control group: its limit, what is taken, and which line of memory.stat says what of that are files' contents.
+GROUP_MEMORY = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 KILL_SECONDS = 60  # after which a process that was asked to end is killed
 ERRORS: dict[str, type[Exception]] = {error.__name__: error for error in (InputError, RunError, MemoryError)}
 
@@ -62,14 +67,18 @@ def free_memory() -> int:
         free = next(1024 * int(words[1]) for words in lines if words[0] == "MemAvailable:")
     except (OSError, StopIteration, ValueError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    # Of version 2 and of version 1.
-    for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-        folder = Path("/sys/fs/cgroup", *["memory"] * limit.endswith("bytes"))
-        try:
-            numbers = [int((folder / name).read_text()) for name in (limit, used)]
-        except (OSError, ValueError):  # no such group, or one without a limit
-            continue
-        free = min(free, max(0, numbers[0] - numbers[1]))
+    for folder in control_groups("memory"):
+        for limit, used, cached in GROUP_MEMORY:
+            try:
+                most, taken = (int((folder / name).read_text()) for name in (limit, used))
+            except (OSError, ValueError):  # of the other version, or without a limit
+                continue
+            try:  # files that were read count as taken, though the system drops them when memory is asked for
+                found = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                taken -= int(found[cached])
+            except (OSError, ValueError, KeyError):
+                pass
+            free = min(free, max(0, most - taken))
     return free
 
 
@@ -182,13 +191,13 @@ def _end(group: _Group, failed: _Child | None, name: Callable[[int], str]) -> No
         problem = f"{name(failed.number)} was ended by signal {-failed.status}"
         if failed.status == -signal.SIGKILL:
             problem += ", as a system does that runs out of memory"
-        raise RunError(f"{problem}; re-run the same command to resume")
+        raise RunError(f"{problem}; {again()} to resume")
 
 
 def say_stopped(number: int) -> None:
     """Say that a signal has ended the work and that nothing is lost."""
     name = signal.Signals(number).name.replace("SIGINT", "Ctrl-C")
-    print(f"stopped by {name}; all work is saved: re-run the same command to resume", file=sys.stderr)
+    print(f"stopped by {name}; all work is saved: {again()} to resume", file=sys.stderr)
 
 
 def adopt(work: Callable[[int], object]) -> NoReturn:

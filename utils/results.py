@@ -297,6 +297,14 @@ def _add_sharpness(ensemble: Ensemble) -> None:
         raise InputError(f"{path}: of other weights than diversity.json beside it; measure one of them again")
 
 
+def batches_of(ensemble: Ensemble, part: str) -> int:
+    """The number of batches that a part of the sharpness was measured on, of fewer images than were asked for too."""
+    protocol = sharpness_protocol(ensemble, part)
+    members = ensemble.content["sharpness"]["result"][part].get("members") or [{}]
+    images = (members[0] or {}).get("images")
+    return min(protocol["batch_num"], -(-images // protocol["eval_batch_size"])) if images else protocol["batch_num"]
+
+
 def beyond_linf(ensemble: Ensemble, part: str = "APGD_worst-linf") -> bool:
     """Whether a part of the sharpness was measured in linf at a radius that tables do not show."""
     measured = part in ensemble.content.get("sharpness", {}).get("result", {})

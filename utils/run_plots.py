@@ -57,7 +57,10 @@ def curves(runs: list[Ensemble]) -> Figure:
     whole_numbers(axes[1], "epoch  [1]")
     images = runs[0].content["data"].get("val")
     note = f"{about(groups)}{f'; {images} validation images' if images else ''}. Faint: a member; strong: their mean. "
-    note += "Training: augmented images, at the weights before each step. Until its sets are made, SharpBalance is SAM."
+    note += "Training: augmented images, at the weights before each step."
+    starts = [group.ensembles[0].content["trained"] for group in groups]
+    starts = {one.get("initial_method", "sam") for one in starts if one["sam"] and one["flat_ratio"]}
+    note += f" Until its sets are made, SharpBalance is {' or '.join(map(str.upper, sorted(starts)))}." * bool(starts)
     if above:
         note += f" Losses above a panel, up to {float(f'{above:.2g}'):,g} nats, are cut off."
     return finished(figure, axes[0, 0].get_legend_handles_labels()[0] + handles, note)

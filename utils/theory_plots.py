@@ -19,7 +19,7 @@ REGRESSION = f"Linear regression, n = {SETTING['n']} rows, d = {SETTING['d']}"
 STARTS = {
     "sam": "100 starts each",
     "sharpbalance": f"20 starts on each of {BLOCKS} blocks",
-    "trained": "100 starts each",
+    "trained": "3 members each, the same data and starts for all methods",
 }
 
 
