@@ -80,18 +80,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     text = "only parameters whose names match (default: all; NTK: weight$); not in fisher"
     cli.add_option(group, "params", text, str, "REGEX")
     given, args = parser.parse_given(argv), parser.parse_args(argv)
-    used = {name for mode in args.mode for name in PROTOCOL[mode]}
-    used |= {"norms"} if set(args.mode) & {"APGD_worst", "APGD_average"} else set()
-    known = {"norms", *itertools.chain(*PROTOCOL.values())}
-    idle = [f"--{name}" for name in given if name in known - used and name != "params"]
-    if idle:
-        print(f"note: {', '.join(idle)}: no effect on --mode {','.join(args.mode)}", file=sys.stderr)
     if args.n_draws % 2:
         parser.error(f"--n_draws: expected an even number, since draws come in pairs, got {args.n_draws}")
     if args.trace_method == "hutch++" and args.probes < 6:
         parser.error(f"--probes: expected 6 or more for hutch++, got {args.probes}")
     if args.params is not None and "fisher" in args.mode:
         parser.error("--params: has no effect on --mode fisher, which takes all parameters; leave one of the two out")
+    used = {name for mode in args.mode for name in PROTOCOL[mode]}
+    used |= {"norms"} if set(args.mode) & {"APGD_worst", "APGD_average"} else set()
+    known = {"norms", *itertools.chain(*PROTOCOL.values())}
+    idle = [f"--{name}" for name in given if name in known - used and name != "params"]
+    if idle:
+        print(f"note: {', '.join(idle)}: no effect on --mode {','.join(args.mode)}", file=sys.stderr)
     return args
 
 
