@@ -88,7 +88,7 @@ def main(args: argparse.Namespace) -> None:
     with refusing(f"--to: {folder} cannot be created"):
         folder.mkdir(parents=True, exist_ok=True)
     shape = (len(SEVERITIES) * count, test.height, test.width, test.channels)
-    with locked(folder / ".lock"):  # the same command that is started meanwhile waits
+    with locked(args.to / f".{name}.lock"):  # the same command that is started meanwhile waits
         _check_origin(folder, test, count)
         todo = [corruption for corruption in args.corruptions if not _is_done(folder / f"{corruption}.npy", shape)]
         started = time.monotonic()

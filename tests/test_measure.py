@@ -84,7 +84,8 @@ def refused(capsys, name, *argv):
     with pytest.raises(SystemExit) as end:
         call(name, *argv)
     assert end.value.code == 2
-    error = capsys.readouterr().err.strip()
+    lines = capsys.readouterr().err.strip().splitlines()
+    error = "\n".join(line for line in lines if not line.startswith("note: "))
     assert "\n" not in error
     assert "Traceback" not in error
     return error
