@@ -753,9 +753,7 @@ def test_bad_input(saved, tmp_path, capsys):
         assert "--params: has no effect on --mode fisher" in line
     call("sharpness", "--resume", *paths, "--n_draws", 6, "--save", tmp_path / "o", "--n_iters", 1, "--batch_num", 1)
     assert "note: --n_draws: no effect on --mode APGD_worst" in capsys.readouterr().err
-    line = refused(
-        capsys, "variance", "--resume", *paths, "--mode", "variance_mse_c", "--split", "val", *common
-    )
+    line = refused(capsys, "variance", "--resume", *paths, "--mode", "variance_mse_c", "--split", "val", *common)
     assert "--split: --mode variance_mse_c takes the corrupted images alone" in line
     for flags in (["--n_draws", 5], ["--rho0", 0], ["--norms", "l1"], ["--probes", 5, "--trace_method", "hutch++"]):
         assert flags[0] in refused(capsys, "sharpness", "--resume", *paths, *flags, *common)
