@@ -12,9 +12,12 @@ import argparse
 import hashlib
 import itertools
 import math
+import os
 import sys
 from functools import partial
 from typing import Any, NamedTuple
+
+os.environ.setdefault("GOMP_SPINCOUNT", "4000")  # before torch is loaded, whose threads otherwise wait at full speed
 
 import torch
 from torch import Tensor

@@ -11,7 +11,10 @@ Writes variance.json under --save (default measurements/<run>).
 """
 
 import argparse
+import os
 from typing import Any
+
+os.environ.setdefault("GOMP_SPINCOUNT", "4000")  # before torch is loaded, whose threads otherwise wait at full speed
 
 import torch
 from torch import Tensor

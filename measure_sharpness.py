@@ -15,11 +15,14 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("GOMP_SPINCOUNT", "4000")  # before torch is loaded, whose threads otherwise wait at full speed
 
 import numpy as np
 import torch

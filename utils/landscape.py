@@ -234,6 +234,7 @@ def top_direction(model: nn.Module, batches: Batches) -> tuple[list[Tensor], flo
     return direction, values[0].item(), length
 
 
+@full_float32()
 def losses_along(
     model: nn.Module, direction: list[Tensor], steps: list[float], batches: Batches, training: Batches | None = None
 ) -> list[float]:
