@@ -31,7 +31,7 @@ from utils.datasets import AUGMENTATIONS, expected_info, load_data
 from utils.ensemble import train_ensemble
 from utils.events import check_tensorboard
 from utils.files import load_json
-from utils.folder import class_names
+from utils.folder import find_classes
 from utils.partition import PARTITION_RULE, SCORE_FREE, UNSELECTED
 from utils.run import Run, Settings, begun_by_this_job, check_known, commit_of, read_settings, relative_paths
 
@@ -117,7 +117,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     try:
         if args.data == "folder" and is_external(args.model):  # which may be made for so many
             with relative_paths(args.resume, data_path=args.data_path):
-                classes = len(class_names(args.data_path))
+                classes = len(find_classes(args.data_path)[1])
         check_model(args.model, classes, args.width, info.image_size, info.channels)
     except InputError as error:
         parser.error(str(error))

@@ -111,8 +111,7 @@ def main(args: argparse.Namespace) -> None:
     if "predict" in args.mode:
         logits, labels, _ = measurement.predictions(measurement.parts("val")[0])
         temperatures = fit_temperatures(torch.log_softmax(logits.double(), dim=2), labels, args.average)
-        if not measurement.other_data:
-            keep_temperatures(measurement, temperatures["ensemble"], args.average)
+        keep_temperatures(measurement, temperatures["ensemble"], args.average)
         of_subsets = subset_temperatures(logits, labels, args.average)
     results: dict[str, Any] = {}
     for split in measurement.splits:
@@ -144,7 +143,13 @@ def fit_temperatures(log_probs: Tensor, labels: Tensor, average: str) -> dict[st
 
 
 def keep_temperatures(measurement: Measurement, temperature: float, average: str) -> None:
-    """Put the ensemble's temperature into the runs of its members, where `utils.inference` finds it."""
+    """Put the ensemble's temperature into the runs of its members, where `utils.inference` finds it.
+
+    But not one of other images than theirs.
+    """
+    if measurement.other_data:
+        print("note: the temperature is not kept with the run, since it is of other images", file=sys.stderr)
+        return
     weights = sorted(member.digest for member in measurement.members)
     made = made_by("predict", measurement.environment) | {"sha256_of_images": measurement.predictions.digests["val"]}
     record = {"weights": weights, "average": average, "temperature": temperature, "fitted_on": "val"} | made

@@ -48,7 +48,7 @@ from utils.distributed import cores
 from utils.files import load_json, read_bytes, read_json, write_array, write_atomically, write_json
 from utils.kept import VERSIONS, up_to_date
 from utils.places import PLACES, find
-from utils.presets import FOUR, METHODS, NEXT, PRESETS, SETS, WITHOUT
+from utils.presets import CHOICES, FOUR, METHODS, NEXT, PRESETS, SETS
 from utils.results import copy_results, validation_of
 from utils.run import environment
 
@@ -58,8 +58,6 @@ SET_BY_METHOD = ("--initial_method", "--sam", "--sam_adaptive", "--partition")
 SET_BY_METHOD += ("--match_size", "--average_from", "--seed", "--save_path")
 ENVIRONMENT = ("data", "data_path", "methods", "seeds", "rho", "flat_ratio", "initial_epochs", "asam_rho", "checkpoint")
 ENVIRONMENT += ("nproc", "measure_flags", "sharpness_flags", "runs", "measurements", "results")
-# The option of several values, and the method that chooses among them.
-CHOSEN_BY = {"rho": ("--rho", "sam"), "k": ("--flat_ratio", SETS[0]), "T_d": ("--initial_epochs", SETS[0])}
 PARTS = ("asked", "runs", "sets")  # of plan.json, by the name of a run: what was asked for, validation, and SAM sets
 
 
@@ -187,10 +185,10 @@ class Experiment:
         if "late_sam" in args.methods and not self.passed.epochs:
             raise InputError("--epochs: late_sam begins after 7/8 of them; say how many")
         self.steps = []
-        for name, (flag, by) in CHOSEN_BY.items():
+        for name, (flag, by, methods) in CHOICES.items():
             if len(self.grid[name] or []) > 1 and by in args.methods:
                 self.steps.append((name, by))
-            elif len(self.grid[name] or []) > 1 and not args.choices and set(args.methods) - set(WITHOUT[name]):
+            elif len(self.grid[name] or []) > 1 and not args.choices and set(args.methods) & set(methods):
                 raise InputError(f"{flag}: {by} chooses among several values; add it to --methods, or give one")
         for flag, method in (("--seeds", "sam"), ("--plain_members", "deep_ensemble")):
             seeds = [seed for each in args.seeds for seed in self.seeds_of(method, each)]

@@ -13,11 +13,14 @@ import contextlib
 import io
 import json
 import logging
+import os
 import sys
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "4000")  # before torch is loaded, whose threads otherwise wait at full speed
 
 import numpy as np
 import torch

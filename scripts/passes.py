@@ -4,10 +4,12 @@
 
 A pass is forward and backward of a batch through ResNet-18 on 32x32 grey images, as in training. Prints its arithmetic
 beside that of a matrix product, the share of each operator, and the times of other forms: images in colour, the default
-memory format, compiled by inductor (where there is a C++ compiler), evaluation in batches of several sizes, and scores.
+memory format, compiled by inductor (where there is a C++ compiler), evaluation in batches of several sizes, scores,
+and, of several threads, with all of them on one core, as where other programs take the rest.
 """
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -81,6 +83,21 @@ def evaluate(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor)
     model.eval()(images)
 
 
+def on_one_core(function: Callable[[], None]) -> None:
+    """Call it with all threads of this process on one core."""
+
+    def move(cores: set[int]) -> None:
+        for thread in os.listdir("/proc/self/task"):
+            os.sched_setaffinity(int(thread), cores)
+
+    cores = os.sched_getaffinity(0)
+    move({min(cores)})
+    try:
+        function()
+    finally:
+        move(cores)
+
+
 def shares(function: Callable[[], object], count: int = 9) -> None:
     """Print which share of its time each operator takes."""
     with profile(activities=[ProfilerActivity.CPU]) as found:
@@ -112,6 +129,8 @@ def main(args: argparse.Namespace) -> None:
         "scores": lambda: per_sample_fisher(own[0].eval(), *own[1:]),
         **{f"evaluation, {n} at once": partial(evaluate, *network(width, n)) for n in EVALUATED},
     }
+    if torch.get_num_threads() > 1 and sys.platform == "linux":
+        forms["threads on one core"] = partial(on_one_core, as_in_training)
     compiled = training(torch.compile(own[0]), *own[1:])
     started = time.perf_counter()
     try:

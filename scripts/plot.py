@@ -27,6 +27,7 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("GOMP_SPINCOUNT", "4000")  # before torch is loaded, whose threads otherwise wait at full speed
 os.environ["MPLBACKEND"] = "agg"  # figures need no display, and matplotlib refuses to start by an unknown backend
 
 from matplotlib.figure import Figure

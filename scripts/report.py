@@ -219,7 +219,7 @@ def described(plan: dict[str, Any], measured: Measured) -> list[str]:
     first, images = ensembles[0].content, ensembles[0].content["data"]["val"]
     trained, protocol, members = first["trained"], first["protocol"], {len(one.seeds) for one in ensembles}
     recipe = ", ".join(text.format(trained[name]) for name, text in RECIPE.items() if trained.get(name) is not None)
-    machine = f"{plan['jobs']} single-thread processes" if plan["jobs"] > 1 else "one process at a time"
+    machine = f"{plan['jobs']} single-thread processes" if plan["jobs"] > 1 else "One process at a time"
     commits = sorted({one.content["environment"]["commit"] or "no clone" for one in ensembles})
     sam = next(iter(measured["sam"].values()))
     ball = results.sharpness_protocol(sam, "APGD_worst-l2")
@@ -465,9 +465,7 @@ def uncertainty(measured: Measured) -> list[str]:
         return f"{factor * mean:.{digits}f}{edges}"
 
     rows = [[columns[name].title, *(cell(name, group) for group in methods.values())] for name in chosen]
-    alone = [name for name in chosen if any(results.population_of(g, name) != results.BOTH for g in methods.values())]
-    over = f"over new ensembles, with the images as they are: {', '.join(columns[name].title for name in alone)}"
-    over = (over + "; else " if alone else "") + "over new ensembles and new test images"
+    over = results.populations(list(methods.values()), {name: columns[name].title for name in chosen})
     text = (
         "What flatness does to uncertainty: how well four scores tell other data from the test images (AUROC, 50 % for "
         "a score that says nothing), and the error at each coverage (AURC, lower is better), beside disagreement and "

@@ -129,15 +129,9 @@ def explain(groups: list[list[Ensemble]], shown: Columns) -> list[str]:
         text = "±: standard deviation over members; [ ]: 95 % interval over test images, of these networks only."
         found.append(f"One ensemble: {text}" if several else text)
     if several:
-        rows = {c: [g for g in several if all(one.values.get(c) is not None for one in g)] for c in shown}
-        known = [column for column in shown if rows[column]]  # in the others no row has an interval
-        only = [c for c in known if any(results.population_of(group, c) != results.BOTH for group in rows[c])]
-        text = "±: standard deviation over ensembles; [ ]: 95 % interval"
-        over = "over new ensembles and new test images"
-        if only:
-            names = ", ".join(shown[column].title for column in only)
-            over = f"over new ensembles, with the images as they are: {names}" + ("; else " + over) * (only != known)
-        found.append(("Several: " if found else "") + f"{text} {over}.")
+        over = results.populations(several, {name: column.title for name, column in shown.items()})
+        text = f"±: standard deviation over ensembles; [ ]: 95 % interval {over}."
+        found.append("Several: " * bool(found) + text)
     return found
 
 

@@ -1,6 +1,7 @@
 """The benchmark's table, verdicts and file; its numbers are nobody's promise."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -117,9 +118,14 @@ def test_where_a_pass_goes(monkeypatch, capsys):
         def forward(self, images):
             raise torch._dynamo.exc.BackendCompilerFailed(Refused, RuntimeError("no compiler"), None)
 
+    cores, seen, run = os.sched_getaffinity(0), set(), passes.forward_backward
+    monkeypatch.setattr(passes, "forward_backward", lambda *rest: seen.add(len(os.sched_getaffinity(0))) or run(*rest))
     for compiler, compiled in ((lambda model: Refused(), False), (lambda model: model, True)):
         monkeypatch.setattr(torch, "compile", compiler)
-        passes.main(passes.parse_args(["--width", "2", "--batch_size", "4", "--threads", "1", "--repeats", "3"]))
+        threads = "2" if compiled else "1"
+        passes.main(passes.parse_args(["--width", "2", "--batch_size", "4", "--threads", threads, "--repeats", "3"]))
+        assert seen == ({len(cores), 1} if compiled else {len(cores)})
+        assert os.sched_getaffinity(0) == cores
         text = capsys.readouterr().out
         assert ("compiled: left out (BackendCompilerFailed)" in text) != compiled
         assert ("(compiled in " in text) == compiled
@@ -128,6 +134,6 @@ def test_where_a_pass_goes(monkeypatch, capsys):
         assert len(found) == 7
         assert sum(found) == pytest.approx(100, abs=4)
         names = ["as in training", "colour", "default memory format", "scores", "evaluation, 4 at once"]
-        names += ["evaluation, 8 at once"] + ["compiled"] * compiled
+        names += ["evaluation, 8 at once"] + ["threads on one core", "compiled"] * compiled
         assert [line[:24].strip() for line in forms.splitlines()[1:-1]] == names
         assert forms.splitlines()[1].split()[-1] == "1.00"

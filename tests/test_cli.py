@@ -191,3 +191,22 @@ def test_some_names_and_how_many_more():
         "a, b, c and 2 more",
     ]
     assert some([Path("x"), 2], 1) == "x and 1 more"
+
+
+@pytest.mark.parametrize(
+    ("known", "said"),
+    [
+        ({"epochs": 3}, "interrupted; re-run the same command to resume after the last finished epoch"),
+        ({"resume": [], "save": None}, "interrupted; what is finished is kept, re-run the same command"),
+        ({"save": None}, "interrupted"),
+        ({}, "interrupted"),
+    ],
+)
+def test_ctrl_c_says_what_is_true_of_the_script(known, said, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(interrupted, argparse.Namespace(**known))
+    assert end.value.code == 130
+    assert capsys.readouterr().err.strip().endswith(f"error: {said}")

@@ -298,6 +298,9 @@ def test_a_folder_is_predicted_as_it_is_measured(tmp_path):
     assert (ensemble.picture_size, ensemble.image_size) == (147, 128)
     names = predict.find_images([tmp_path / "pictures" / "ape"])
     assert len(names) == 12
+    for size, other in ((128, True), (147, False), (150, True)):  # of the inputs: it is scaled, and its middle taken
+        Image.new("RGB", (size, size)).save(tmp_path / "x.png")
+        assert predict.read_picture(str(tmp_path / "x.png"), ensemble).other_size == other
     found = {picture.pixels.numpy().tobytes() for picture in next(predict.read_pictures(names, ensemble))}
     measured = data.test.pixels(slice(None))[data.test.labels == 0].numpy()
     assert len(measured) == 2

@@ -221,7 +221,7 @@ def test_bad_files_end_in_one_line(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_resume_by_the_folder(tmp_path, capsys):
+def test_resume_by_the_folder(tmp_path, monkeypatch, capsys):
     """By the run's own settings, without its command; a flag that contradicts it is refused."""
     flags = ["--width", "2", "--epochs", "2", "--seed", "1 2", "--batch_size", "200", "--save_path", tmp_path / "run"]
     call(flags)
@@ -233,6 +233,11 @@ def test_resume_by_the_folder(tmp_path, capsys):
     line = refused(["--resume", tmp_path / "run", "--save_path", tmp_path / "other"], capsys)
     assert "--save_path: given with --resume" in line
     assert "--width: expected a whole number from 1 to 65536" in refused(["--width", "10000000000"], capsys)
+    with monkeypatch.context() as patch:
+        patch.setattr(main.dist, "is_torchelastic_launched", lambda: True)
+        patch.setenv("RANK", "0")
+        main.parse_args(["--data", "digits", "--jobs", "2", "--save_path", str(tmp_path / "other")])
+    assert "--jobs has no effect under torchrun" in capsys.readouterr().err
     moved = (tmp_path / "run").rename(tmp_path / "moved")
     call(["--resume", moved])
     assert f"wrote {moved}" in capsys.readouterr().out

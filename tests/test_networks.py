@@ -604,6 +604,10 @@ def test_init_from_in_a_run(tmp_path, capsys, monkeypatch):
     saved(tmp_path, create_model("resnet18", 3, 2, 8, 1).state_dict())
     assert "weights.pth: has changed since the run began with it" in refused(["--resume", "run"], capsys)
     assert "--init_from" in refused([*words[:-1], "other", "--init_from", "nothing.pth"], capsys)
+    state = create_model("resnet18", 10, 2, 8, 1).state_dict()
+    torch.save({"state_dict": state, "ema": dict(state)}, "two.pth")
+    call([*words[:-1], "third", "--init_from", "two.pth"])
+    assert "122 of 122 tensors loaded; also there, and not read: 'ema'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ from tests.test_measure import call, no_pass, outputs, refused, save_corrupted, 
 from utils import InputError, ood
 from utils.data import ImageSet, Preprocessing
 from utils.datasets import load_data
+from utils.files import write_json
 from utils.metrics import OOD_METRICS, crossed_interval, out_of_distribution, unpack_values
+from utils.results import copy_results, read_ensemble
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +117,16 @@ def test_parts_with_different_numbers_of_images(saved, tmp_path):
     assert found["intervals_95"]["entropy"] == dict.fromkeys(OOD_METRICS)
     both = [part["entropy"]["auroc"] for part, _ in parts]
     assert found["scores"]["entropy"]["auroc"] == pytest.approx(np.mean(both))
+    # Whoever reads or copies the results has the means.
+    content = measured(saved, tmp_path, "--mode", "disagreement,ood", "--ood", "corrupted")
+    content["result"]["test"]["ood"]["corrupted"] |= found
+    write_json(tmp_path / "m" / "diversity.json", content)
+    write_json(tmp_path / "m" / "sharpness.json", {"result": {}})
+    copy_results(tmp_path / "m", tmp_path / "copy", by_image=["auroc entropy"])
+    (tmp_path / "copy" / "sharpness.json").unlink()
+    read = read_ensemble(tmp_path / "copy")
+    assert read.values["auroc entropy corrupted"] == pytest.approx(np.mean(both))
+    assert "auroc entropy corrupted" not in read.by_sample
 
 
 def test_one_member_has_no_mutual_information(saved, tmp_path, capsys):

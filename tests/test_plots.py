@@ -779,7 +779,9 @@ def test_bad_measurements(three, tmp_path, capsys):
     assert "'ensemble_by_size' is missing; measure it by" in refused(capsys, "ensemble_size", three, to)
     sharpness = json.loads((three[1] / "sharpness.json").read_text())
     write_json(three[1] / "sharpness.json", sharpness | {"members": [{"sha256_of_weights": "0"}]})
-    assert "of other weights than diversity.json" in refused(capsys, "tradeoff", three, to)
+    error = refused(capsys, "tradeoff", three, to)
+    assert "sharpness.json: of other weights than diversity.json beside it" in error
+    assert "not a result" not in error
     (three[1] / "sharpness.json").unlink()
     error = refused(capsys, "tradeoff", three, to)
     assert "sam/sharpness.json: holds no APGD_worst-l2 of all members" in error

@@ -120,6 +120,20 @@ def test_cores_of_a_quota(monkeypatch, tmp_path):
         assert distributed.cores() == cores
 
 
+def test_older_libraries_of_c_keep_what_they_can(monkeypatch):
+    """More than 32 MiB are refused by glibc before 2.35, which then leaves its threshold at 128 KiB for good."""
+    calls = []
+
+    class Library:
+        def mallopt(self, name, value):
+            calls.append((name, value))
+            return int(value <= 2**25 or name != -3)
+
+    monkeypatch.setattr(distributed.ctypes, "CDLL", lambda name: Library())
+    distributed._keep_freed_memory()
+    assert calls == [(-3, 2**30), (-3, 2**25), (-1, 2**30)]
+
+
 def test_a_command_that_would_begin_anew_is_not_said_again(monkeypatch, capsys):
     for words, text in ((["--epochs", "3"], "command to"), (["--overwrite"], "command without --overwrite to")):
         monkeypatch.setattr(sys, "argv", ["main.py", *words])

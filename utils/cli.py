@@ -175,7 +175,8 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace, fo
     except KeyboardInterrupt:
         if hasattr(args, "epochs"):
             fail(f"interrupted; {again()} to resume after the last finished epoch", status=130)
-        fail("interrupted" + "; what is finished is kept, re-run the same command" * hasattr(args, "save"), status=130)
+        measuring = hasattr(args, "resume") and hasattr(args, "save")
+        fail("interrupted" + "; what is finished is kept, re-run the same command" * measuring, status=130)
 
 
 def boolean(text: str) -> bool:

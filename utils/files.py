@@ -30,7 +30,7 @@ NOT_DOWNLOADED = {
 # What systems and tools leave behind: hidden files, ._* and .DS_Store of macOS, @eaDir and #recycle of file servers.
 # Not every name that begins so: a class may be the sign # or $.
 JUNK = re.compile(
-    r"\..*|@(eaDir|tmp|Recycle|Recently-Snapshot)|#(recycle|snapshot)|\$(RECYCLE\.BIN|Recycle\.Bin)|RECYCLER"
+    r"\..*|@(eaDir|tmp|Recycle|Recently-Snapshot)|#(recycle|snapshot)|\$RECYCLE\.BIN"
     r"|__MACOSX|__pycache__|Thumbs\.db|desktop\.ini|lost\+found|System Volume Information",
     re.IGNORECASE,
 )

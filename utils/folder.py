@@ -116,7 +116,7 @@ def read_images(path: Path, size: int, processes: int) -> Images:
             parts, a class without images that can be read.
         RunError: if the decoded images cannot be written, or a process was killed.
     """
-    classes, parts = class_names(path), _parts(path)
+    parts, classes = find_classes(path)
     files = []  # (part, label, path below `path`, bytes, time)
     for part in parts:
         for label, name in enumerate(classes):
@@ -213,8 +213,8 @@ def _folders(path: Path) -> list[str]:
     return [name for name in names if not (name.startswith(ours[0]) and name.endswith(ours[1]))]
 
 
-def class_names(path: Path) -> list[str]:
-    """The classes of a folder, which all its parts must have, without looking at an image.
+def find_classes(path: Path) -> tuple[list[str], list[str]]:
+    """The parts of a folder, and its classes, which all of them must have, without looking at an image.
 
     Raises:
         InputError: as `read_images`.
@@ -232,7 +232,7 @@ def class_names(path: Path) -> list[str]:
         found = f"{names[0]} alone" if names else "no folder"
         problem = f"--data_path {path / parts[0]}: expected a folder for each of 2 or more classes, got {found}"
         raise InputError(f"{problem}; give the folder whose subfolders are the classes")
-    return names
+    return parts, names
 
 
 def find_files(folder: Path, inside: str, above: tuple = ()) -> Iterator[tuple[str, int, int]]:

@@ -220,7 +220,8 @@ def summarize(parts: list[Compared], about: dict[str, Any]) -> dict[str, Any]:
     """
     if len({len(columns["entropy"]["auroc"]) for _, columns in parts}) > 1:
         none = {score: dict.fromkeys(OOD_METRICS) for score in OOD_SCORES}
-        return about | {"parts": len(parts), "scores": means(parts, curves=True), "intervals_95": none}
+        about = about | {"parts": len(parts), "scores": means(parts, curves=True)}
+        return about | {"intervals_95": none, "values_of_samples": {}}
     columns: dict[str, dict[str, Tensor]] = {
         score: {name: sum(one[1][score][name] for one in parts) / len(parts) for name in OOD_METRICS}
         for score in OOD_SCORES

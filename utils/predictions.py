@@ -422,7 +422,7 @@ class Measurement:
         self.other_data = any(digest not in (None, self.data.record[key]) for digest in digests.values())
         if self.other_data:
             what = "not the images, or not the split, that the members were trained on: test images may be among those"
-            print(f"note: {places['data_path']}: {what}; temperatures are not kept with the run", file=sys.stderr)
+            print(f"note: {places['data_path']}: {what}", file=sys.stderr)
         self.splits = settings.split
         if self.splits is None:
             copies = find_corrupted(data, places["data_path"], image_size=self.data.info.image_size)

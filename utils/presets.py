@@ -4,9 +4,12 @@
 SETS = ("sharpbalance", "sharpbalance_paper", "random", "random_paper", "same")
 NEXT = ("sharpbalance_next", "sharpbalance_paper_next")
 METHODS = ("deep_ensemble", "eoa", "sam", "deep_ensemble_sam", "late_sam", "asam", *SETS, *NEXT)
-# The methods without what may be chosen.
-WITHOUT = {"rho": ("deep_ensemble", "eoa", "asam"), "k": tuple(one for one in METHODS if one not in (*SETS, *NEXT))}
-WITHOUT["T_d"] = WITHOUT["k"]
+# Of what may be chosen: its option, the method that chooses among several values, and the methods that it matters to.
+CHOICES = {
+    "rho": ("--rho", "sam", tuple(one for one in METHODS if one not in ("deep_ensemble", "eoa", "asam"))),
+    "k": ("--flat_ratio", SETS[0], (*SETS, *NEXT)),
+    "T_d": ("--initial_epochs", SETS[0], (*SETS, *NEXT)),
+}
 FOUR = ("deep_ensemble", "sam", "sharpbalance", "sharpbalance_paper")
 TENS = ",".join(f"{ten}1 {ten}2 {ten}3" for ten in range(1, 11))
 PAPER = f"--methods {','.join(FOUR)} --seeds '13 17 27,113 117 127,43 59 223' --model resnet18 --rho 0.2"

@@ -214,6 +214,8 @@ def read_ensemble(folder: Path) -> Ensemble:
     if path.is_file():
         try:
             _add_sharpness(ensemble)
+        except InputError:
+            raise
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise InputError(f"{path}: not a result of measure_sharpness.py ({error}); measure again") from error
     return ensemble
@@ -295,6 +297,23 @@ def _add_sharpness(ensemble: Ensemble) -> None:
     ours, theirs = ([m["sha256_of_weights"] for m in one.get("members", [])] for one in (ensemble.content, sharpness))
     if "members" in sharpness and ours != theirs:
         raise InputError(f"{path}: of other weights than diversity.json beside it; measure one of them again")
+
+
+def populations(groups: list[list[Ensemble]], titles: dict[str, str]) -> str:
+    """Over what the intervals of ensembles are: the sentence's end for a table with these values, by their keys.
+
+    Args:
+        groups: of several ensembles each. A value that some ensemble of a group lacks has no interval there.
+        titles: of the values.
+    """
+    rows = {name: [g for g in groups if all(one.values.get(name) is not None for one in g)] for name in titles}
+    known = [name for name in titles if rows[name]]
+    alone = [name for name in known if any(population_of(group, name) != BOTH for group in rows[name])]
+    if not alone:
+        return "over new ensembles and new test images"
+    names = ", ".join(titles[name] for name in alone)
+    rest = "; else over new ensembles and new test images" * (alone != known)
+    return f"over new ensembles, with the images as they are: {names}{rest}"
 
 
 def batches_of(ensemble: Ensemble, part: str) -> int:
