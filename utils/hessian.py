@@ -188,7 +188,8 @@ class _BatchNormBackward(torch.autograd.Function):
 
 def _scale_and_sums(g: Tensor, x: Tensor, factor: Tensor, mean: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Factor g, sum r (x - mean) g and sum g, channel by channel, in one pass."""
-    fixed = mean, r.square().reciprocal(), None, None, False, 0.0  # the statistics of eval mode, and eps
+    # The statistics of eval mode, as the CPU reads them and as a GPU does, and eps.
+    fixed = mean, r.square().reciprocal(), mean, r, False, 0.0
     return torch.ops.aten.native_batch_norm_backward(g, x, factor / r, *fixed, [True, True, True])
 
 
