@@ -174,7 +174,11 @@ class SAM(torch.optim.Optimizer):
             return {key: v for key, v in kept.items() if isinstance(v, Tensor) and v.device == finite.device}
 
         self._save(params)
-        before = {key: value.clone() for key, value in state().items()}
+        before = state()
+        copies = [torch.empty_like(value) for value in before.values()]
+        if copies:
+            torch._foreach_copy_(copies, list(before.values()))  # one launch; a clone would be one for each
+        before = dict(zip(before, copies, strict=True))
         self.base_optimizer.step()
         after = state()
         old = [before[key] if key in before else torch.zeros_like(value) for key, value in after.items()]

@@ -9,6 +9,7 @@ members and two epochs, is stopped in the second one by SIGTERM, and is resumed.
 """
 
 import argparse
+import itertools
 import json
 import shlex
 import signal
@@ -27,8 +28,11 @@ import torch
 
 import main as main_script
 import measure_sharpness
+from models import create_model
+from sam import SAM
 from tests.files import write_cifar
 from utils import InputError, RunError, cli
+from utils.capture import CapturedPasses
 from utils.checkpoint import load_model
 from utils.data import Data
 from utils.datasets import load_data
@@ -37,7 +41,7 @@ from utils.ensemble import train_ensemble
 from utils.files import load_json, write_json
 from utils.fisher import per_sample_fisher
 from utils.run import Run, Stopped, environment
-from utils.training import predict
+from utils.training import predict, train_epoch
 
 ROOT = Path(__file__).resolve().parent.parent
 BALANCE = ["--sam", "--rho", "0.1", "--flat_ratio", "0.5", "--initial_epochs", "1"]
@@ -52,6 +56,7 @@ METHODS = {
 }
 PASSES = 45  # forward-backward passes of one image that these runs take together
 SECONDS = 180  # for them
+EPOCHS = 4  # by then nearly all sizes of the parts of a batch have graphs
 MEASURE = ["--mode", "all", "--batch_num", "4", "--n_draws", "10", "--hessian_samples", "512", "--probes", "5"]
 MEASURE += ["--top_k", "1", "--ntk_samples", "20"]
 
@@ -119,6 +124,32 @@ def train(words: list[Any], data: Data, folder: Path) -> dict[str, Any]:
     }
     if data.train.device.type == "cuda":
         found["peak_memory_mib"] = torch.cuda.max_memory_allocated() / 2**20
+        free, total = torch.cuda.mem_get_info()
+        found["taken_memory_mib"] = (total - free) / 2**20  # with what torch keeps, graphs and the driver's own
+    return found
+
+
+def epochs(data: Data, width: int) -> dict[str, dict[str, float]]:
+    """Images a second of an epoch by kind and by how passes are launched, by turns; the last of `EPOCHS` of each."""
+    found, samples = {}, len(data.train)
+    for (kind, share), amp in itertools.product({"plain": 0, "half SAM": 0.5, "SAM": 1}.items(), ("none", "bf16")):
+        mask = torch.rand(samples, generator=torch.Generator().manual_seed(0)) < share
+        makers = {}
+        for how in ("graphs", "graphs of any kernels", "single kernels"):
+            model = create_model("resnet18", width=width, **data.network)
+            model.to(data.train.device, memory_format=torch.channels_last)
+            optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.01, momentum=0.9, weight_decay=5e-4)
+            makers[how] = model, optimizer, None if how == "single kernels" else CapturedPasses(model, 129)
+        row = {}
+        for epoch in range(EPOCHS):
+            for how, (model, optimizer, captured) in makers.items():
+                torch.backends.cudnn.deterministic = how != "graphs of any kernels"
+                started = time.perf_counter()
+                train_epoch(model, optimizer, data.train, mask, 0, epoch, 128, amp=amp, captured=captured)
+                row[how] = samples / (time.perf_counter() - started)  # an epoch ends with a number from the device
+        torch.backends.cudnn.deterministic = True
+        found[f"{kind}, {amp}"] = row
+        print(f"{kind:8} {amp:4}" + "".join(f"  {how}: {value:.0f} images/s" for how, value in row.items()), flush=True)
     return found
 
 
@@ -176,22 +207,30 @@ def main(args: argparse.Namespace) -> None:
     if on_gpu and not torch.cuda.is_available():
         raise InputError("no GPU was found: torch.cuda.is_available() is False; --device cpu tries the script itself")
     device = start_device(args.device, None)
-    content = {"command": shlex.join(["python", *sys.argv]), "environment": environment(device)}
+    content: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), "environment": environment(device)}
+
+    def keep(name: str, value: object) -> None:
+        content[name] = value
+        write_json(args.save, content)
+
     if on_gpu:
         about = torch.cuda.get_device_properties(device)
-        content["gpu"] = {"name": about.name, "memory_mib": about.total_memory / 2**20, "cuda": torch.version.cuda}
-        content["tests"] = gpu_tests()
+        keep("gpu", {"name": about.name, "memory_mib": about.total_memory / 2**20, "cuda": torch.version.cuda})
+        keep("tests", gpu_tests())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = made_up(folder, args.images or images_for(args.width, device), device)
-        content["images"] = {"train": len(data.train), "val": len(data.val), "test": len(data.test)}
-        content["runs"] = {}
+        keep("images", {"train": len(data.train), "val": len(data.val), "test": len(data.test)})
+        if on_gpu:
+            keep("epochs", epochs(data, args.width))
+        runs = {}
         for i, (method, words) in enumerate(METHODS.items()):
             print(f"\n{method}", flush=True)
-            content["runs"][method] = train([*words, "--width", args.width], data, folder / str(i))
-        content["speeds"] = speeds(folder / "0", data)
-        content["benchmark"] = timed(folder / "benchmark") if on_gpu else {}
-    write_json(args.save, content)
+            runs[method] = train([*words, "--width", args.width], data, folder / str(i))
+            keep("runs", runs)
+        keep("speeds", speeds(folder / "0", data))
+        if on_gpu:
+            keep("benchmark", timed(folder / "benchmark"))
     print(f"\n{'method':30} {'img/s':>8} {'peak MiB':>9}")
     for method, row in content["runs"].items():
         print(f"{method:30} {row['images_per_second']:8.0f} {row.get('peak_memory_mib', 0):9.0f}")

@@ -10,6 +10,12 @@ import torch
 from utils import processes
 
 
+def pytest_configure(config):
+    """Bits are compared, and a GPU adds in another order at each call: only its own tests (-m gpu) see it."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch):
     """A test may have used `--threads`, which changes the process; and what it watches is in this process alone."""

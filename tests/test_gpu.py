@@ -2,24 +2,32 @@
 
 import json
 import signal
+import subprocess
+import sys
+import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import create_model
+from sam import SAM
 from scripts import gpu
 from tests import reference
 from tests.test_ensemble import SHARPBALANCE, run
-from utils import cli
+from utils import capture, cli
+from utils.capture import CapturedPasses
 from utils.checkpoint import load_checkpoint
+from utils.data import ImageSet, Preprocessing
 from utils.fisher import ntk_gram, per_sample_fisher
 from utils.hessian import full_float32, hessian_trace, top_eigenvalues
 from utils.landscape import mean_loss
 from utils.processes import Progress
 from utils.run import Stopped
 from utils.sharpness import average_sharpness, worst_case_sharpness
+from utils.training import sharpbalance_step, train_epoch
 
 DEVICE = "cuda"
 MEASURES = {
@@ -136,7 +144,7 @@ def weights_of(path):
 @needs_a_gpu
 @pytest.mark.parametrize("amp", ["none", "bf16"])
 def test_resuming(amp, tmp_path, monkeypatch):
-    """Weights within 1 % of those of a whole run, in the norm: kernels may add in another order at each call."""
+    """Bit for bit: cuDNN is asked for kernels that add in the same order at each call."""
     flags = [*SHARPBALANCE, "--amp", amp, "--lr", "0.01", "--device", DEVICE, "--seed", "13 17"]
     whole, steps, advance = run(tmp_path / "whole", flags), 0, Progress.advance
 
@@ -153,7 +161,77 @@ def test_resuming(amp, tmp_path, monkeypatch):
     run(tmp_path / "resumed", flags)
     for file in ("checkpoint.pth.tar", "model_averaged.pth.tar"):
         wanted, got = (weights_of(folder / "seed_17" / file) for folder in (whole, tmp_path / "resumed"))
-        assert (got - wanted).norm() <= 0.01 * wanted.norm()
+        assert torch.equal(got, wanted), (file, (got - wanted).norm() / wanted.norm())
+
+
+@needs_a_gpu
+def test_processes_that_share_the_gpu(tmp_path):
+    """Two members in two processes are, bit for bit, those of one process."""
+    flags = [*SHARPBALANCE, "--width", "8", "--lr", "0.01", "--seed", "13 17"]
+    folder = run(tmp_path / "one", [*flags, "--device", DEVICE])
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "main.py"]
+    words += [*flags, "--device", DEVICE, "--save_path", str(tmp_path / "two")]
+    subprocess.run(words, cwd=gpu.ROOT, check=True)
+    for seed in (13, 17):
+        wanted, got = (weights_of(one / f"seed_{seed}" / "checkpoint.pth.tar") for one in (folder, tmp_path / "two"))
+        assert torch.equal(got, wanted), (seed, (got - wanted).norm() / wanted.norm())
+
+
+def trained(captured, steps, amp="none", bn_perturbed="update"):
+    """A network after some steps on the same images, its BatchNorm's statistics among what is returned, and losses."""
+    torch.backends.cudnn.deterministic = True  # as the scripts set it
+    model = network(DEVICE, width=8).train()
+    optimizer, ((images, labels),) = SAM(model.parameters(), rho=0.1, lr=0.01, momentum=0.9), batches_of(DEVICE, 32)
+    passes, mask, losses = CapturedPasses(model, 32) if captured else None, torch.arange(32) < 12, []
+    for _ in range(steps):
+        options = {"amp": amp, "bn_perturbed": bn_perturbed, "captured": passes}
+        losses.append(sharpbalance_step(model, optimizer, images, labels, mask, **options))
+    if captured == "graphs" and steps:
+        assert not passes.failed
+        assert set(passes.replays) == {(20, False), (12, False), (12, bn_perturbed == "freeze")}
+    state = [value.double().flatten() for value in model.state_dict().values()]
+    return torch.cat(state), torch.tensor(losses, device=DEVICE)
+
+
+@needs_a_gpu
+@pytest.mark.parametrize("bn_perturbed", ["update", "freeze"])
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+def test_captured_passes_are_those_of_single_kernels(amp, bn_perturbed, monkeypatch):
+    options = 5, amp, bn_perturbed
+    got, losses = trained("graphs", *options)
+    monkeypatch.setattr(capture, "CAPTURE_AT", 100)
+    single, single_losses = trained("kernels", *options)
+    assert torch.equal(got, single)
+    assert torch.equal(losses, single_losses)
+    # What weighs the loss instead of its gradient differs by roundings.
+    with full_float32():
+        got, losses = trained("kernels", *options)
+        wanted, wanted_losses = trained(None, *options)
+        start, _ = trained(None, 0)
+    close = 1e-3 if amp == "none" else 0.05
+    assert (got - wanted).norm() < close * (wanted - start).norm()
+    torch.testing.assert_close(losses, wanted_losses, rtol=close, atol=0)
+
+
+@needs_a_gpu
+def test_no_step_waits_for_the_device():
+    """An epoch of more steps has no more waits; the start and the end of an epoch do wait."""
+    waits = []
+    for images in (256, 1024):
+        pixels = np.random.RandomState(0).randint(0, 256, (images, 16, 16, 3), dtype=np.uint8)
+        data = ImageSet(pixels, np.arange(images) % 5, Preprocessing((0.5,) * 3, (0.2,) * 3, 2, True), DEVICE)
+        model = network(DEVICE).train()
+        optimizer, mask = SAM(model.parameters(), lr=0.01, momentum=0.9), torch.arange(images) % 2 == 0
+        for epoch in range(2):  # the first one loads the kernels
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                try:
+                    train_epoch(model, optimizer, data, mask, 0, epoch, 64)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchroniz" in str(one.message) for one in found))
+    assert waits[0] == waits[1] < 10
 
 
 @needs_a_gpu

@@ -103,6 +103,8 @@ def start_device(name: str, threads: int | None) -> torch.device:
     if name == "auto":
         name = next(device for device in available if available[device])
     device = torch.device(name)
+    # Of cuDNN's kernels only those that always add in the same order: the same run gives the same weights.
+    torch.backends.cudnn.deterministic = True
     if not available[device.type]:
         raise InputError(f"--device {name}: torch finds none here; use --device cpu")
     if device.index is not None:

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, update_bn
 
-from models import create_model, evaluating
+from models import MODELS, create_model, evaluating
 from sam import SAM
 from utils import InputError, RunError, first_line
+from utils.capture import CapturedPasses
 from utils.checkpoint import DamagedError, fill_model, load_checkpoint, pack_checkpoint, save_checkpoint
 from utils.data import batch_slices
 from utils.events import Events
@@ -89,6 +90,9 @@ class Member:
                 print(f"--init_from {loaded}", file=sys.stderr)
         self.model.to(device, memory_format=torch.channels_last)
         self.optimizer = self._new_optimizer()
+        self.captured = None
+        if device.type == "cuda" and settings.model in MODELS:
+            self.captured = CapturedPasses(self.model, settings.batch_size + 1)
         self.average = None
         if settings.average_from is not None:
             self.average = AveragedModel(self.model, multi_avg_fn=self._average)
@@ -148,6 +152,7 @@ class Member:
         batches = mask, self.seed, epoch, settings.batch_size
         step = {name: getattr(settings, name) for name in ("bn_perturbed", "amp", "label_smoothing", "clip_norm")}
         more = {"after_step": after_step, "position": self.position, **step}
+        more["captured"] = self.captured
         more["record"] = None if self.events is None else self.events.rows
         try:
             with run.signals.deferred():  # within a step the weights are elsewhere

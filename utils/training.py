@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from models import evaluating
 from sam import SAM
 from utils import RunError, out_of_memory
+from utils.capture import CapturedPasses
 from utils.data import ImageSet
 
 PREDICTION_BATCH = 512
@@ -33,6 +34,7 @@ def sharpbalance_step(
     label_smoothing: float = 0.0,
     clip_norm: float | None = None,
     record: list[Tensor] | None = None,
+    captured: CapturedPasses | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One training step in which some samples of the batch are trained with SAM and the others without it.
 
@@ -60,6 +62,7 @@ def sharpbalance_step(
         label_smoothing: of L_n and L_s, in all passes; share of the uniform distribution in the target.
         clip_norm: the l2 norm to which the sum is scaled down before the base optimizer's step; g is never clipped.
         record: gets [||g||, ||eps||, cos(g, grad L_s(w + eps))], on the device; b = 0: [||grad L_n||, nan, nan].
+        captured: makes the passes, on a GPU; model, bn_perturbed, amp and label_smoothing must always be the same then.
 
     Returns:
         Detached tensors: the mean loss of the batch and the number of correct predictions, both at w.
@@ -70,12 +73,24 @@ def sharpbalance_step(
     share_normal, share_sam = len(normal) / len(images), len(sam) / len(images)
     loss, correct = images.new_zeros(()), images.new_zeros(())
     optimizer.zero_grad()
+
+    def add_gradient(part: tuple[Tensor, Tensor], weight: float, frozen: bool = False) -> tuple[Tensor, Tensor]:
+        """Add weight times the gradient of the mean loss of a part to `.grad`; returns that loss, and the correct."""
+
+        def forward(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            with _frozen_statistics(model) if frozen else nullcontext():
+                return _loss(model, x, y, amp, label_smoothing)
+
+        if captured is not None:
+            return captured(forward, *part, weight, frozen)
+        part_loss, logits = forward(*part)
+        (weight * part_loss).backward()
+        return part_loss.detach(), (logits.argmax(1) == part[1]).sum()
+
     if share_normal:  # weights at w; the gradients become (a/B) grad L_n(w)
-        part_images, part_labels = _part(images, normal), _part(labels, normal)
-        normal_loss, logits = _loss(model, part_images, part_labels, amp, label_smoothing)
-        (share_normal * normal_loss).backward()
-        loss += share_normal * normal_loss.detach()
-        correct += (logits.argmax(1) == part_labels).sum()
+        normal_loss, normal_correct = add_gradient((_part(images, normal), _part(labels, normal)), share_normal)
+        loss += share_normal * normal_loss
+        correct += normal_correct
     if not share_sam:
         _record_norm(optimizer, record)
         _clip(optimizer, clip_norm)
@@ -84,18 +99,16 @@ def sharpbalance_step(
 
     normal_grads = [(p, p.grad) for p in _params(optimizer)]
     optimizer.zero_grad()  # releases the gradients, which the list still holds
-    part_images, part_labels = _part(images, sam), _part(labels, sam)
+    sam_part = _part(images, sam), _part(labels, sam)
     random = random_state(images.device)
-    sam_loss, logits = _loss(model, part_images, part_labels, amp, label_smoothing)  # still at w
-    sam_loss.backward()
-    loss += share_sam * sam_loss.detach()
-    correct += (logits.argmax(1) == part_labels).sum()
+    sam_loss, sam_correct = add_gradient(sam_part, 1.0)  # still at w
+    loss += share_sam * sam_loss
+    correct += sam_correct
     try:
         optimizer.first_step()  # from w to w + eps
         finish = _next_gradients(optimizer, normal_grads, record)
         set_random_state(random, images.device)
-        with _frozen_statistics(model) if bn_perturbed == "freeze" else nullcontext():
-            (share_sam * _loss(model, part_images, part_labels, amp, label_smoothing)[0]).backward()
+        add_gradient(sam_part, share_sam, bn_perturbed == "freeze")
         finish()
         _clip(optimizer, clip_norm)
         optimizer.second_step()  # back to w, then the base optimizer's step with the sum
