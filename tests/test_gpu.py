@@ -210,7 +210,7 @@ def test_captured_passes_are_those_of_single_kernels(amp, bn_perturbed, monkeypa
         start, _ = trained(None, 0)
     close = 1e-3 if amp == "none" else 0.05
     assert (got - wanted).norm() < close * (wanted - start).norm()
-    torch.testing.assert_close(losses, wanted_losses, rtol=close, atol=0)
+    torch.testing.assert_close(losses, wanted_losses, rtol=0.01, atol=0)  # they spread with each step
 
 
 @needs_a_gpu

@@ -5,6 +5,7 @@ device to compute them. A graph holds the kernels of a whole pass and is launche
 that the two parts of a batch, which vary in size, need one graph for each size.
 """
 
+import functools
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -19,15 +20,21 @@ CAPTURE_AT = (
 )
 
 
+@functools.cache
+def _stream() -> torch.cuda.Stream:
+    """Where all graphs are captured: the allocator keeps freed memory for the stream that it was taken on."""
+    return torch.cuda.Stream()
+
+
 def record(work: Callable[[], None], pool: tuple[int, int]) -> Callable[[], None]:
     """What `work` launches on the current GPU, as a graph; nothing of it is computed. Returns what computes it.
 
     Unlike torch.cuda.graph it keeps the allocator's memory and collects no garbage, which would take longer than the
     capture itself.
     """
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(_stream()):
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             work()
@@ -49,7 +56,7 @@ class CapturedPasses:
     """
 
     _pool: tuple[int, int] | None = None
-    _first: Callable[[], None]  # a graph that is never dropped: with its last graph the pool would be gone
+    _first: Callable[[], None] | None = None  # a graph that is not dropped: with its last graph a pool is gone
 
     def __init__(self, model: nn.Module, most: int):
         self.params = [p for p in model.parameters() if p.requires_grad]
@@ -97,6 +104,7 @@ class CapturedPasses:
             except RuntimeError as error:  # memory ran out, or a kernel that cannot be captured
                 self.failed = True
                 self.replays.clear()
+                CapturedPasses._first = None  # so that the memory can be had where no other network uses the pool
                 print(f"note: training without CUDA graphs, which is slower ({first_line(error)})", file=sys.stderr)
         self.replays.get(key, work)()
         # A copy, since the next pass writes over them.

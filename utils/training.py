@@ -1,5 +1,6 @@
 """Training and evaluating one network: the SharpBalance step, an epoch of it, and the logits of an image set."""
 
+import functools
 import itertools
 import math
 import sys
@@ -73,20 +74,7 @@ def sharpbalance_step(
     share_normal, share_sam = len(normal) / len(images), len(sam) / len(images)
     loss, correct = images.new_zeros(()), images.new_zeros(())
     optimizer.zero_grad()
-
-    def add_gradient(part: tuple[Tensor, Tensor], weight: float, frozen: bool = False) -> tuple[Tensor, Tensor]:
-        """Add weight times the gradient of the mean loss of a part to `.grad`; returns that loss, and the correct."""
-
-        def forward(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            with _frozen_statistics(model) if frozen else nullcontext():
-                return _loss(model, x, y, amp, label_smoothing)
-
-        if captured is not None:
-            return captured(forward, *part, weight, frozen)
-        part_loss, logits = forward(*part)
-        (weight * part_loss).backward()
-        return part_loss.detach(), (logits.argmax(1) == part[1]).sum()
-
+    add_gradient = functools.partial(_add_gradient, model, captured, amp, label_smoothing)
     if share_normal:  # weights at w; the gradients become (a/B) grad L_n(w)
         normal_loss, normal_correct = add_gradient((_part(images, normal), _part(labels, normal)), share_normal)
         loss += share_normal * normal_loss
@@ -115,6 +103,28 @@ def sharpbalance_step(
     finally:
         optimizer.restore()
     return loss, correct
+
+
+def _add_gradient(
+    model: nn.Module,
+    captured: CapturedPasses | None,
+    amp: str,
+    label_smoothing: float,
+    part: tuple[Tensor, Tensor],
+    weight: float,
+    frozen: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Add weight times the gradient of a part's mean loss to `.grad`; returns that loss, and the number correct."""
+
+    def forward(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with _frozen_statistics(model) if frozen else nullcontext():
+            return _loss(model, images, labels, amp, label_smoothing)
+
+    if captured is not None:
+        return captured(forward, *part, weight, frozen)
+    loss, logits = forward(*part)
+    (weight * loss).backward()
+    return loss.detach(), (logits.argmax(1) == part[1]).sum()
 
 
 @torch.no_grad()
