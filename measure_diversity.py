@@ -145,7 +145,7 @@ def fit_temperatures(log_probs: Tensor, labels: Tensor, average: str) -> dict[st
 def keep_temperatures(measurement: Measurement, temperature: float, average: str) -> None:
     """Put the ensemble's temperature into the runs of its members, where `utils.inference` finds it.
 
-    But not one of other images than theirs.
+    One that was fitted on other images than theirs is not kept.
     """
     if measurement.other_data:
         print("note: the temperature is not kept with the run, since it is of other images", file=sys.stderr)

@@ -56,7 +56,8 @@ METHODS = {
 }
 PASSES = 45  # forward-backward passes of one image that these runs take together
 SECONDS = 180  # for them
-EPOCHS = 4  # by then nearly all sizes of the parts of a batch have graphs
+EPOCHS = 4  # after which sizes of parts that come up often have graphs
+EPOCH_IMAGES = 6000  # that these are measured on, a tenth for validation
 MEASURE = ["--mode", "all", "--batch_num", "4", "--n_draws", "10", "--hessian_samples", "512", "--probes", "5"]
 MEASURE += ["--top_k", "1", "--ntk_samples", "20"]
 
@@ -207,7 +208,8 @@ def main(args: argparse.Namespace) -> None:
     if on_gpu and not torch.cuda.is_available():
         raise InputError("no GPU was found: torch.cuda.is_available() is False; --device cpu tries the script itself")
     device = start_device(args.device, None)
-    content: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), "environment": environment(device)}
+    content: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), "finished": False}
+    content["environment"] = environment(device)
 
     def keep(name: str, value: object) -> None:
         content[name] = value
@@ -222,7 +224,7 @@ def main(args: argparse.Namespace) -> None:
         data = made_up(folder, args.images or images_for(args.width, device), device)
         keep("images", {"train": len(data.train), "val": len(data.val), "test": len(data.test)})
         if on_gpu:
-            keep("epochs", epochs(data, args.width))
+            keep("epochs", epochs(made_up(folder / "epochs", EPOCH_IMAGES, device), args.width))
         runs = {}
         for i, (method, words) in enumerate(METHODS.items()):
             print(f"\n{method}", flush=True)
@@ -231,6 +233,7 @@ def main(args: argparse.Namespace) -> None:
         keep("speeds", speeds(folder / "0", data))
         if on_gpu:
             keep("benchmark", timed(folder / "benchmark"))
+        keep("finished", True)
     print(f"\n{'method':30} {'img/s':>8} {'peak MiB':>9}")
     for method, row in content["runs"].items():
         print(f"{method:30} {row['images_per_second']:8.0f} {row.get('peak_memory_mib', 0):9.0f}")

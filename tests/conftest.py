@@ -11,7 +11,7 @@ from utils import processes
 
 
 def pytest_configure(config):
-    """Bits are compared, and a GPU adds in another order at each call: only its own tests (-m gpu) see it."""
+    """Runs are compared with what the CPU computes here: only the tests of a GPU (-m gpu) see one."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

@@ -115,7 +115,7 @@ COMPUTING += ("scripts.plot", "scripts.predict", "scripts.export")
 
 
 def test_threads_that_wait_do_not_spin_for_long():
-    """Where two share a core they would take 45 times as long; libgomp looks at the variable when torch is loaded."""
+    """Where two share a core they took fifty times as long; libgomp looks at the variable when torch is loaded."""
     lines = []
     for name in COMPUTING:
         before, line, after = FILES[name].read_text().partition('os.environ.setdefault("GOMP_SPINCOUNT"')

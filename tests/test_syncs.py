@@ -7,6 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import create_model
 from sam import SAM
+from utils import capture
+from utils.capture import CAPTURE_AT, CapturedPasses
 from utils.data import ImageSet, Preprocessing
 from utils.training import sharpbalance_step, train_epoch
 
@@ -71,12 +73,16 @@ def network():
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("bn_perturbed", ["update", "freeze"])
-def test_a_step_waits_for_nothing(share, bn_perturbed):
+@pytest.mark.parametrize("captures", [False, True])
+def test_a_step_waits_for_nothing(share, bn_perturbed, captures, monkeypatch):
+    monkeypatch.setattr(capture, "record", lambda work: work)
     model = network()
+    captured = CapturedPasses(model, 10) if captures else None
     optimizer = SAM(model.parameters(), rho=0.1, lr=0.1, momentum=0.9)
     images, labels, mask = torch.randn(10, 3, 16, 16), torch.randint(0, 5, (10,)), torch.arange(10) < 10 * share
     with Waits(free=(torch.bool,)) as waits:
-        sharpbalance_step(model, optimizer, images, labels, mask, bn_perturbed)
+        for _ in range(CAPTURE_AT):
+            sharpbalance_step(model, optimizer, images, labels, mask, bn_perturbed, captured=captured)
     assert waits.found == []
 
 

@@ -5,6 +5,7 @@ device to compute them. A graph holds the kernels of a whole pass and is launche
 that the two parts of a batch, which vary in size, need one graph for each size.
 """
 
+import contextlib
 import functools
 import sys
 from collections import Counter
@@ -15,31 +16,42 @@ from torch import Tensor, nn
 
 from utils import first_line
 
-CAPTURE_AT = (
-    3  # the use of a batch size at which it is captured: that takes as long as some passes, and sizes can be rare
-)
+# The use of a batch size at which it is captured, which takes as long as some passes.
+CAPTURE_AT = 3
 
 
 @functools.cache
-def _stream() -> torch.cuda.Stream:
-    """Where all graphs are captured: the allocator keeps freed memory for the stream that it was taken on."""
-    return torch.cuda.Stream()
+def _shared() -> tuple[torch.cuda.Stream, tuple[int, int], torch.cuda.CUDAGraph]:
+    """Stream and memory of all graphs: the allocator gives freed memory to the stream that it was taken on alone.
+
+    The graph does nothing; with its last graph a pool would be gone.
+    """
+    stream, pool, graph = torch.cuda.Stream(), torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        torch.zeros(1, device="cuda")
+        graph.capture_end()
+    return stream, pool, graph
 
 
-def record(work: Callable[[], None], pool: tuple[int, int]) -> Callable[[], None]:
+def record(work: Callable[[], None]) -> Callable[[], None]:
     """What `work` launches on the current GPU, as a graph; nothing of it is computed. Returns what computes it.
 
     Unlike torch.cuda.graph it keeps the allocator's memory and collects no garbage, which would take longer than the
     capture itself.
     """
-    graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
-    with torch.cuda.stream(_stream()):
+    stream, pool, _ = _shared()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             work()
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # that it failed is known, and why
+                graph.capture_end()
+            raise
+        graph.capture_end()
     return graph.replay
 
 
@@ -47,7 +59,8 @@ class CapturedPasses:
     """The training passes of one network on a GPU; of each batch size that comes up often a graph is made.
 
     With the same kernels in both forms, a pass has the same bits whether its graph is there yet or not. The graphs of
-    all networks of this process share the memory of their activations, since none of it outlives a pass.
+    all networks of this process share the memory of their activations, since none of it outlives a pass; passes that
+    have no graph have theirs besides. Where a capture fails, this process makes no graphs from there on.
 
     Args:
         model: a network whose work depends on its weights and on the shape of the images alone: one of `models.MODELS`.
@@ -55,15 +68,13 @@ class CapturedPasses:
         most: images of the largest batch.
     """
 
-    _pool: tuple[int, int] | None = None
-    _first: Callable[[], None] | None = None  # a graph that is not dropped: with its last graph a pool is gone
+    failed = False  # of the class: after a capture that failed torch may take no other
 
     def __init__(self, model: nn.Module, most: int):
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.most = most
         self.uses: Counter[tuple[int, bool]] = Counter()
         self.replays: dict[tuple[int, bool], Callable[[], None]] = {}
-        self.failed = False
         self.images: Tensor | None = None
 
     def __call__(
@@ -80,7 +91,7 @@ class CapturedPasses:
             loss_of: loss and logits of images and labels, always the same function for the same `frozen`.
             images, labels: float [B, C, H, W] and int64 [B].
             weight: of the gradient.
-            frozen: part of what names the graph, besides B.
+            frozen: whether BatchNorm's statistics stay as they are; passes of both kinds have graphs of their own.
 
         Returns:
             The loss and the number of correct predictions.
@@ -98,14 +109,15 @@ class CapturedPasses:
         inputs.copy_(images)
         targets.copy_(labels)
         self.uses[key] += 1
-        if key not in self.replays and not self.failed and self.uses[key] >= CAPTURE_AT:
+        if key not in self.replays and self.uses[key] >= CAPTURE_AT and not self.failed:
             try:
-                self.replays[key] = record(work, CapturedPasses._pool)
+                self.replays[key] = record(work)
             except RuntimeError as error:  # memory ran out, or a kernel that cannot be captured
-                self.failed = True
-                self.replays.clear()
-                CapturedPasses._first = None  # so that the memory can be had where no other network uses the pool
+                CapturedPasses.failed = True
                 print(f"note: training without CUDA graphs, which is slower ({first_line(error)})", file=sys.stderr)
+        if self.failed and self.replays:
+            self.replays.clear()  # their memory may be what is missing
+            _shared.cache_clear()
         self.replays.get(key, work)()
         # A copy, since the next pass writes over them.
         found = torch._foreach_mul(self.gradients, weight)
@@ -118,11 +130,9 @@ class CapturedPasses:
         return self.loss.clone(), self.correct.clone()
 
     def _allocate(self, images: Tensor) -> None:
-        """The memory that all graphs read and write."""
-        self.images = images.new_empty((self.most, *images.shape[1:])).to(memory_format=torch.channels_last)
+        """The memory that all graphs of this network read and write."""
+        like = {"dtype": images.dtype, "device": images.device, "memory_format": torch.channels_last}
+        self.images = torch.empty((self.most, *images.shape[1:]), **like)
         self.labels = torch.zeros(self.most, dtype=torch.int64, device=images.device)
         self.gradients = [torch.zeros_like(p) for p in self.params]
         self.loss, self.correct = images.new_zeros(()), images.new_zeros((), dtype=torch.int64)
-        if CapturedPasses._pool is None and images.device.type == "cuda":
-            CapturedPasses._pool = torch.cuda.graph_pool_handle()
-            CapturedPasses._first = record(lambda: self.loss.zero_(), CapturedPasses._pool)

@@ -92,7 +92,7 @@ class Member:
         self.optimizer = self._new_optimizer()
         self.captured = None
         if device.type == "cuda" and settings.model in MODELS:
-            self.captured = CapturedPasses(self.model, settings.batch_size + 1)
+            self.captured = CapturedPasses(self.model, min(settings.batch_size + 1, len(run.data.train)))
         self.average = None
         if settings.average_from is not None:
             self.average = AveragedModel(self.model, multi_avg_fn=self._average)

@@ -300,7 +300,7 @@ def _add_sharpness(ensemble: Ensemble) -> None:
 
 
 def populations(groups: list[list[Ensemble]], titles: dict[str, str]) -> str:
-    """Over what the intervals of ensembles are: the sentence's end for a table with these values, by their keys.
+    """What a table's intervals are over, as the end of a sentence.
 
     Args:
         groups: of several ensembles each. A value that some ensemble of a group lacks has no interval there.
