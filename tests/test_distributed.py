@@ -157,7 +157,10 @@ FATAL = {
 }
 
 
-@pytest.mark.parametrize("moment", FATAL)
+SELDOM = ("rank 0 in warm-up", "after it")  # of torchrun; processes of --jobs are tried at all moments
+
+
+@pytest.mark.parametrize("moment", [pytest.param(m, marks=[pytest.mark.slow] * (m in SELDOM)) for m in FATAL])
 def test_a_dead_rank_ends_the_others_and_another_number_goes_on(moment, whole, tmp_path):
     folder, fault = tmp_path / "run", FATAL[moment]
     started = time.monotonic()
