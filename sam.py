@@ -174,11 +174,10 @@ class SAM(torch.optim.Optimizer):
             return {key: v for key, v in kept.items() if isinstance(v, Tensor) and v.device == finite.device}
 
         self._save(params)
-        before = state()
-        copies = [torch.empty_like(value) for value in before.values()]
-        if copies:
-            torch._foreach_copy_(copies, list(before.values()))  # one launch; a clone would be one for each
-        before = dict(zip(before, copies, strict=True))
+        kept = state()
+        before = {key: torch.empty_like(value) for key, value in kept.items()}
+        if kept:  # one launch for all; clones would be one each
+            torch._foreach_copy_(list(before.values()), list(kept.values()))
         self.base_optimizer.step()
         after = state()
         old = [before[key] if key in before else torch.zeros_like(value) for key, value in after.items()]

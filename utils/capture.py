@@ -24,24 +24,20 @@ CAPTURE_AT = 3
 def _shared() -> tuple[torch.cuda.Stream, tuple[int, int], torch.cuda.CUDAGraph]:
     """Stream and memory of all graphs: the allocator gives freed memory to the stream that it was taken on alone.
 
-    The graph does nothing; with its last graph a pool would be gone.
+    With its last graph a pool would be gone, so there is one that is kept.
     """
-    stream, pool, graph = torch.cuda.Stream(), torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        torch.zeros(1, device="cuda")
-        graph.capture_end()
-    return stream, pool, graph
+    stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+    return stream, pool, _capture(lambda: torch.zeros(1, device="cuda"), stream, pool)
 
 
 def record(work: Callable[[], None]) -> Callable[[], None]:
-    """What `work` launches on the current GPU, as a graph; nothing of it is computed. Returns what computes it.
-
-    Unlike torch.cuda.graph it keeps the allocator's memory and collects no garbage, which would take longer than the
-    capture itself.
-    """
+    """What `work` launches on the current GPU, as a graph; nothing of it is computed. Returns what computes it."""
     torch.cuda.synchronize()
-    stream, pool, _ = _shared()
+    return _capture(work, *_shared()[:2]).replay
+
+
+def _capture(work: Callable[[], object], stream: torch.cuda.Stream, pool: tuple[int, int]) -> torch.cuda.CUDAGraph:
+    """Unlike torch.cuda.graph it keeps the allocator's memory and collects no garbage, which would take longer."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
@@ -52,7 +48,7 @@ def record(work: Callable[[], None]) -> Callable[[], None]:
                 graph.capture_end()
             raise
         graph.capture_end()
-    return graph.replay
+    return graph
 
 
 class CapturedPasses:
