@@ -1,6 +1,7 @@
 """The 15 corruptions, and the script that makes corrupted copies of a test set."""
 
 import colorsys
+import fcntl
 import hashlib
 import json
 import re
@@ -348,6 +349,24 @@ def test_what_is_there_is_kept_and_what_is_not_is_made(tmp_path, capsys, monkeyp
     assert {path.name for path in folder.iterdir()} == {"fog.npy", "labels.npy", "about.json"}
     make(*command)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == contents
+
+
+def test_two_commands_do_not_make_the_same_set(tmp_path, monkeypatch):
+    """The second waits until the first has ended, and finds all that it would make."""
+    held, made = [], make_corrupted._make
+
+    def make_while_another_tries(*rest):
+        with open(tmp_path / ".digits-C.lock") as file:
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.append(True)
+        made(*rest)
+
+    monkeypatch.setattr(make_corrupted, "_make", make_while_another_tries)
+    make("--to", tmp_path, "--corruptions", "contrast")
+    assert held == [True]
+    with open(tmp_path / ".digits-C.lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @pytest.mark.parametrize("data", ["cifar10", "cifar100", "tiny_imgnet"])

@@ -360,6 +360,14 @@ def test_the_plan_is_of_the_claims_and_grids():
         assert (len(args.seeds), args.choose_on) == (5, 3)
 
 
+def test_names_of_runs(tmp_path):
+    """What has several values is part of them, and what the run has not is left out."""
+    words = words_of(tmp_path, "digits", "--rho", "0.1", "0.2", "--methods", "sam,sharpbalance")
+    place = experiment.Experiment(experiment.parse_args(words))
+    assert place.run_name("sam", {"rho": 0.2, "k": 0.5, "T_d": None}) == "sam_0.2"
+    assert place.run_name("sharpbalance", {"rho": 0.2, "k": 0.5, "T_d": None}) == "sharpbalance_0.2_0.5"
+
+
 def test_what_cannot_be(tmp_path, monkeypatch, capsys):
     for words, message in (
         (["nothing"], "preset: expected one of quickstart, digits"),
