@@ -48,12 +48,12 @@ from utils.distributed import cores
 from utils.files import load_json, read_bytes, read_json, write_array, write_atomically, write_json
 from utils.kept import VERSIONS, up_to_date
 from utils.places import PLACES, find
-from utils.presets import CHOICES, FOUR, METHODS, NEXT, PRESETS, SETS
+from utils.presets import CHOICES, FOUR, LATE, METHODS, NEXT, PRESETS, SETS
 from utils.results import copy_results, validation_of
 from utils.run import environment
 
 ROOT = Path(__file__).resolve().parent.parent
-# --initial_method is late_sam's.
+# --initial_method is that of plain_start and of LATE.
 SET_BY_METHOD = ("--initial_method", "--sam", "--sam_adaptive", "--partition")
 SET_BY_METHOD += ("--match_size", "--average_from", "--seed", "--save_path")
 ENVIRONMENT = ("data", "data_path", "methods", "seeds", "rho", "flat_ratio", "initial_epochs", "asam_rho", "checkpoint")
@@ -182,8 +182,9 @@ class Experiment:
         self.average_from = self.chosen["T_d"]
         if "eoa" in args.methods and self.average_from is None:
             raise InputError("--initial_epochs: eoa averages from this epoch on; give one")
-        if "late_sam" in args.methods and not self.passed.epochs:
-            raise InputError("--epochs: late_sam begins after 7/8 of them; say how many")
+        late = next((method for method in args.methods if method in LATE), None)
+        if late and not self.passed.epochs:
+            raise InputError(f"--epochs: {late} begins after 7/8 of them; say how many")
         self.steps = []
         for name, (flag, by, methods) in CHOICES.items():
             if len(self.grid[name] or []) > 1 and by in args.methods:
@@ -259,18 +260,21 @@ class Experiment:
     def flags_of(self, method: str, values: dict[str, Any]) -> list[Any]:
         """The options of main.py for a method, by rho, k and T_d."""
         sam = ["--sam", "--rho", values["rho"]]
-        sets = [*sam, "--flat_ratio", values["k"]]
-        sets += ["--initial_epochs", values["T_d"]] if values["T_d"] is not None else []
+        picked = [*sam, "--flat_ratio", values["k"]]
+        sets = picked + (["--initial_epochs", values["T_d"]] if values["T_d"] is not None else [])
+        late = ["--initial_method", "sgd", "--initial_epochs", 7 * (self.passed.epochs or 0) // 8]
         average = ["--average_from", self.average_from]
         return {
             "deep_ensemble": average if "eoa" in self.args.methods else [],
             "eoa": average,
             "sam": sam,
             "deep_ensemble_sam": sam,
-            "late_sam": [*sam, "--initial_method", "sgd", "--initial_epochs", 7 * (self.passed.epochs or 0) // 8],
+            "late_sam": [*sam, *late],
+            "late_sharpbalance": [*picked, *late],
             "asam": ["--sam", "--sam_adaptive", "--rho", self.args.asam_rho],
             "sharpbalance": sets,
             "sharpbalance_paper": [*sets, "--partition", "paper"],
+            "plain_start": [*sets, "--initial_method", "sgd"],
             "random": [*sets, "--partition", "random", "--match_size"],
             "random_paper": [*sets, "--partition", "random", "--match_size", "paper"],
             "same": [*sets, "--partition", "same", "--match_size"],
@@ -290,7 +294,8 @@ class Experiment:
             return f"deep_ensemble_of_{plain}" if plain else "deep_ensemble"  # whose runs hold the averages
         several = [name for name in self.grid if self.grid[name] and len(self.grid[name]) > 1]
         parts = self.grid if method in SETS and several else [name for name in several if name == "rho"]
-        parts = parts if method in (*SETS, "sam", "late_sam") else []
+        parts = ["rho", "k"] if method == "late_sharpbalance" and several else parts
+        parts = parts if method in (*SETS, *LATE, "sam") else []
         return "_".join([method, *(f"{values[name]:g}" for name in parts if values[name] is not None)])
 
     def place(self, root: Path, name: str, seeds: str) -> Path:
@@ -501,7 +506,7 @@ class Experiment:
             nonlocal left
             left, self.spent = left - job.cost, self.spent + job.cost
             minutes = (time.monotonic() - self.started) / max(self.spent, 0.1) * (left + later) / 60
-            text = f", about {minutes:.0f} min to go" if left + later > 0.1 else ""
+            text = f", about {max(minutes, 1):.0f} min to go" if left + later > 0.1 else ""
             print(f"{time.strftime('%H:%M')}  {job.name}: done{text}", flush=True)
             self.write_plan()
 

@@ -78,6 +78,7 @@ CLAIMS = (
 )
 # The study of where SharpBalance helps. Of each reading: its method, and random sets of its size.
 READINGS = {"released": ("sharpbalance", "random"), "paper": ("sharpbalance_paper", "random_paper")}
+CHEAPER = {"plain start": "plain_start", "late": "late_sharpbalance"}  # forms of SharpBalance (released)
 POINTS, NATS = 0.3, 0.003  # margins of accuracy and of calibrated NLL
 PRIMARY = tuple(compare(f"A1, {name}", rule, "sam", "ensemble", POINTS) for name, (rule, _) in READINGS.items())
 SECONDARY = (
@@ -86,14 +87,16 @@ SECONDARY = (
     compare("A3, SAM", "sam", "deep_ensemble", "ensemble", POINTS),
     compare("A4, late SAM", "late_sam", "sam", "ensemble", POINTS),
     *(compare(f"A5, {name}", f"{rule}_next", "sam", "ensemble", POINTS) for name, (rule, _) in READINGS.items()),
+    *(compare(f"A6, {name}", method, "sharpbalance", "ensemble", POINTS) for name, method in CHEAPER.items()),
     *(compare(f"N1, {name}", "sam", rule, "nll_calibrated", NATS) for name, (rule, _) in READINGS.items()),
     *(compare(f"N2, {name}", drawn, rule, "nll_calibrated", NATS) for name, (rule, drawn) in READINGS.items()),
     *(compare(f"N3, {name}", "deep_ensemble", rule, "nll_calibrated", NATS) for name, (rule, _) in READINGS.items()),
+    *(compare(f"N4, {name}", "sharpbalance", method, "nll_calibrated", NATS) for name, method in CHEAPER.items()),
     *(above_the_curve(f"D1, {name}", rule) for name, (rule, _) in READINGS.items()),
     *(above_the_curve(f"D2, {name}", f"{rule}_next") for name, (rule, _) in READINGS.items()),
     *(compare(f"U1, {name}", rule, "sam", "auroc entropy digits") for name, (rule, _) in READINGS.items()),
 )
-# Described without verdicts: N1 to N3 before the temperature.
+# Described without verdicts: N1 to N4 before the temperature.
 BEFORE = tuple(compare(claim.name, *claim.methods, "nll", NATS) for claim in SECONDARY if claim.name.startswith("N"))
 # The panels of the map, with the names of claims that are its rows.
 MAP = {

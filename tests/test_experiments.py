@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import main
 from scripts import experiment, report
 from tests import files
 from tests.test_ensemble import ROOT
@@ -366,6 +367,19 @@ def test_names_of_runs(tmp_path):
     place = experiment.Experiment(experiment.parse_args(words))
     assert place.run_name("sam", {"rho": 0.2, "k": 0.5, "T_d": None}) == "sam_0.2"
     assert place.run_name("sharpbalance", {"rho": 0.2, "k": 0.5, "T_d": None}) == "sharpbalance_0.2_0.5"
+
+
+def test_cheaper_forms(tmp_path):
+    """After a start without SAM until T_d or until 7/8 of the epochs: the names of runs, and what main.py is asked."""
+    words = words_of(tmp_path, "digits", "--rho", "0.1", "0.2", "--methods", "sam,plain_start,late_sharpbalance")
+    place = experiment.Experiment(experiment.parse_args([*words, "--epochs", "16"]))
+    values = {"rho": 0.2, "k": 0.5, "T_d": 4}
+    assert place.run_name("plain_start", values) == "plain_start_0.2_0.5_4"
+    assert place.run_name("late_sharpbalance", values) == "late_sharpbalance_0.2_0.5"
+    for method, begin in (("plain_start", 4), ("late_sharpbalance", 14)):
+        args = main.parse_args([str(word) for word in place.flags_of(method, values)])
+        assert (args.sam, args.rho, args.flat_ratio) == (True, 0.2, 0.5)
+        assert (args.initial_method, args.initial_epochs, args.partition) == ("sgd", begin, "released")
 
 
 def test_what_cannot_be(tmp_path, monkeypatch, capsys):

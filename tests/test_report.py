@@ -377,6 +377,8 @@ def test_claims_of_the_study_have_the_sign_of_their_words():
         "deep_ensemble": (0.80, 0.70, 0.30, 3.0, 0.90),
         "sam": (0.82, 0.65, 0.20, 2.0, 0.91),
         "late_sam": (0.81, 0.66, 0.25, 2.5, 0.92),
+        "plain_start": (0.81, 0.61, 0.25, 2.5, 0.92),
+        "late_sharpbalance": (0.80, 0.62, 0.25, 2.5, 0.92),
     }
     for i, name in enumerate(("sharpbalance", "sharpbalance_paper", "random", "random_paper")):
         numbers[name] = (0.83 + i / 100, 0.60 - i / 100, 0.21 + i / 100, 1.9, 0.93 + i / 100)
@@ -397,6 +399,7 @@ def test_claims_of_the_study_have_the_sign_of_their_words():
             # All are flatter than SAM, whose disagreement is 0.2.
             **{"D1, released": 0.01, "D1, paper": 0.02, "D2, released": -0.05, "D2, paper": -0.04},
             **{"U1, released": 0.02, "U1, paper": 0.03},
+            **{"A6, plain start": -0.02, "A6, late": -0.03, "N4, plain start": -0.01, "N4, late": -0.02},
         }
     )
 

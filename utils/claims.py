@@ -23,6 +23,8 @@ NAMES |= {"random": METHODS["random"].name}
 ALL_NAMES = NAMES | {
     "sam_largest": "SAM with the largest rho",
     "late_sam": "SAM in the last eighth of training",
+    "late_sharpbalance": f"{METHODS['released'].name} in the last eighth of training",
+    "plain_start": f"{METHODS['released'].name} after a plain start",
     "random_paper": f"{METHODS['random'].name}, sized as {METHODS['paper'].name}",
     "sharpbalance_next": f"{METHODS['released'].name} at the next rho",
     "sharpbalance_paper_next": f"{METHODS['paper'].name} at the next rho",

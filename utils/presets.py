@@ -1,13 +1,15 @@
 """The experiments of `scripts/experiment.py`: the methods that they compare, and the options that each begins with."""
 
-# The methods that k and T_d matter to; those of NEXT are trained at the next rho that was tried above the chosen one.
-SETS = ("sharpbalance", "sharpbalance_paper", "random", "random_paper", "same")
+# The methods that k and T_d matter to; those of NEXT are trained at the next rho that was tried above the chosen one;
+# those of LATE begin with plain SGD for 7/8 of the epochs, whatever T_d is.
+SETS = ("sharpbalance", "sharpbalance_paper", "plain_start", "random", "random_paper", "same")
 NEXT = ("sharpbalance_next", "sharpbalance_paper_next")
-METHODS = ("deep_ensemble", "eoa", "sam", "deep_ensemble_sam", "late_sam", "asam", *SETS, *NEXT)
+LATE = ("late_sam", "late_sharpbalance")
+METHODS = ("deep_ensemble", "eoa", "sam", "deep_ensemble_sam", *LATE, "asam", *SETS, *NEXT)
 # Of what may be chosen: its option, the method that chooses among several values, and the methods that it matters to.
 CHOICES = {
     "rho": ("--rho", "sam", tuple(one for one in METHODS if one not in ("deep_ensemble", "eoa", "asam"))),
-    "k": ("--flat_ratio", SETS[0], (*SETS, *NEXT)),
+    "k": ("--flat_ratio", SETS[0], (*SETS, *NEXT, LATE[1])),
     "T_d": ("--initial_epochs", SETS[0], (*SETS, *NEXT)),
 }
 FOUR = ("deep_ensemble", "sam", "sharpbalance", "sharpbalance_paper")
@@ -25,7 +27,7 @@ RULES = "deep_ensemble,eoa,sam,sharpbalance,sharpbalance_paper,random"
 SETTINGS = {
     "noise_0_images_1000": f"{RULES},random_paper",
     "noise_0.2_images_1000": f"{RULES},random_paper,{','.join(NEXT)},late_sam",
-    "noise_0.4_images_1000": f"{RULES},random_paper,{','.join(NEXT)}",
+    "noise_0.4_images_1000": f"{RULES},random_paper,{','.join(NEXT)},{','.join(LATE)},plain_start",
     **{f"noise_{noise}_images_4000": RULES for noise in ("0", "0.2", "0.4")},
 }
 # With the networks of the study's first setting, which are trained where they are missing, and its rho, k and T_d.
