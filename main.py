@@ -222,8 +222,8 @@ def build_parser() -> cli.Parser:
     text = "write events for TensorBoard beside log.jsonl: loss, accuracy and speed by epoch, by step the norms of "
     text += "SAM's gradient and perturbation, and the cosine of the gradients before and after it"
     cli.add_flag(group, "tensorboard", text)
-    text = "processes of this machine that share the members; auto: on a CPU one for each member, as far as the memory "
-    text += "goes, on a GPU one. The result is the same for any K"
+    text = "processes of this machine that share the members; auto: on a CPU one for each member, or fewer that share "
+    text += "them equally and occupy all cores, as far as the memory goes; on a GPU one. No result depends on it"
     cli.add_option(group, "jobs", text, cli.job_count, "K", default="auto")
     cli.add_flag(group, "overwrite", "start anew in a folder that holds a run")
     return parser

@@ -546,7 +546,7 @@ def scaling(args: argparse.Namespace) -> None:
         exponent = np.polyfit(np.log(sizes), np.log(medians), 1)[0]
         cells = ", ".join(f"{size}: {1000 * t:.1f}" for size, t in zip(sizes, medians, strict=True))
         print(f"{name:16} {what:10} {cells:52} {exponent:8.2f}  {expected}", flush=True)
-    print(f"n = {args.repeats}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"n = {args.repeats}, threads: {torch.get_num_threads()}, torch {torch.__version__}")
 
 
 def rows_of(name: str, result: dict) -> list[tuple[str, bool]]:
@@ -594,7 +594,7 @@ def main(args: argparse.Namespace) -> None:
     file = args.save / "benchmark.json"
     write_json(file, (load_json(file) if file.is_file() else {}) | results)
     env = next(iter(results.values()))["environment"]
-    print(f"n = {args.repeats}, {env['threads']} threads, torch {env['torch']}; wrote {file}")
+    print(f"n = {args.repeats}, threads: {env['threads']}, torch {env['torch']}; wrote {file}")
     if any_missed and args.check:
         sys.exit(1)
 

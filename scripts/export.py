@@ -219,7 +219,7 @@ def largest_difference(ensemble: Ensemble, run: Run) -> float:
 def print_timings(ensemble: Ensemble, run: Run, sizes: list[int], size: int, versions: str) -> None:
     """Size and time of the file, and of the members that torch evaluates one after the other, in turn."""
     members = f"members: {len(sizes)} files of {sum(sizes) / len(sizes) / 2**20:.1f} MiB"
-    print(f"{members}; this file {size / 2**20:.1f} MiB; {torch.get_num_threads()} threads, {versions}")
+    print(f"{members}; this file {size / 2**20:.1f} MiB; threads: {torch.get_num_threads()}, {versions}")
     for count in TIMED:
         images, times = example(ensemble, count), []
         for _ in range(PAIRS + 3):

@@ -5,7 +5,8 @@
 A pass is forward and backward of a batch through ResNet-18 on 32x32 grey images, as in training. Prints its arithmetic
 beside that of a matrix product, the share of each operator, and the times of other forms: images in colour, the default
 memory format, compiled by inductor (where there is a C++ compiler), evaluation in batches of several sizes, scores,
-and, of several threads, with all of them on one core, as where other programs take the rest.
+and, of several threads, with all of them on one core, as where other programs take the rest: how long threads wait for
+one another at full speed, which GOMP_SPINCOUNT=TURNS says before the command, matters there.
 """
 
 import argparse
@@ -129,8 +130,6 @@ def main(args: argparse.Namespace) -> None:
         "scores": lambda: per_sample_fisher(own[0].eval(), *own[1:]),
         **{f"evaluation, {n} at once": partial(evaluate, *network(width, n)) for n in EVALUATED},
     }
-    if torch.get_num_threads() > 1 and sys.platform == "linux":
-        forms["threads on one core"] = partial(on_one_core, as_in_training)
     compiled = training(torch.compile(own[0]), *own[1:])
     started = time.perf_counter()
     try:
@@ -141,7 +140,11 @@ def main(args: argparse.Namespace) -> None:
     first = time.perf_counter() - started
     with FlopCounterMode(display=False) as counter:
         as_in_training()
-    seconds = {name: statistics.median(found) for name, found in seconds_of(forms, args.repeats, device).items()}
+    times = seconds_of(forms, args.repeats, device)
+    if torch.get_num_threads() > 1 and sys.platform == "linux":
+        # After the others: threads that were moved together slow down what comes next.
+        times |= seconds_of({"threads on one core": partial(on_one_core, as_in_training)}, args.repeats, device)
+    seconds = {name: statistics.median(found) for name, found in times.items()}
     product, whole = seconds.pop("matrix product"), seconds["as in training"]
     rates = 2 * SIDE**3 / product / 1e9, counter.get_total_flops() / whole / 1e9
     print(f"width {width}: {size / whole:.0f} images/s, {rates[1]:.0f} of {rates[0]:.0f} GFLOP/s of a matrix product")
@@ -152,7 +155,7 @@ def main(args: argparse.Namespace) -> None:
             found *= size / int(name.split()[1])
         note = f"  (compiled in {first:.0f} s)" if name == "compiled" else ""
         print(f"{name:24} {1000 * found:17.1f} {found / whole:9.2f}{note}")
-    print(f"n = {args.repeats}, {environment(device)['threads']} threads, torch {torch.__version__}")
+    print(f"n = {args.repeats}, threads: {environment(device)['threads']}, torch {torch.__version__}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Draw figures, each as PDF and PNG, without Jupyter.
 
     python scripts/plot.py tradeoff --from measurements/* --to figures/tradeoff
-    python scripts/plot.py theory --to figures
+    python scripts/plot.py theory --to figures/theory
 
 From folders that the measuring scripts wrote:
 tradeoff: sharpness against diversity, a point an ensemble. benchmark: accuracy of members and ensemble. severity:

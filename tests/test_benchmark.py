@@ -47,7 +47,7 @@ def test_scaling(capsys):
     call("--scaling", "--only", "partition by M", "theory", "--repeats", 3, "--threads", 1)
     lines = capsys.readouterr().out.splitlines()
     assert [line[:14].strip() for line in lines[1:3]] == ["partition by M", "theory"]
-    assert "n = 3, 1 threads" in lines[3]
+    assert "n = 3, threads: 1," in lines[3]
     with pytest.raises(SystemExit, match="2"):
         call("--scaling", "--only", "fisher16")
     assert "--only: expected some of training by N" in capsys.readouterr().err
@@ -134,6 +134,6 @@ def test_where_a_pass_goes(monkeypatch, capsys):
         assert len(found) == 7
         assert sum(found) == pytest.approx(100, abs=4)
         names = ["as in training", "colour", "default memory format", "scores", "evaluation, 4 at once"]
-        names += ["evaluation, 8 at once"] + ["threads on one core", "compiled"] * compiled
+        names += ["evaluation, 8 at once"] + ["compiled", "threads on one core"] * compiled
         assert [line[:24].strip() for line in forms.splitlines()[1:-1]] == names
         assert forms.splitlines()[1].split()[-1] == "1.00"

@@ -106,10 +106,10 @@ def test_one_process_jobs_and_torchrun_agree_by_default(tmp_path):
 
 @pytest.mark.parametrize(
     ("members", "cores", "count", "threads"),
-    [(1, 8, 1, 8), (3, 1, 3, 1), (3, 2, 3, 1), (4, 3, 4, 1), (3, 4, 3, 1), (3, 64, 3, 21), (9, 4, 9, 1), (2, 5, 2, 2)],
+    [(1, 8, 1, 8), (3, 1, 1, 1), (3, 2, 3, 1), (4, 3, 4, 1), (3, 4, 3, 1), (3, 64, 3, 21), (9, 2, 3, 1), (2, 5, 2, 2)],
 )
 def test_automatic_jobs(members, cores, count, threads, monkeypatch):
-    """A process a member; a member's threads do not depend on how many they are, nor on torchrun."""
+    """Each has as many members, and every core a process; threads depend neither on that nor on torchrun."""
     monkeypatch.setattr(distributed, "cores", lambda: cores)
     monkeypatch.delenv("OMP_NUM_THREADS")
     seeds = [str(seed) for seed in range(members)]

@@ -121,7 +121,7 @@ def test_it_is_loaded_where_modules_have_our_names(ending, tmp_path):
 def test_timings(tmp_path, capsys):
     exported(tmp_path / "ensemble.pt2", members_of(tmp_path, "resnet18", 2), "--timings")
     lines = capsys.readouterr().out.splitlines()[1:]
-    assert re.fullmatch(r"members: 2 files of 0\.\d MiB; this file 0\.\d MiB; 1 threads, torch \S+", lines[0])
+    assert re.fullmatch(r"members: 2 files of 0\.\d MiB; this file 0\.\d MiB; threads: 1, torch \S+", lines[0])
     assert [re.sub(r"\d+\.\d+", "x", line) for line in lines[1:]] == [
         f"batch of {count}: members one by one x ms [x, x], this file x ms [x, x] (median, quartiles of 10 pairs)"
         for count in (1, 32)

@@ -141,10 +141,13 @@ def default_threads(members: int) -> int:
 def default_jobs(members: int, threads: int) -> int:
     """The number of processes of this machine's CPU that train the members in the shortest time.
 
-    Of one thread each, also more than cores: what the system shares out by time ends sooner than rounds in which a core
-    has nothing to do. Several threads of a process wait for one another, so that such processes must not be too many.
+    Of one thread each, the smallest number that is a process for each core or more and gives all the same number of
+    members: what the system shares out by time ends sooner than rounds in which a core has nothing to do, and more
+    processes take memory. Several threads of a process wait for one another: such processes are no more than fit.
     """
-    return members if threads == 1 else max(1, min(members, cores() // threads))
+    if threads > 1:
+        return max(1, min(members, cores() // threads))
+    return next(count for count in range(min(cores(), members), members + 1) if members % count == 0)
 
 
 def on_cpu(device: str) -> bool:
