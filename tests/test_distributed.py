@@ -135,6 +135,7 @@ def test_jobs_of_several_threads_are_no_more_than_cores(monkeypatch, tmp_path, c
 
 
 def test_jobs_fit_into_the_memory(monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "cores", lambda: 4)
     args = main.parse_args(["--device", "cpu", "--seed", "1 2 3 4", "--threads", "1"])
     each = main.memory_of_member(args)
     for enough in (4, 2, 0.5):
