@@ -49,7 +49,7 @@ OPTIMIZERS = {"sgd": {"weight_decay": 5e-4}, "adamw": {"lr": 1e-3, "weight_decay
 USUAL_RHO = {False: 0.05, True: 0.5}  # of SAM, and of ASAM, whose rho is relative to the weights; from their papers
 READINGS = ("released", "paper")  # of --partition, the two of the method
 # Memory of a process in training: before its first step; a weight with gradient, momentum, SAM's copy and checkpoint;
-# an output of a layer with its gradient. An upper end: ResNet-18 and the ViT took 0.3 to 0.8 of it.
+# an output of a layer with its gradient. An upper end: of one member, ResNet-18 and the ViT took 0.3 to 0.8 of it.
 BYTES_OF_PROCESS, BYTES_OF_WEIGHT, BYTES_OF_ACTIVATION = 100e6, 24, 8
 CHECKPOINT_TITLES = {"last": "end of training", "best": "best validation accuracy", "averaged": "mean of the weights"}
 
@@ -361,15 +361,15 @@ def count_processes(args: argparse.Namespace) -> int:
     if not distributed.on_cpu(args.device):
         return 1
     count = distributed.default_jobs(members, threads)
-    fit = processes.that_fit(count, memory_of_member(args))
+    fit = processes.that_fit(count, memory_of_process(args, -(-members // count)))
     if fit < count:
         free = processes.free_memory() / 2**30
         note(f"--jobs auto: {free:.1f} GiB of free memory are enough for {fit} of {count} processes")
     return fit
 
 
-def memory_of_member(args: argparse.Namespace) -> float:
-    """Roughly the bytes that a process of one member takes beyond what processes share."""
+def memory_of_process(args: argparse.Namespace, members: int) -> float:
+    """Roughly the bytes that a process of so many members takes beyond what processes share."""
     info, numbers = expected_info(args.data, args.image_size), []
     device = "cpu" if is_external(args.model) else "meta"  # where a user's file may not work
     with torch.random.fork_rng(devices=[]), torch.device(device), torch.no_grad():
@@ -384,7 +384,7 @@ def memory_of_member(args: argparse.Namespace) -> float:
     with torch.no_grad():
         model(image)
     weights = sum(parameter.numel() for parameter in model.parameters())
-    return BYTES_OF_PROCESS + BYTES_OF_WEIGHT * weights + BYTES_OF_ACTIVATION * args.batch_size * sum(numbers)
+    return BYTES_OF_PROCESS + BYTES_OF_WEIGHT * weights * members + BYTES_OF_ACTIVATION * args.batch_size * sum(numbers)
 
 
 def train(args: argparse.Namespace, data: Data | None = None) -> dict | None:

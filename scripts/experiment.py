@@ -566,7 +566,7 @@ class Experiment:
         if not self.passed.label_noise:
             return shares
         shares["all"] = float(self.data.mislabelled.mean())
-        for method in [method for method in self.args.methods if method in SETS]:
+        for method in [method for method in self.args.methods if method in (*SETS, "late_sharpbalance")]:
             runs = [self.run_of(method, self.chosen, seeds).name for seeds in self.args.seeds]
             if found := [sets[run] for run in runs if run in sets]:
                 shares[method] = statistics.mean(one["mislabelled"] for one in found)

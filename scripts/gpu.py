@@ -6,7 +6,7 @@
 The second form tries the script itself: on the CPU there are the runs alone, without tests and benchmark. Images are
 random, in CIFAR-10's own files, and as many as the GPU trains in about three minutes, at most 50,000. Every run has two
 members and two epochs, is stopped in the second one by SIGTERM, and is resumed. Writes --save; "images_per_second" and
-"img/s" are of the first epoch, in which samples are not split yet and torch warms up.
+"img/s" are of the first epoch, in which samples are not split yet, of the faster member.
 """
 
 import argparse
@@ -209,6 +209,7 @@ def main(args: argparse.Namespace) -> None:
     if on_gpu and not torch.cuda.is_available():
         raise InputError("no GPU was found: torch.cuda.is_available() is False; --device cpu tries the script itself")
     device = start_device(args.device, None)
+    args.save.parent.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), "finished": False}
     content["environment"] = environment(device)
 

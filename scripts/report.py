@@ -123,8 +123,8 @@ STUDY_OPENING = (
     "# Where does SharpBalance help?",
     "`bash scripts/experiments/study.sh` trains, measures and writes this page from the JSON files beside it; "
     "`scripts/report.py` alone writes it again. Settings, methods, claims and margins were written down in "
-    "results/study/PLAN.md before any of these networks was measured on test images. Earlier ones had been, on those "
-    "of Fashion-MNIST, and suggested the claims.",
+    "results/study/PLAN.md before any network of a setting was measured on test images, as its dated changes say. "
+    "Earlier ones had been, on those of Fashion-MNIST, and suggested the claims.",
     f"{VERDICTS} The primary family of a setting is A1, each reading of SharpBalance against SAM by ensemble accuracy; "
     "all others are the secondary one.",
 )
@@ -251,7 +251,7 @@ def mislabelled(plan: dict[str, Any]) -> list[str]:
         return []
     sets = (
         f"{ALL_NAMES[name]} {100 * shares[name]:.1f} % (sets of {100 * shares[f'{name}_size']:.0f} % of the images)"
-        for name in ("sharpbalance", "sharpbalance_paper", "random", "random_paper")
+        for name in ("sharpbalance", *CHEAPER.values(), "sharpbalance_paper", "random", "random_paper")
         if name in shares
     )
     return [

@@ -137,7 +137,7 @@ def test_jobs_of_several_threads_are_no_more_than_cores(monkeypatch, tmp_path, c
 def test_jobs_fit_into_the_memory(monkeypatch, capsys):
     monkeypatch.setattr(distributed, "cores", lambda: 4)
     args = main.parse_args(["--device", "cpu", "--seed", "1 2 3 4", "--threads", "1"])
-    each = main.memory_of_member(args)
+    each = main.memory_of_process(args, 1)
     for enough in (4, 2, 0.5):
         free = 1.01 * enough * each / processes.MEMORY_SHARE
         monkeypatch.setattr(processes, "free_memory", lambda free=free: free)
@@ -146,7 +146,11 @@ def test_jobs_fit_into_the_memory(monkeypatch, capsys):
         assert text.count("\n") == (enough < 4)
         assert enough == 4 or f"free memory are enough for {max(1, int(enough))} of 4 processes" in text
     larger = main.parse_args(["--device", "cpu", "--width", "64", "--batch_size", "128"])
-    assert main.memory_of_member(larger) > 2 * each
+    assert main.memory_of_process(larger, 1) > 2 * each
+    monkeypatch.setattr(distributed, "cores", lambda: 2)  # two processes of two members
+    between = (main.memory_of_process(args, 2) + each) / 2
+    monkeypatch.setattr(processes, "free_memory", lambda: 2 * between / processes.MEMORY_SHARE)
+    assert main.count_processes(args) == 1
 
 
 FATAL = {

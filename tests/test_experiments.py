@@ -318,7 +318,7 @@ def test_the_command_of_the_study(tmp_path):
     calls = calls_of(script, tmp_path, words)
     settings = [Path(call[1]).name for call in calls[::2]]
     assert [name.replace("noise_", "").replace("_images", "") for name in settings] == [
-        *("0.2_1000", "0_1000", "0.4_1000"),
+        *("0.2_1000", "0.4_1000", "0_1000"),
         *("0.2_4000", "0_4000", "0.4_4000"),
     ]
     assert set(settings) == set(presets.SETTINGS)

@@ -93,9 +93,9 @@ def test_the_script_on_the_cpu(tmp_path, monkeypatch):
     """Its runs at a tiny size, up to what needs a GPU."""
     few = {name: gpu.METHODS[name] for name in ("averaged weights", "SharpBalance (released), bf16")}
     monkeypatch.setattr(gpu, "METHODS", few)
-    words = ["--device", "cpu", "--images", "40", "--width", "2", "--save", str(tmp_path / "gpu.json")]
+    words = ["--device", "cpu", "--images", "40", "--width", "2", "--save", str(tmp_path / "new" / "gpu.json")]
     gpu.main(gpu.parse_args(words))
-    content = json.loads((tmp_path / "gpu.json").read_text())
+    content = json.loads((tmp_path / "new" / "gpu.json").read_text())
     assert content["images"]["train"] == 36
     assert set(content["runs"]) == set(few)
     for row in content["runs"].values():

@@ -123,6 +123,8 @@ def test_committed_results_have_the_names_of_today():
         "sam": "SAM",
         "sharpbalance": "SharpBalance (released)",
         "sharpbalance_paper": "SharpBalance (paper)",
+        "late_sharpbalance": "SharpBalance (released)",
+        "plain_start": "SharpBalance (released)",
         "random": "SAM on random samples",
         "random_paper": "SAM on random samples",
         "eoa": "ensemble of averages (EoA)",

@@ -460,7 +460,7 @@ class Measurement:
         self.bar.total = (self.bar.total or 0) + self.bar.n  # they are read again, and counted
 
     def share(self, tasks: int, work: Callable[..., object], hear: Callable[..., object]) -> None:
-        """Do tasks as `utils.processes.share`, in as many processes as train members; none are left after it."""
+        """Do tasks as `utils.processes.share`, in at most as many as `--jobs auto` gives; none are left after it."""
         members, device = len(self.members), self.data.train.device
         if processes.may_fork():
             threads, count = self._threads(members), 1

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Where does SharpBalance help? On Fashion-MNIST with 0, 20 and 40 % wrong labels and 1,000 and 4,000 training images,
 # SharpBalance (released) and (paper) against SAM, random sets of their size and plain training, by results/study/PLAN.md. Writes results/study/.
-# About half a day on 2 cores, 5 hours for the first three settings; re-run it to resume, on another machine as well.
+# About half a day on 2 cores, five and a half hours for the first three settings; re-run it to resume, on another machine as well.
 #   bash scripts/experiments/study.sh --settings noise_0.2_images_1000    # one of them, or some, separated by commas
 #   bash scripts/experiments/study.sh --settings mine --data_path DIR     # your own images: 1,000 take an hour
 # --to NAME writes results/NAME/ instead. scripts/experiment.py explains options and variables; other options go to main.py.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by sh
 set -euo pipefail
 source "$(dirname "$0")/../setup.sh" requirements.txt
-settings=noise_0.2_images_1000,noise_0_images_1000,noise_0.4_images_1000
+settings=noise_0.2_images_1000,noise_0.4_images_1000,noise_0_images_1000
 settings+=,noise_0.2_images_4000,noise_0_images_4000,noise_0.4_images_4000
 to="" rest=()
 while [ $# -gt 0 ]; do
