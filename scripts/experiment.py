@@ -292,10 +292,9 @@ class Experiment:
         method, plain = method.removesuffix("_next"), self.args.plain_members
         if method == "deep_ensemble" or (method == "eoa" and "deep_ensemble" in self.args.methods):
             return f"deep_ensemble_of_{plain}" if plain else "deep_ensemble"  # whose runs hold the averages
-        several = [name for name in self.grid if self.grid[name] and len(self.grid[name]) > 1]
-        parts = self.grid if method in SETS and several else [name for name in several if name == "rho"]
-        parts = ["rho", "k"] if method == "late_sharpbalance" and several else parts
-        parts = parts if method in (*SETS, *LATE, "sam") else []
+        parts = [name for name, (_, _, methods) in CHOICES.items() if method in methods]
+        if not any(len(self.grid[name] or []) > 1 for name in parts):
+            return method
         return "_".join([method, *(f"{values[name]:g}" for name in parts if values[name] is not None)])
 
     def place(self, root: Path, name: str, seeds: str) -> Path:
@@ -566,7 +565,7 @@ class Experiment:
         if not self.passed.label_noise:
             return shares
         shares["all"] = float(self.data.mislabelled.mean())
-        for method in [method for method in self.args.methods if method in (*SETS, "late_sharpbalance")]:
+        for method in [method for method in self.args.methods if method in CHOICES["k"][2] and method not in NEXT]:
             runs = [self.run_of(method, self.chosen, seeds).name for seeds in self.args.seeds]
             if found := [sets[run] for run in runs if run in sets]:
                 shares[method] = statistics.mean(one["mislabelled"] for one in found)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -380,6 +381,14 @@ def test_cheaper_forms(tmp_path):
         args = main.parse_args([str(word) for word in place.flags_of(method, values)])
         assert (args.sam, args.rho, args.flat_ratio) == (True, 0.2, 0.5)
         assert (args.initial_method, args.initial_epochs, args.partition) == ("sgd", begin, "released")
+    # Wrong labels in the SAM sets of all that pick samples.
+    place.passed.label_noise, place.data = 0.5, SimpleNamespace(mislabelled=np.array([True, False]))
+    names = [place.run_of(method, place.chosen, place.args.seeds[0]).name for method in place.args.methods]
+    found = place.mislabelled({name: {"mislabelled": 0.2, "size": 0.4} for name in names})
+    assert found.keys() == {
+        "all",
+        *(name + end for name in ("plain_start", "late_sharpbalance") for end in ("", "_size")),
+    }
 
 
 def test_what_cannot_be(tmp_path, monkeypatch, capsys):

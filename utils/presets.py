@@ -9,7 +9,7 @@ METHODS = ("deep_ensemble", "eoa", "sam", "deep_ensemble_sam", *LATE, "asam", *S
 # Of what may be chosen: its option, the method that chooses among several values, and the methods that it matters to.
 CHOICES = {
     "rho": ("--rho", "sam", tuple(one for one in METHODS if one not in ("deep_ensemble", "eoa", "asam"))),
-    "k": ("--flat_ratio", SETS[0], (*SETS, *NEXT, LATE[1])),
+    "k": ("--flat_ratio", SETS[0], (*SETS, *NEXT, "late_sharpbalance")),
     "T_d": ("--initial_epochs", SETS[0], (*SETS, *NEXT)),
 }
 FOUR = ("deep_ensemble", "sam", "sharpbalance", "sharpbalance_paper")
