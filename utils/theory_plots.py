@@ -98,16 +98,16 @@ def theory_tradeoff(grids: dict[str, list[Row]], data_sets: int) -> Figure:
     blocks = {"fmt": "h:", "color": METHODS["sharpbalance"].colour, "label": r"blocks, $\rho = 0$, over $k$"}
     descent = {"fmt": "o:", "color": METHODS["deep_ensemble"].colour, "label": "deep ensemble, over $k$"}
     figure, axes = panels(2.4, 1, 2, sharey=True)
-    for axis, key, label, title, left in (
-        (axes[0], "sharpness", SHARPNESS, "at the mean iterate", 0.1),
-        (axes[1], "member_sharpness", MEMBER_SHARPNESS, "at the members", 0.14),
+    for axis, key, label, title in (
+        (axes[0], "sharpness", SHARPNESS, "at the mean iterate"),
+        (axes[1], "member_sharpness", MEMBER_SHARPNESS, "at the members"),
     ):
         for method in ("sharpbalance", "sam"):
             for k, rows, style in _curves(grids[f"tradeoff_{method}"], "k", "-"):
                 _points(axis, rows, key, label=f"{METHODS[method].name}, $k = {k}$", **style)
         _points(axis, grids["tradeoff_blocks"], key, **blocks)
         _points(axis, grids["tradeoff_deep_ensemble"], key, **descent)
-        axis.set(xlabel=label, title=title, xscale="log", yscale="log", xlim=(left, None), ylim=(3e-3, None))
+        axis.set(xlabel=label, title=title, xscale="log", yscale="log")
         decimal_ticks(axis.xaxis)
         decimal_ticks(axis.yaxis)
     axes[0].set_ylabel(VARIANCE)
