@@ -48,7 +48,7 @@ from utils.distributed import cores
 from utils.files import load_json, read_bytes, read_json, write_array, write_atomically, write_json
 from utils.kept import VERSIONS, up_to_date
 from utils.places import PLACES, find
-from utils.presets import CHOICES, FOUR, LATE, METHODS, NEXT, PRESETS, SETS
+from utils.presets import CHOICES, FOUR, LATE, METHODS, NEXT, PASSES, PRESETS
 from utils.results import copy_results, validation_of
 from utils.run import environment
 
@@ -368,8 +368,7 @@ class Experiment:
         command = ["main.py", *flags, "--save_path", folder, *(["--jobs", 1] if self.args.jobs > 1 else [])]
         if self.args.nproc > 1:
             command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", self.args.nproc, *command]
-        cost = 1.8 if method in (*SETS, *NEXT) else 2.0 if method in ("sam", "deep_ensemble_sam", "asam") else 1.0
-        job = self.job(f"training {folder}", cost, folder, lambda: _weights(folder), [command], [flags])
+        job = self.job(f"training {folder}", PASSES[method], folder, lambda: _weights(folder), [command], [flags])
 
         def done() -> bool:
             is_done = job.done()

@@ -391,6 +391,20 @@ def test_cheaper_forms(tmp_path):
     }
 
 
+def test_passes_by_method(tmp_path):
+    """They are those of what main.py is asked, with T_d at half of the epochs and sets of 0.8 of the images."""
+    words, epochs = words_of(tmp_path, "digits", "--rho", "0.1"), ["--epochs", "32"]
+    place = experiment.Experiment(experiment.parse_args([*words, *epochs]))
+    for method in presets.METHODS:
+        flags = place.flags_of(method, {"rho": 0.1, "k": 0.5, "T_d": 16})
+        asked = main.parse_args([*epochs, *map(str, flags)])
+        second = 0.8 if asked.flat_ratio else 1.0  # passes over its images after the start
+        begin = asked.initial_epochs
+        start = 1 + (asked.sam and asked.initial_method == "sam")
+        passes = (start * begin + (1 + second * asked.sam) * (32 - begin)) / 32
+        assert presets.PASSES[method] == pytest.approx(passes, abs=0.05), method
+
+
 def test_what_cannot_be(tmp_path, monkeypatch, capsys):
     for words, message in (
         (["nothing"], "preset: expected one of quickstart, digits"),

@@ -6,6 +6,9 @@ SETS = ("sharpbalance", "sharpbalance_paper", "plain_start", "random", "random_p
 NEXT = ("sharpbalance_next", "sharpbalance_paper_next")
 LATE = ("late_sam", "late_sharpbalance")
 METHODS = ("deep_ensemble", "eoa", "sam", "deep_ensemble_sam", *LATE, "asam", *SETS, *NEXT)
+# Passes of a training, of those of a plain one, with T_d at half of the epochs and about 0.8 of the images in a set.
+PASSES = {"deep_ensemble": 1.0, "eoa": 1.0, **dict.fromkeys(METHODS[2:], 2.0), **dict.fromkeys((*SETS, *NEXT), 1.9)}
+PASSES |= {"plain_start": 1.4, **dict.fromkeys(LATE, 1.1)}
 # Of what may be chosen: its option, the method that chooses among several values, and the methods that it matters to.
 CHOICES = {
     "rho": ("--rho", "sam", tuple(one for one in METHODS if one not in ("deep_ensemble", "eoa", "asam"))),
