@@ -799,7 +799,7 @@ def test_bad_measurements(three, tmp_path, capsys):
 
 def test_bad_runs(runs, tmp_path, capsys, monkeypatch):
     to = tmp_path / "x"
-    assert "args.json" in refused(capsys, "curves", [tmp_path], to)
+    assert f"{tmp_path}: not a run of main.py" in refused(capsys, "curves", [tmp_path], to)
     assert "do not come from scores" in refused(capsys, "sets", [runs[1]], to)
     assert "--from: expected one run folder for sets, got 3 folders" in refused(capsys, "sets", runs, to)
     (tmp_path / "y.json").write_text('{"seeds": [1], "shares": {"classes": [[0.5]]}, "pictures": [], "note": ""}')

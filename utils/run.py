@@ -145,6 +145,8 @@ def current_settings(recorded: dict[str, Any]) -> dict[str, Any]:
 def _read_recorded(folder: Path) -> dict[str, Any]:
     try:
         settings = load_json(folder / "args.json")
+    except FileNotFoundError as error:
+        raise InputError(f"{folder}: not a run of main.py, which has an args.json; give only such folders") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / 'args.json'}: cannot be read ({error})") from error
     seeds = settings.get("seed") if isinstance(settings, dict) else None
