@@ -559,15 +559,13 @@ class Experiment:
             write_atomically(args.results / "validation.md", (text + "\n").encode(errors="backslashreplace"))
 
     def mislabelled(self, sets: dict[str, dict[str, float]]) -> dict[str, float]:
-        """Which share of a member's SAM set has wrong labels, and the size of the set; all: of the training images."""
-        shares: dict[str, float] = {}
-        if not self.passed.label_noise:
-            return shares
-        shares["all"] = float(self.data.mislabelled.mean())
+        """The mean size of each method's SAM sets, and where labels are wrong their share in them; all: in training."""
+        shares = {"all": float(self.data.mislabelled.mean())} if self.passed.label_noise else {}
         for method in [method for method in self.args.methods if method in CHOICES["k"][2] and method not in NEXT]:
             runs = [self.run_of(method, self.chosen, seeds).name for seeds in self.args.seeds]
             if found := [sets[run] for run in runs if run in sets]:
-                shares[method] = statistics.mean(one["mislabelled"] for one in found)
+                if "all" in shares:
+                    shares[method] = statistics.mean(one["mislabelled"] for one in found)
                 shares[f"{method}_size"] = statistics.mean(one["size"] for one in found)
         return shares
 

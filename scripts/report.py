@@ -34,6 +34,7 @@ from utils.claims import (
     Judged,
     Measured,
     above_the_curve,
+    beyond_the_curve,
     compare,
     judge,
     slope,
@@ -115,7 +116,8 @@ VERDICTS = (
     "A claim is *supported* or *contradicted* where the mean difference between ensembles of the same seeds is above "
     f"or below 0 with a p value of at most {100 * LEVEL:g} % after Holm's correction for the claims of its family; "
     "*equivalent* where it is neither, and lies within the margin by two one-sided tests at 5 % (the 90 % interval is "
-    "within it); else *undecided*. *Within the margin* is added where a difference is decided and of no interest. "
+    "within it; each claim for itself, not corrected for their number); else *undecided*. *Within the margin* is added "
+    "where a difference is decided and of no interest. "
     "Intervals are of 95 %, each for itself, over new ensembles and new test images, or over ensembles alone where "
     "that is written beside them; all hold for one draw of training and validation images and of wrong labels."
 )
@@ -203,7 +205,7 @@ def section(folder: Path, plan: dict[str, Any]) -> list[str]:
         *described(plan, measured),
         _table([one.row for one in judge(CLAIMS, measured, seeds)], HEADER),
     ]
-    blocks += mislabelled(plan)
+    blocks += sam_sets(plan)
     place = quote(os.fsencode(folder.name))
     uncertain = uncertainty(measured)
     drawn = {kind: text for kind, text in FIGURES.items() if (folder / f"{kind}.png").is_file()}
@@ -244,19 +246,18 @@ def described(plan: dict[str, Any], measured: Measured) -> list[str]:
     ]
 
 
-def mislabelled(plan: dict[str, Any]) -> list[str]:
-    """The paragraph on wrong labels in SAM sets."""
-    shares = plan["mislabelled"]
-    if not shares:
+def sam_sets(plan: dict[str, Any]) -> list[str]:
+    """The paragraph on the sets that members train with SAM: their size, and the share of wrong labels in them."""
+    shares, found = plan["mislabelled"], []
+    for name in ("sharpbalance", *CHEAPER.values(), "sharpbalance_paper", "random", "random_paper"):
+        if f"{name}_size" in shares:
+            wrong = f", {100 * shares[name]:.1f} % of them with a wrong label" * (name in shares)
+            found.append(f"{ALL_NAMES[name]} {100 * shares[f'{name}_size']:.0f} %{wrong}")
+    if not found:
         return []
-    sets = (
-        f"{ALL_NAMES[name]} {100 * shares[name]:.1f} % (sets of {100 * shares[f'{name}_size']:.0f} % of the images)"
-        for name in ("sharpbalance", *CHEAPER.values(), "sharpbalance_paper", "random", "random_paper")
-        if name in shares
-    )
+    every = f"Of all, {100 * shares['all']:.1f} % have one." if "all" in shares else ""
     return [
-        f"Of the training images {100 * shares['all']:.1f} % have a wrong label. Of those that a member trains "
-        f"with SAM once samples are assigned: {'; '.join(sets)}."
+        f"Training images that a member trains with SAM once samples are assigned: {'; '.join(found)}. {every}".strip()
     ]
 
 
@@ -324,14 +325,10 @@ def study(place: Path, settings: list[Setting]) -> list[str]:
         + [f"{s.judged[name].row[2]}, **{s.judged[name].verdict}**" if name in s.judged else "-" for s in finished]
         for name in names
     ]
-    digests = {digest for one in finished for digest in one.digests}
-    if plan.is_file():
-        now = hashlib.sha256(plan.read_bytes()).hexdigest()
-        digests = {f"{digest} (PLAN.md as it is)" if digest == now else digest for digest in digests}
+    now = hashlib.sha256(plan.read_bytes()).hexdigest() if plan.is_file() else ""
     blocks = [
         *STUDY_OPENING,
-        f"SHA-256 of the plan that the results name: {', '.join(sorted(digests))}."
-        + f" Not finished, and left out: {left_out}." * bool(left_out),
+        *([f"Not finished, and left out: {left_out}."] if left_out else []),
         "![paired differences of SharpBalance, by setting](map.png)",
         "## Advice",
         *advice(finished),
@@ -341,24 +338,34 @@ def study(place: Path, settings: list[Setting]) -> list[str]:
         *undecided(finished),
     ]
     for one in finished:
-        blocks += [f"## {one.title}", *described(one.plan, one.measured), *mislabelled(one.plan)]
+        blocks += [f"## {one.title}", *described(one.plan, one.measured), *sam_sets(one.plan)]
         for text, family in (("Primary claims:", PRIMARY), ("Secondary claims:", SECONDARY)):
             found = [one.judged[claim.name].row for claim in family if claim.name in one.judged]
             blocks += [text, _table(found, HEADER)]
         text = "The claims about NLL before the temperature was fitted, described without verdicts:"
         blocks += [text, _table([judged.row[:4] for judged in one.before], HEADER[:4])] if one.before else []
-        blocks.append(f"All methods: {tables_of(one.folder)}.")
+        rules = [method for rule, _ in READINGS.values() for method in (rule, f"{rule}_next") if method in one.measured]
+        sides = {method: beyond_the_curve(one.measured, method) for method in rules}
+        beyond = [f"{ALL_NAMES[method]} is {side} than all of it" for method, side in sides.items() if side]
+        if beyond:
+            blocks.append(f"Beyond its ends SAM's curve over rho is taken as constant: {'; '.join(beyond)}.")
+        named = ", ".join(digest + " (PLAN.md as it is)" * (digest == now) for digest in one.digests)
+        blocks.append(f"All methods: {tables_of(one.folder)}. SHA-256 of the plan that the results name: {named}.")
     return blocks
 
 
 def advice(finished: list[Setting]) -> list[str]:
-    """Three sentences on when to use what, each from the verdicts that it names."""
+    """What to use when, each sentence from the verdicts that it names."""
+    told: set[str] = set()
 
-    def where(name: str) -> str:
+    def where(name: str, rule: str = "") -> str:
         found: dict[str, list[str]] = {}
+        told.add(name)
         for one in finished:
             if name in one.judged:
-                found.setdefault(one.judged[name].verdict, []).append(one.title)
+                size = one.plan["mislabelled"].get(f"{rule}_size")
+                title = one.title + (f" (SAM on {100 * size:.0f} % of the images)" if size else "")
+                found.setdefault(one.judged[name].verdict, []).append(title)
         order = sorted(found, key=lambda verdict: (list(WORDS).index(verdict.split(",")[0]), verdict))
         parts = [
             f"{WORDS[verdict.split(',')[0]]}{' by less than the margin' * (',' in verdict)} with "
@@ -367,22 +374,54 @@ def advice(finished: list[Setting]) -> list[str]:
         ]
         return f"{'; '.join(parts)} ({name})" if parts else "not compared"
 
-    both = {
-        claim: "; ".join(f"SharpBalance ({name}) is {where(f'{claim}, {name}')}" for name in READINGS)
-        for claim in CLEAN
-    }
-    return [
-        f"1. **SAM or plain training?** By accuracy, against a plain deep ensemble, SAM is {where('A3, SAM')}.",
-        f"2. **SharpBalance or SAM?** By accuracy, against SAM, {both['A1']}. By calibrated NLL, {both['N1']}.",
-        f"3. **Does the choice of samples matter?** By accuracy, against random sets of the same size, {both['A2']}.",
-        "Each setting is a question of its own: if nothing differed anywhere, one in 20 would still have a primary "
-        "finding. Where k was chosen, it was for SharpBalance (released), and the other reading has the same. rho and "
-        "k were chosen on some of the ensembles that are compared, which favours SAM and SharpBalance (released) a "
-        "little; the plan says how much.",
+    def each(claim: str, methods: dict[str, str], sizes: bool = False) -> str:
+        found = {method: where(f"{claim}, {name}", sizes * method) for name, method in methods.items()}
+        return "; ".join(f"{ALL_NAMES[method]} is {text}" for method, text in found.items())
+
+    rules, late = {name: rule for name, (rule, _) in READINGS.items()}, {"late SAM": "late_sam"}
+    blocks = [
+        "1. **SAM or plain training?** By accuracy, against a plain deep ensemble, "
+        f"{each('A3', {'SAM': 'sam'} | rules)}. By calibrated NLL, {each('N3', rules)}.",
+        f"2. **SharpBalance or SAM?** By accuracy, against SAM, {each('A1', rules, True)}. By calibrated NLL, "
+        f"{each('N1', rules)}.",
+        "3. **Does the choice of samples matter?** By accuracy, against random sets of the same size, "
+        f"{each('A2', rules, True)}. By calibrated NLL, {each('N2', rules)}.",
     ]
+    if any(f"A6, {name}" in one.judged for one in finished for name in CHEAPER):
+        blocks.append(
+            f"4. **Are fewer passes as good?** By accuracy, against {NAMES['sharpbalance']}, {each('A6', CHEAPER)}. By "
+            f"calibrated NLL, {each('N4', CHEAPER)}. By accuracy, against SAM, {each('A4', late)}."
+        )
+    others = [
+        f"{name} {judged.verdict} with {one.title}"
+        for one in finished
+        for name, judged in one.judged.items()
+        if name not in told and judged.word != "undecided"
+    ]
+    text = (
+        f"Of the other claims in the table below {'; '.join(others) or 'none is decided'}. Each setting is a question "
+        "of its own: if nothing differed anywhere, one in 20 would still have a primary finding."
+    )
+    return [*blocks, text + chosen_on(finished)]
 
 
-CLEAN = ("A1", "A2", "N1")
+def chosen_on(finished: list[Setting]) -> str:
+    """What the choice on validation means for what is compared."""
+    by, text = {"rho": "SAM", "k": NAMES["sharpbalance"], "T_d": NAMES["sharpbalance"]}, ""
+    here = [one.plan for one in finished if not one.plan.get("choices_of")]
+    if names := [name for name in by if any(len(plan["validation"].get(name, {})) > 1 for plan in here)]:
+        favoured = " and ".join(dict.fromkeys(by[name] for name in names))
+        how_much = "; the plan says how much" * any(plan["plan"] for plan in here)
+        text += (
+            f" The choice of {' and '.join(names)}, on some of the ensembles that are compared, favours {favoured} a "
+            f"little{how_much}. The other methods have the same values."
+        )
+    for one in finished:
+        if other := one.plan.get("choices_of"):
+            text += f" With {one.title} they are those of {table_cell(other)}, chosen on other networks."
+    return text
+
+
 WORDS = {"supported": "better", "contradicted": "worse", "equivalent": "equivalent", "undecided": "undecided"}
 
 

@@ -738,6 +738,9 @@ def test_map_of_verdicts():
             of_text = contrasts([text.get_color()])[0]
             pair = sorted((1.05 / contrasts([colour])[0], 1.05 / of_text))
             assert pair[1] / pair[0] > 4, text
+    of_no_interest = [judged(0.1, word, 0.3)._replace(small=True) for word in ("supported", "contradicted")]
+    marked = plots.verdicts(["a", "b"], {"gain": {"one": of_no_interest}}, "").axes[0].texts
+    assert [text.get_text()[-1] for text in marked] == ["\u25b3", "\u25bd"]
     (unknown,) = plots.verdicts(["a"], {"gain": {"one": [judged(np.nan, "undecided", 0.3)]}}, "").axes[0].texts
     assert (unknown.get_text(), unknown.get_color()) == ("- ?", "black")  # on white
     half = second.images[0]

@@ -235,8 +235,7 @@ def test_report(results, capsys):
     assert (
         "within an adaptive l2 ball of radius 0.5, mean over 20 batches of 5 training images, by 'tight' in 7" in text
     )
-    assert "Of the training images 20.0 % have a wrong label." in text
-    assert "SAM on random samples 25.0 % (sets of 25 % of the images)." in text
+    assert "SAM on random samples 25 %, 25.0 % of them with a wrong label. Of all, 20.0 % have one." in text
     assert "`python scripts/experiment.py nothing`, after PLAN.md (SHA-256 digest of the plan) had been" in text
     assert "3 ensembles of 2 members by each method: digits, " in text
     assert ", 9 epochs, " in text
@@ -336,7 +335,8 @@ def test_a_study(tmp_path, capsys):
     write_setting(tmp_path / "c", 0.4, 1000, {}, finished=False)
     call(tmp_path)
     text = squeezed((tmp_path / "README.md").read_text())
-    assert "SHA-256 of the plan that the results name: digest of the plan. Not finished, and left out: c." in text
+    assert text.count("SHA-256 of the plan that the results name: digest of the plan.") == 2  # each setting its own
+    assert "Not finished, and left out: c." in text
     assert (tmp_path / "map.png").exists()
     table = text.split("## Verdicts")[1].split("##")[0]
     columns = "| claim | | 20 % wrong labels, 1000 images | 0 % wrong labels, 4000 images |"
@@ -348,7 +348,8 @@ def test_a_study(tmp_path, capsys):
     for name in ("A4, late SAM", "A5, released", "N2, paper", "D2, released", "U1, paper"):
         assert f"| {name} |" in table
     assert "D2, paper" not in text  # which was not trained
-    where = "20 % wrong labels, 1000 images and with 0 % wrong labels, 4000 images"
+    size = "(SAM on 25 % of the images)"
+    where = f"20 % wrong labels, 1000 images {size} and with 0 % wrong labels, 4000 images {size}"
     assert (
         f"By accuracy, against SAM, SharpBalance (released) is better with {where} (A1, released); SharpBalance (p"
         in text
@@ -368,6 +369,46 @@ def test_a_study(tmp_path, capsys):
     assert f"{tmp_path}: no setting is finished (c); run the same command again to go on" in refused(tmp_path, capsys)
     (tmp_path / "PLAN.md").write_text("of six settings, of which none has begun")
     assert "no setting is finished (c, noise_0_images_1000, noise_0.2_images_1000, " in refused(tmp_path, capsys)
+
+
+def setting_of(verdicts, title="A", **plan):
+    """A finished setting with these verdicts, without result files."""
+    judged = {
+        name: claims.Judged(claims.Claim(name, "", "", 1, None), 1.0, None, "", 1, 1, word, None, small)
+        for name, (word, small) in verdicts.items()
+    }
+    return report.Setting(Path(), STUDY_PLAN | plan, {}, judged, title)
+
+
+def test_advice():
+    """It has every claim that is decided, beside the sizes of sets, and what the choice on validation means."""
+    names = [claim.name for claim in report.PRIMARY + report.SECONDARY]
+    equal = dict.fromkeys(names, ("equivalent", True))
+    found = equal | {"N2, released": ("supported", False), "A6, late": ("contradicted", True)}
+    found |= {"A3, SAM": ("undecided", False), "D2, paper": ("supported", False), "U1, paper": ("undecided", False)}
+    text = "\n".join(report.advice([setting_of(found)]))
+    for name in set(names) - {"U1, paper"}:
+        assert text.count(name) == 1, name
+    assert "SAM is undecided with A (A3, SAM); SharpBalance (released) is equivalent with A (A3, released)" in text
+    assert (
+        "against SAM, SharpBalance (released) is equivalent with A (SAM on 25 % of the images) (A1, released)" in text
+    )
+    assert "By calibrated NLL, SharpBalance (released) is better with A (N2, released); SharpBalance (p" in text
+    assert "in the last eighth of training is worse by less than the margin with A (A6, late)." in text
+    others = "; ".join(f"{name} {found[name][0]} with A" for name in names if name[:2] in ("A5", "D1", "D2", "U1"))
+    assert f"table below {others.replace('; U1, paper undecided with A', '')}." in text
+    choice = "The choice of rho and k and T_d, on some of the ensembles that are compared, favours SAM and SharpBalance"
+    assert f"{choice} (released) a little; the plan says how much." in text
+
+    few = dict.fromkeys(("A1, released", "A3, SAM"), ("equivalent", True))
+    of_others = {"validation": {}, "choices_of": "b", "plan": {}, "mislabelled": {}}
+    text = "\n".join(report.advice([setting_of(few, **of_others)]))
+    assert "Are fewer passes as good?" not in text
+    assert "none is decided." in text
+    assert "favours" not in text
+    assert "With A they are those of b, chosen on other networks." in text
+    text = report.chosen_on([setting_of(few, plan={}, validation={"rho": {"0.1": 1, "0.2": 1}, "k": {"0.5": 1}})])
+    assert "The choice of rho, on some of the ensembles that are compared, favours SAM a little. The other" in text
 
 
 def test_claims_of_the_study_have_the_sign_of_their_words():
@@ -405,7 +446,7 @@ def test_claims_of_the_study_have_the_sign_of_their_words():
 
 
 def test_disagreement_at_equal_sharpness():
-    """By the textbook's jackknife of a curve that is followed by hand; beyond its ends the curve is constant."""
+    """By the textbook's jackknife of a curve that is followed by hand; beyond its ends, as is said, it is constant."""
     random = np.random.default_rng(0)
     sharpness = {
         "deep_ensemble": 4.0,
@@ -444,6 +485,11 @@ def test_disagreement_at_equal_sharpness():
     # Sharper than SGD: its disagreement less SGD's.
     gaps = [claims.above_the_curve("D1", "sharpbalance_paper").gap(measured, seed) for seed in seeds]
     assert gaps == pytest.approx(list(values["sharpbalance_paper"][:, 1] - values["deep_ensemble"][:, 1]))
+    sides = [claims.beyond_the_curve(measured, name) for name in ("sharpbalance", "sharpbalance_paper", "sam_0.05")]
+    assert sides == ["", "sharper", ""]
+    for one in measured["sharpbalance"].values():
+        one.values["sharpness"] = 0.1
+    assert claims.beyond_the_curve(measured, "sharpbalance") == "flatter"
     measured["sharpbalance"]["0"].values["sharpness"] = math.inf
     assert math.isnan(claim.gap(measured, "1"))
 

@@ -162,6 +162,13 @@ def above_the_curve(name: str, method: str) -> Claim:
     return Claim(name, text, *COMPARED["disagreement"][1:], gap, ("deep_ensemble", "sam", method))
 
 
+def beyond_the_curve(found: Measured, method: str) -> str:
+    """Where a method's mean sharpness lies beyond the curve of `above_the_curve`: "flatter", "sharper", or ""."""
+    groups = [*curve_of_rho(found), found[method]]
+    *curve, own = (statistics.mean(one.values["sharpness"] for one in group.values()) for group in groups)
+    return "flatter" if own < min(curve) else "sharper" if own > max(curve) else ""
+
+
 def holm(p_values: list[float]) -> list[float]:
     """The p values, corrected for their number: the i-th smallest of m times m + 1 - i, and not below a smaller one's.
 

@@ -487,8 +487,10 @@ def ensemble_size(ensembles: list[Ensemble]) -> Figure:
     return finished(figure, _markers(groups), note)
 
 
-# How `verdicts` marks the words of utils/claims.py.
-MARKS = {"supported": "\u25b2", "contradicted": "\u25bc", "equivalent": "=", "undecided": "?"}
+# How the map marks the verdicts of utils/claims.py, and what the marks mean.
+MARKS = {"supported": "\u25b2", "contradicted": "\u25bc", "supported, within the margin": "\u25b3"}
+MARKS |= {"contradicted, within the margin": "\u25bd", "equivalent": "=", "undecided": "?"}
+LEGEND = "\u25b2 \u25bc better, worse; \u25b3 \u25bd so within the margin; = equivalent within the margin; ? undecided"
 # From worse to better: the colours of SAM and SharpBalance, which all readers can tell apart.
 BETTER = LinearSegmentedColormap.from_list("better", [METHODS["sam"].colour, "#ffffff", METHODS["released"].colour])
 
@@ -518,20 +520,15 @@ def verdicts(settings: list[str], parts: dict[str, dict[str, list[Any]]], note: 
                 text = f"{value:+.2f}" if math.isfinite(value) else "-"
                 dark = math.isfinite(value) and _luminance(BETTER((value / limit + 1) / 2)) < 0.18
                 colour = "white" if dark else "black"  # a cell without a number is not filled
-                axis.text(j, i, f"{text} {MARKS[row[j].word]}", ha="center", va="center", fontsize=5.5, color=colour)
+                axis.text(j, i, f"{text} {MARKS[row[j].verdict]}", ha="center", va="center", fontsize=5.5, color=colour)
         axis.set_xticks(range(len(settings)), settings)
         axis.set_yticks(range(len(found)), found)
         axis.set(title=title)
         axis.grid(visible=False)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
-    legend = "; ".join(f"{MARKS[word]} {text}" for word, text in LEGEND.items())
-    figure.set_figheight(figure.get_figheight() + 0.1 * caption(figure, f"{note} {legend}."))
+    figure.set_figheight(figure.get_figheight() + 0.1 * caption(figure, f"{note} {LEGEND}."))
     return figure
-
-
-LEGEND = {"supported": "better", "contradicted": "worse", "equivalent": "equivalent within the margin"}
-LEGEND |= {"undecided": "undecided"}
 
 
 def _luminance(colour: tuple[float, ...]) -> float:
