@@ -345,7 +345,12 @@ class Experiment:
         """Train and measure all that is compared."""
         self.all_chosen = True
         self.write_plan()
-        self.run_all(self.cells())
+        cells = self.cells()
+        if (known := sum(job.done() for job in cells)) and not any(self.args.runs.glob("*/summary.json")):
+            print(
+                f"{known} of {len(cells)} are in {self.args.results} and not made again; --results DIR makes all, there"
+            )
+        self.run_all(cells)
         if "deep_ensemble" in self.args.methods:
             self.tried["deep ensemble"] = self.validation("deep_ensemble", self.chosen, self.args.seeds)
         self.write_plan(finished=True)
@@ -564,8 +569,7 @@ class Experiment:
         for method in [method for method in self.args.methods if method in CHOICES["k"][2] and method not in NEXT]:
             runs = [self.run_of(method, self.chosen, seeds).name for seeds in self.args.seeds]
             if found := [sets[run] for run in runs if run in sets]:
-                if "all" in shares:
-                    shares[method] = statistics.mean(one["mislabelled"] for one in found)
+                shares |= {method: statistics.mean(one["mislabelled"] for one in found)} if "all" in shares else {}
                 shares[f"{method}_size"] = statistics.mean(one["size"] for one in found)
         return shares
 

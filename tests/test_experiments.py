@@ -253,7 +253,7 @@ def study(setting, *words):
     return [f"study/{setting}", *places, *STUDY, *words]
 
 
-def test_a_study(tmp_path, monkeypatch):
+def test_a_study(tmp_path, monkeypatch, capsys):
     """Two settings to the page; what --results holds is not made again, whatever became of runs and measurements."""
     monkeypatch.chdir(tmp_path)
     files.write_fashion_mnist(tmp_path / "data" / "fashion-mnist", train=130)
@@ -287,7 +287,10 @@ def test_a_study(tmp_path, monkeypatch):
         before = contents(Path("results"))
         for place in ("runs", "measurements", Path("results", first, "measurements", "sharpbalance_next_21")):
             shutil.rmtree(place)
+        assert "not made again" not in capsys.readouterr().out
         calls = run(study(first, *methods), patch)
+        said = f"11 of 12 are in results/{first} and not made again; --results DIR makes all, there"
+        assert said in capsys.readouterr().out
         assert [argv[0] for argv in calls] == [STEPS[i] for i in (0, 1, 3)] + [
             "scripts/summarize.py",
             "scripts/plot.py",

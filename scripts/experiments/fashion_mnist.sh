@@ -7,4 +7,4 @@
 set -euo pipefail
 source "$(dirname "$0")/../setup.sh" requirements.txt
 python scripts/experiment.py fashion_mnist/noisy_labels "$@"
-python scripts/report.py results/fashion_mnist
+python scripts/report.py "$(dirname "${RESULTS:-results/fashion_mnist/noisy_labels}")"
