@@ -99,18 +99,18 @@ SECONDARY = (
 )
 # Described without verdicts: N1 to N4 before the temperature.
 BEFORE = tuple(compare(claim.name, *claim.methods, "nll", NATS) for claim in SECONDARY if claim.name.startswith("N"))
-# The panels of the map, with the names of claims that are its rows.
+# The panels of the map: by what a claim of each kind compares with, its rows, where a setting has them.
+AGAINST = {
+    "gain in ensemble accuracy  [% points]": {"A1": "SAM", "A2": "random", "A3": "plain", "A6": "released"},
+    "gain in calibrated NLL  [mnats]": {"N1": "SAM", "N2": "random", "N3": "plain", "N4": "released"},
+}
 MAP = {
-    "gain in ensemble accuracy  [% points]": {
+    panel: {
         f"{name} - {other}": f"{claim}, {name}"
-        for claim, other in (("A1", "SAM"), ("A2", "random"), ("A3", "plain"))
-        for name in READINGS
-    },
-    "gain in calibrated NLL  [mnats]": {
-        f"{name} - {other}": f"{claim}, {name}"
-        for claim, other in (("N1", "SAM"), ("N2", "random"), ("N3", "plain"))
-        for name in READINGS
-    },
+        for claim, other in kinds.items()
+        for name in (CHEAPER if other == "released" else READINGS)
+    }
+    for panel, kinds in AGAINST.items()
 }
 VERDICTS = (
     "A claim is *supported* or *contradicted* where the mean difference between ensembles of the same seeds is above "
@@ -311,7 +311,11 @@ def study(place: Path, settings: list[Setting]) -> list[str]:
     if not finished:
         raise InputError(f"{place}: no setting is finished ({left_out}); run the same command again to go on")
     shown = {
-        panel: {row: [one.judged.get(name) for one in finished] for row, name in rows.items()}
+        panel: {
+            row: [one.judged.get(name) for one in finished]
+            for row, name in rows.items()
+            if any(name in one.judged for one in finished)
+        }
         for panel, rows in MAP.items()
     }
     data = next(iter(finished[0].measured["sam"].values())).content["data"]
