@@ -3,7 +3,7 @@
 Those of this repository are `MODELS`; `models/external.py` makes those of torchvision, timm and a user's file.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -96,8 +96,20 @@ def full_name(name: str) -> str:
     return pinned_name(name)
 
 
-def check_model(name: str, num_classes: int, width: int = 64, image_size: int = 32, in_channels: int = 3) -> None:
+def check_model(
+    name: str,
+    num_classes: int,
+    width: int = 64,
+    image_size: int = 32,
+    in_channels: int = 3,
+    seeds: Sequence[int] = (),
+) -> None:
     """Check, before anything is trained, that a network can be built, takes such images and returns logits.
+
+    Args:
+        name, num_classes, width, image_size, in_channels: as for `create_model`.
+        seeds: of the members that start from freshly drawn weights: those of a user's file must be a function of the
+            seed, and differ between the first two.
 
     Raises:
         ValueError: as `create_model`, or saying what is wrong with the network.
@@ -105,7 +117,7 @@ def check_model(name: str, num_classes: int, width: int = 64, image_size: int = 
     if is_external(name):
         if width != 64:
             create_model(name, num_classes, width, image_size, in_channels)
-        try_external(name, num_classes, image_size, in_channels)
+        try_external(name, num_classes, image_size, in_channels, seeds)
         return
     with torch.device("meta"):  # no memory, no random numbers
         create_model(name, num_classes, width, image_size, in_channels)
