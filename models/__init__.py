@@ -9,13 +9,13 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from models.external import create_external, is_external, nearest, pinned_name, try_external
+from models.external import create_external, expand_user, is_external, nearest, pinned_name, try_external
 from models.resnet import BLOCKS, ResNet
 from models.resnet_tiny import TinyResNet
 from models.vit import PATCHES, VisionTransformer
 from models.wide_resnet import WideResNet
 
-__all__ = ["MODELS", "check_model", "create_model", "evaluating", "full_name", "is_external"]
+__all__ = ["MODELS", "check_model", "create_model", "evaluating", "expand_user", "full_name", "is_external"]
 
 MODELS = (*(f"resnet{depth}" for depth in BLOCKS), "wrn-40-2", "wrn-28-10", "vit_t")
 EXTERNAL = "torchvision:NAME, timm:NAME or FILE.py:FACTORY"

@@ -9,6 +9,7 @@ import difflib
 import functools
 import hashlib
 import inspect
+import os
 import random
 import re
 import sys
@@ -35,6 +36,30 @@ def is_external(name: str) -> bool:
     return name.partition(":")[0] in LIBRARIES or FACTORY.fullmatch(name) is not None
 
 
+def expand_user(path: str | os.PathLike[str]) -> Path:
+    """A path in which ~ or ~NAME, at its beginning, is the home folder of this user or of another.
+
+    A folder that is itself called so, ./~NAME, is given by its absolute path: what comes out may be put in again.
+
+    Raises:
+        ValueError: if there is no such user, with the way to write a folder of that name.
+    """
+    place = os.path.expanduser(path)
+    if place.startswith("~"):
+        shown = os.fspath(path)[:200]
+        raise ValueError(f"'{shown}': there is no such user; for a folder of that name write ./{shown}")
+    found = Path(place)
+    return found.absolute() if str(found).startswith("~") else found
+
+
+def _absolute(path: str) -> Path:
+    """The absolute path of a user's file."""
+    try:
+        return expand_user(path).absolute()
+    except ValueError as error:
+        raise ValueError(f"model: {error}") from error
+
+
 def pinned_name(name: str) -> str:
     """The name with a file's absolute path and digest; other names as they are.
 
@@ -44,7 +69,7 @@ def pinned_name(name: str) -> str:
     match = FACTORY.fullmatch(name)
     if match is None or name.partition(":")[0] in LIBRARIES:
         return name
-    path = Path(match["file"]).expanduser().absolute()
+    path = _absolute(match["file"])
     return f"{path}:{match['factory']}@{_digest(_content(path, match['digest']))}"
 
 
@@ -168,7 +193,7 @@ def _from_file(name: str, num_classes: int, image_size: int, in_channels: int) -
     match = FACTORY.fullmatch(name)
     if match is None:
         raise ValueError(f"model: expected FILE.py:FACTORY, got '{name[:100]}'")
-    path = Path(match["file"]).expanduser().absolute()
+    path = _absolute(match["file"])
     content = _content(path, match["digest"])
     _refuse_taken_names(path, content)
     with _beside(path):
