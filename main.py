@@ -118,12 +118,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if args.data == "folder" and is_external(args.model):  # which may be made for so many
             with relative_paths(args.resume, data_path=args.data_path):
                 classes = len(find_classes(args.data_path)[1])
-        check_model(args.model, classes, args.width, info.image_size, info.channels)
+        check_model(args.model, classes, args.width, info.image_size, info.channels, seeds_drawn(args))
     except InputError as error:
         parser.error(str(error))
     except ValueError as error:
         parser.error(f"--{error}")
     return args
+
+
+def seeds_drawn(args: argparse.Namespace) -> list[int]:
+    """The seeds of the members whose first weights are compared: all of a run that begins.
+
+    The first alone where --init_from gives all the same, except perhaps a head; none where the run has its weights.
+    """
+    if not args.overwrite and (args.save_path / "args.json").is_file():
+        return []
+    return args.seed[:1] if args.init_from else args.seed
 
 
 def words_of(parser: cli.Parser, folder: Path, given: dict[str, Any]) -> list[str]:

@@ -3,19 +3,19 @@
 Those of this repository are `MODELS`; `models/external.py` makes those of torchvision, timm and a user's file.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from models.external import create_external, is_external, nearest, pinned_name, try_external
+from models.external import create_external, expand_user, is_external, nearest, pinned_name, try_external
 from models.resnet import BLOCKS, ResNet
 from models.resnet_tiny import TinyResNet
 from models.vit import PATCHES, VisionTransformer
 from models.wide_resnet import WideResNet
 
-__all__ = ["MODELS", "check_model", "create_model", "evaluating", "full_name", "is_external"]
+__all__ = ["MODELS", "check_model", "create_model", "evaluating", "expand_user", "full_name", "is_external"]
 
 MODELS = (*(f"resnet{depth}" for depth in BLOCKS), "wrn-40-2", "wrn-28-10", "vit_t")
 EXTERNAL = "torchvision:NAME, timm:NAME or FILE.py:FACTORY"
@@ -96,8 +96,20 @@ def full_name(name: str) -> str:
     return pinned_name(name)
 
 
-def check_model(name: str, num_classes: int, width: int = 64, image_size: int = 32, in_channels: int = 3) -> None:
+def check_model(
+    name: str,
+    num_classes: int,
+    width: int = 64,
+    image_size: int = 32,
+    in_channels: int = 3,
+    seeds: Sequence[int] = (),
+) -> None:
     """Check, before anything is trained, that a network can be built, takes such images and returns logits.
+
+    Args:
+        name, num_classes, width, image_size, in_channels: as for `create_model`.
+        seeds: of the members that start from freshly drawn weights: those of a user's file must be a function of the
+            seed, and differ between the first two.
 
     Raises:
         ValueError: as `create_model`, or saying what is wrong with the network.
@@ -105,7 +117,7 @@ def check_model(name: str, num_classes: int, width: int = 64, image_size: int = 
     if is_external(name):
         if width != 64:
             create_model(name, num_classes, width, image_size, in_channels)
-        try_external(name, num_classes, image_size, in_channels)
+        try_external(name, num_classes, image_size, in_channels, seeds)
         return
     with torch.device("meta"):  # no memory, no random numbers
         create_model(name, num_classes, width, image_size, in_channels)

@@ -9,6 +9,8 @@ import difflib
 import functools
 import hashlib
 import inspect
+import os
+import random
 import re
 import sys
 import types
@@ -18,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +36,30 @@ def is_external(name: str) -> bool:
     return name.partition(":")[0] in LIBRARIES or FACTORY.fullmatch(name) is not None
 
 
+def expand_user(path: str | os.PathLike[str]) -> Path:
+    """A path in which ~ or ~NAME, at its beginning, is the home folder of this user or of another.
+
+    A folder that is itself called so, ./~NAME, is given by its absolute path: what comes out may be put in again.
+
+    Raises:
+        ValueError: if there is no such user, with the way to write a folder of that name.
+    """
+    place = os.path.expanduser(path)
+    if place.startswith("~"):
+        shown = os.fspath(path)[:200]
+        raise ValueError(f"'{shown}': there is no such user; for a folder of that name write ./{shown}")
+    found = Path(place)
+    return found.absolute() if str(found).startswith("~") else found
+
+
+def _absolute(path: str) -> Path:
+    """The absolute path of a user's file."""
+    try:
+        return expand_user(path).absolute()
+    except ValueError as error:
+        raise ValueError(f"model: {error}") from error
+
+
 def pinned_name(name: str) -> str:
     """The name with a file's absolute path and digest; other names as they are.
 
@@ -42,7 +69,7 @@ def pinned_name(name: str) -> str:
     match = FACTORY.fullmatch(name)
     if match is None or name.partition(":")[0] in LIBRARIES:
         return name
-    path = Path(match["file"]).expanduser().absolute()
+    path = _absolute(match["file"])
     return f"{path}:{match['factory']}@{_digest(_content(path, match['digest']))}"
 
 
@@ -166,7 +193,7 @@ def _from_file(name: str, num_classes: int, image_size: int, in_channels: int) -
     match = FACTORY.fullmatch(name)
     if match is None:
         raise ValueError(f"model: expected FILE.py:FACTORY, got '{name[:100]}'")
-    path = Path(match["file"]).expanduser().absolute()
+    path = _absolute(match["file"])
     content = _content(path, match["digest"])
     _refuse_taken_names(path, content)
     with _beside(path):
@@ -182,7 +209,7 @@ def _from_file(name: str, num_classes: int, image_size: int, in_channels: int) -
     except (TypeError, ValueError):  # of something that is callable but has no signature
         accepted = set()
     more = {key: value for key, value in offered.items() if key in accepted}
-    with _beside(path):
+    with _beside(path), _seeded(torch.initial_seed()):
         return _build(f"{path}:{match['factory']}", factory, num_classes, **more)
 
 
@@ -212,25 +239,60 @@ def _beside(path: Path) -> Iterator[None]:
         sys.path.remove(str(path.parent))
 
 
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed Python's and numpy's global generators, from which a file may draw too; afterwards they are as before."""
+    python, numpy = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Let a file begin with all generators as in a new process, and leave them, and torch's threads, as they are.
+
+    Where a file is executed depends on --jobs: before the first member, or by each process after a member was seeded.
+    """
+    threads = torch.get_num_threads()
+    with _seeded(0), torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(torch.Generator().get_state())
+        try:
+            yield
+        finally:
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
+
+
 @functools.cache
 def _module(path: Path, content: bytes) -> types.ModuleType:
-    """Execute a user's file. What is executed is what was compared with the digest."""
+    """Execute a user's file, once. What is executed is what was compared with the digest."""
     module = types.ModuleType(f"_network_{_digest(content)}_{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses and deepcopy find their classes by it
     try:
-        exec(compile(content, str(path), "exec"), module.__dict__)  # noqa: S102, the file that the user named
+        with _alone():
+            exec(compile(content, str(path), "exec"), module.__dict__)  # noqa: S102, the file that the user named
     except (Exception, SystemExit) as error:
         del sys.modules[module.__name__]
         raise ValueError(f"model: {path} could not be executed: {_words(error)}") from error
     return module
 
 
-def try_external(name: str, num_classes: int, image_size: int, in_channels: int) -> None:
+def try_external(name: str, num_classes: int, image_size: int, in_channels: int, seeds: Sequence[int] = ()) -> None:
     """Build a network and pass two images through it, in train mode, and one in eval mode.
 
-    Torch's random state is as before afterwards. Networks of the libraries are tried on the meta device, without
+    The random states are as before afterwards. Networks of the libraries are tried on the meta device, without
     numbers; where that does not work, and for a user's file, on the CPU.
+
+    Args:
+        name, num_classes, image_size, in_channels: as for `create_external`.
+        seeds: of the members, whose starts are drawn. A user's file must give the first of them the same weights each
+            time, and other ones to the second.
 
     Raises:
         ValueError: saying what is wrong with the network, for instance that its output is not one tensor of logits.
@@ -241,17 +303,55 @@ def try_external(name: str, num_classes: int, image_size: int, in_channels: int)
             try:
                 with torch.device("meta"):
                     model = create_external(*arguments)
+                _check_tensors(model, name)
                 _try(model, torch.device("meta"), *arguments)
                 return
             except ValueError as error:
                 if error.__cause__ is None:  # no error of the meta device
                     raise
-        _try(create_external(*arguments), torch.device("cpu"), *arguments)
+            seeds = ()  # the libraries draw from torch's generator, and seed none
+        model = _drawn(seeds[0] if seeds else torch.initial_seed(), *arguments)
+        _check_tensors(model, name)
+        if seeds:
+            _check_starts(model, seeds, *arguments)
+        _try(model, torch.device("cpu"), *arguments)
 
 
-def _try(
-    model: nn.Module, device: torch.device, name: str, num_classes: int, image_size: int, in_channels: int
-) -> None:
+def _drawn(seed: int, *arguments: Any) -> nn.Module:
+    """A network as a member of this seed starts from it."""
+    torch.default_generator.manual_seed(seed)
+    return create_external(*arguments)
+
+
+def _check_starts(first: nn.Module, seeds: Sequence[int], name: str, *sizes: int) -> None:
+    """Refuse weights that are no function of the seed, and those that are the same for all seeds.
+
+    `first` is the network that this process made first, of the first seed: what the function imports has been imported
+    by it. In other processes, which --jobs may start, a member of another seed is the first.
+    """
+    if len(seeds) > 1 and _equal(first, _drawn(seeds[1], name, *sizes)):
+        trained = [p.detach() for p in first.parameters() if p.requires_grad]
+        # A network whose weights all begin as zeros or ones has no random ones to be drawn.
+        if not all((p == p.flatten()[:1]).all() for p in trained):
+            what = f"model: {name} starts from the same weights with seed {seeds[0]} and with seed {seeds[1]}"
+            way_out = "let it seed no generator, or give weights that all members start from by --init_from FILE"
+            raise ValueError(f"{what}; {way_out}")
+    if not _equal(first, _drawn(seeds[0], name, *sizes)):
+        way_out = "let it draw from torch's generator, and import at the top of the file what draws or seeds"
+        raise ValueError(f"model: {name} starts from other weights each time that it is made by one seed; {way_out}")
+
+
+def _equal(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two networks hold the same numbers; not a number equals itself here."""
+    mine, theirs = one.state_dict(), other.state_dict()
+    if {name: value.shape for name, value in mine.items()} != {name: value.shape for name, value in theirs.items()}:
+        return False
+    pairs = [(value, theirs[name]) for name, value in mine.items()]
+    return all(bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in pairs)
+
+
+def _check_tensors(model: nn.Module, name: str) -> None:
+    """Refuse a network whose tensors cannot be trained or saved, before images pass through it."""
     tensors = [*model.parameters(), *model.buffers()]
     if any(torch.nn.parameter.is_lazy(tensor) for tensor in tensors):
         raise ValueError(f"model: {name} has lazy layers, whose sizes are not set; give them their sizes")
@@ -261,6 +361,11 @@ def _try(
         raise ValueError(f"model: {name} has a state_dict that holds more than tensors, which checkpoints cannot")
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None for m in model.modules()):
         raise ValueError(f"model: {name} has a BatchNorm without running statistics, so that no sample stands alone")
+
+
+def _try(
+    model: nn.Module, device: torch.device, name: str, num_classes: int, image_size: int, in_channels: int
+) -> None:
     try:
         model.to(memory_format=torch.channels_last).train()
     except RuntimeError as error:

@@ -11,8 +11,11 @@ import pytest
 import torch
 
 import main
+import measure_diversity
+from models import create_model, full_name
 from tests.test_ensemble import ROOT
-from utils import InputError, cli, distributed, processes, some
+from utils import InputError, cli, distributed, ood, processes, some
+from utils.inference import load_ensemble
 
 HOME = "/home/of/a/user"
 
@@ -31,16 +34,56 @@ def why_not(kind, text):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("~/runs/a", f"{HOME}/runs/a"), ("~", HOME), ("./~", "~"), ("a/~", "a/~"), ("läufe/a b", "läufe/a b")],
+    [
+        ("~/runs/a", f"{HOME}/runs/a"),
+        ("~", HOME),
+        ("./~", f"{Path.cwd()}/~"),
+        ("./~nobody/x", f"{Path.cwd()}/~nobody/x"),
+        ("a/~", "a/~"),
+        ("läufe/a b", "läufe/a b"),
+    ],
 )
 def test_home_folder(text, expected):
-    assert cli.path(text) == Path(expected)
+    """Also where a path that was expanded once comes to where it is expanded again."""
+    found = cli.path(text)
+    assert found == Path(expected)
+    assert cli.path(str(found)) == found
 
 
-def test_home_of_nobody():
-    assert why_not(cli.path, "~no-such-user/x") == (
-        "'~no-such-user/x': there is no such user; for a folder of that name write ./~no-such-user/x"
-    )
+NOBODY = "'~no-such-user/x': there is no such user; for a folder of that name write ./~no-such-user/x"
+
+
+def test_home_of_nobody(capsys):
+    assert why_not(cli.path, "~no-such-user/x") == NOBODY
+    # A network's file, other data, and a saved ensemble take paths within other words, or from a program.
+    net = NOBODY.replace("/x", "/net.py")
+    for words, parse in (
+        (["--model", "~no-such-user/net.py:make"], main.parse_args),
+        (["--resume", "x", "--mode", "ood", "--ood", "folder:~no-such-user/x"], measure_diversity.parse_args),
+        (["--resume", "x", "--model", "~no-such-user/net.py:make"], measure_diversity.parse_args),
+    ):
+        with pytest.raises(SystemExit) as end:
+            parse(words)
+        assert end.value.code == 2
+        flag, reason = words[-2], net if "net.py" in words[-1] else NOBODY
+        assert capsys.readouterr().err.endswith(f"error: {flag}: {reason}\n")
+    with pytest.raises(ValueError, match=re.escape(f"model: {net}")):
+        create_model("~no-such-user/net.py:make", 10)
+    for place in ("~no-such-user/x", Path("~no-such-user/x"), ["~no-such-user/x"]):
+        with pytest.raises(InputError, match=re.escape(f"path: {NOBODY}")):
+            load_ensemble(place)
+
+
+def test_a_folder_that_is_called_like_a_user(tmp_path, monkeypatch, capsys):
+    """The way out that the message names."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "~net").mkdir()
+    (tmp_path / "~net" / "net.py").write_text("from torch import nn\n\ndef make(n):\n    return nn.Linear(1, n)\n")
+    assert full_name("./~net/net.py:make").startswith(f"{tmp_path}/~net/net.py:make@")
+    args = measure_diversity.parse_args(["--resume", "x", "--mode", "ood", "--ood", "folder:./~net"])
+    assert ood.split_word(args.ood[0]) == ("folder", tmp_path / "~net")
+    with pytest.raises(InputError, match=re.escape(f"{tmp_path}/~net/model_best.pth.tar is missing")):
+        load_ensemble(cli.path("./~net"))
 
 
 def test_all_paths_of_all_scripts_are_of_this_kind():

@@ -601,6 +601,32 @@ def test_given_split(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+def test_a_split_is_refused_before_images_are_read_or_downloaded(tmp_path, monkeypatch):
+    def never(*words, **more):
+        raise AssertionError
+
+    for name in ("_read_published", "_read_digits", "read_images"):
+        monkeypatch.setattr(utils.datasets, name, never)
+    np.save(tmp_path / "good.npy", np.arange(4))
+    np.save(tmp_path / "mask.npy", np.arange(4) < 2)
+    files.write_image_folder(tmp_path / "parts", {"train/a": 1, "train/b": 1, "val/a": 1, "val/b": 1})
+    good, mask, gone = (tmp_path / f"{name}.npy" for name in ("good", "mask", "gone"))
+    for data, place in (("cifar10", tmp_path), ("digits", tmp_path), ("folder", tmp_path / "parts")):
+        more = {"download": data == "cifar10"}
+        for train, val, message in (
+            (good, None, "--train_idx_path and --val_idx_path go together"),
+            (None, good, "--train_idx_path and --val_idx_path go together"),
+            (good, gone, "--val_idx_path .*gone.npy: "),
+            (mask, good, "--train_idx_path .*mask.npy: expected an .npy list of whole numbers"),
+        ):
+            with pytest.raises(InputError, match=message):
+                load_data(data, place, train_idx_path=train, val_idx_path=val, **more)
+    for part in ("a", "b"):
+        (tmp_path / "parts" / "test" / part).mkdir(parents=True)
+    with pytest.raises(InputError, match="has val/; leave both out"):
+        load_data("folder", tmp_path / "parts", train_idx_path=good, val_idx_path=good)
+
+
 def test_the_split_never_moves():
     """Pinned: a split that changes with a library's version would put validation images into training."""
     data = load_data("digits")

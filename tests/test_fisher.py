@@ -240,6 +240,21 @@ def test_a_subclass_is_not_taken_for_its_parent():
         assert_equal_to_loop(*case(nn.Sequential(Doubled(6, 4), nn.Tanh(), nn.Linear(4, 3)), (6,), 3))
 
 
+@pytest.mark.filterwarnings("ignore:.*Linear has no per-sample formula")
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_layer_with_a_forward_of_its_own_is_not_taken_for_its_type(place, monkeypatch):
+    """Nor a container, whose layers are then used in another way than their types say: followed, and by its layers."""
+    torch.manual_seed(0)
+    model, images, labels = case(nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Tanh(), nn.Linear(6, 3))), (6,), 3)
+    forward = model[place].forward
+    model[place].forward = lambda x: forward(2 * x)
+    counted, slow = [], utils.fisher._by_samples
+    monkeypatch.setattr(utils.fisher, "_by_samples", lambda *a: (counted.append(len(a[1])), slow(*a))[1])
+    scores = per_sample_fisher(model, images, labels)
+    torch.testing.assert_close(scores, reference.fisher_by_samples(model, images, labels), rtol=1e-10, atol=0)
+    assert counted == [min(utils.fisher.PROBES, len(images))]  # compared, and found to be the sum of its layers
+
+
 class Twice(nn.Module):
     def __init__(self, tied):
         super().__init__()

@@ -232,6 +232,25 @@ def test_second_derivatives_of_layers():
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+def test_layers_with_a_forward_of_their_own():
+    """They are measured as they compute, and keep it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)).double()
+    convolution, norm = model[0].forward, model[1].forward
+    own = {0: lambda x: convolution(x) ** 2, 1: lambda x: 3 * norm(x)}
+    for i, forward in own.items():
+        model[i].forward = forward
+    model.eval()
+    x, y = torch.randn(6, 2, 3, 3, dtype=torch.float64), torch.arange(6) % 3
+    operator = HessianOperator(model, [(x, y)])
+    gradients = torch.autograd.grad(F.cross_entropy(model(x), y), operator.parameters, create_graph=True)
+    vector = torch.randn(operator.size, dtype=torch.float64)
+    theirs = torch.autograd.grad(gradients, operator.parameters, operator.as_parameters(vector))
+    ours = operator @ vector
+    assert all(vars(model[i]).get("forward") is forward for i, forward in own.items())
+    torch.testing.assert_close(ours, torch.cat([t.flatten() for t in theirs]), rtol=1e-9, atol=1e-11)
+
+
 def test_a_transformer():
     """Attention's fused kernels have no second derivative: another one has to be taken."""
     torch.manual_seed(0)

@@ -1,6 +1,7 @@
 """Networks of torchvision, timm and a user's file, and weights to start from."""
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import main
 import measure_diversity
 import measure_sharpness
 import utils.fisher
@@ -505,9 +507,162 @@ def test_processes_of_their_own_train_a_file_to_the_same_bits(file, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "by 2 processes" in done.stdout
-    assert done.stdout.count("made") == 1 + 2 + 4  # tried, as two members, and from the checkpoints of the summary
+    assert done.stdout.count("made") == 3 + 2 + 4  # tried, as two members, and from the checkpoints of the summary
     for a, b in zip(weights_of(tmp_path / "one"), weights_of(tmp_path / "two"), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a.values(), b.values(), strict=True))
+
+
+SEEDS = """
+import random
+import numpy as np
+import torch
+from torch import nn
+
+torch.manual_seed(0)
+np.random.seed(0)
+random.seed(0)
+torch.set_num_threads(3)
+TABLE = torch.randn(4)
+"""
+DRAWS = """
+import random
+import numpy as np
+import torch
+from torch import nn
+
+TABLE = torch.tensor([torch.randn(()), np.random.randn(), random.random()])
+"""
+MAKE = """
+def make(n, in_channels):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64 * in_channels, n))
+    nn.init.constant_(model[1].bias, np.random.randn() + random.random())
+    model.register_buffer("table", TABLE.clone())
+    return model
+"""
+
+
+@pytest.mark.parametrize("text", [SEEDS, DRAWS])
+def test_a_file_that_seeds_or_draws_where_it_is_executed(text, file, tmp_path):
+    """Members start from weights of their own seeds, and the file from its own, whichever process executes it."""
+    file.write_text(text + MAKE)
+    words = ["--model", f"{file}:make", "--seed", "1", "2", "--epochs", "1", "--lr", "0", "--threads", "1"]
+    call([*words, "--save_path", tmp_path / "one"])
+    command = [sys.executable, "main.py", *words, "--save_path", tmp_path / "two", "--jobs", "2"]
+    done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "by 2 processes" in done.stdout
+    one, two = weights_of(tmp_path / "one")
+    assert torch.equal(one["table"], two["table"])
+    for name in ("1.weight", "1.bias"):
+        assert not torch.equal(one[name], two[name]), name
+    for a, b in zip((one, two), weights_of(tmp_path / "two"), strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_file_leaves_the_generators_alone(file):
+    """And torch's threads; its function draws from torch's, as a member's start is drawn."""
+    file.write_text(SEEDS + MAKE)
+    torch.manual_seed(7)
+
+    def states():
+        return torch.get_num_threads(), random.getstate(), np.random.get_state()[1].tolist()
+
+    before, drawn = states(), torch.get_rng_state()
+    check_model(f"{file}:make", 5, image_size=8, seeds=[1, 2])
+    assert states() == before
+    assert torch.equal(torch.get_rng_state(), drawn)
+    file.write_text(SEEDS + MAKE + "# anew")
+    first = create_model(f"{file}:make", 5, image_size=8)
+    assert states() == before
+    torch.manual_seed(7)
+    assert torch.equal(create_model(f"{file}:make", 5, image_size=8)[1].weight, first[1].weight)
+
+
+STARTS = """
+import torch
+from torch import nn
+
+def plain(n):
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, n))
+
+def seeds(n):
+    torch.manual_seed(0)
+    return plain(n)
+
+def aside(n):
+    with torch.random.fork_rng():
+        return seeds(n)
+
+ONE = plain(5)
+
+def shared(n):
+    return ONE
+
+def late(n):
+    import beside_seeds
+    return plain(n)
+
+def own(n):
+    model = plain(n)
+    torch.nn.init.normal_(model[1].bias, generator=torch.Generator().manual_seed(torch.Generator().seed()))
+    return model
+
+def zeros(n):
+    model = plain(n)
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    model.register_buffer("empty", torch.tensor([float("nan")]))
+    return model
+"""
+
+
+@pytest.mark.parametrize("seeds", [(1, 2), (1,), ()])
+@pytest.mark.parametrize(
+    ("factory", "words"),
+    [
+        ("seeds", "starts from the same weights with seed 1 and with seed 2; .* or give .* by --init_from FILE"),
+        ("aside", "starts from the same weights with seed 1 and with seed 2"),
+        ("shared", "starts from the same weights with seed 1 and with seed 2"),
+        ("late", "starts from other weights each time .*; let it draw .*, and import at the top of the file what"),
+        ("own", "starts from other weights each time that it is made by one seed; let it draw from torch's generator"),
+        ("plain", None),
+        ("zeros", None),
+    ],
+)
+def test_starts_that_are_not_of_the_seeds(factory, words, seeds, file, monkeypatch):
+    (file.parent / "beside_seeds.py").write_text("import torch\ntorch.manual_seed(0)\n")
+    monkeypatch.delitem(sys.modules, "beside_seeds", raising=False)
+    file.write_text(STARTS)
+    fine = words is None or not seeds or (len(seeds) == 1 and "the same" in words)
+    if fine:
+        check_model(f"{file}:{factory}", 5, image_size=8, seeds=seeds)
+        return
+    with pytest.raises(ValueError, match=words):
+        check_model(f"{file}:{factory}", 5, image_size=8, seeds=seeds)
+
+
+def test_equal_starts_in_a_run(file, tmp_path, capsys, monkeypatch):
+    """Refused where a run begins, but not where the members' weights are given, or one member is alone."""
+    file.write_text(STARTS.replace("192", "64"))
+    words = ["--epochs", "1", "--lr", "0", "--threads", "1", "--model"]
+    line = refused([*words, f"{file}:seeds", "--seed", "3", "4", "--save_path", tmp_path / "none"], capsys)
+    assert f"error: --model: {file}:seeds@" in line
+    assert "starts from the same weights with seed 3 and with seed 4; let it seed no generator" in line
+    assert not (tmp_path / "none").exists()
+    torch.save(create_model(f"{file}:plain", 10, image_size=8, in_channels=1).state_dict(), tmp_path / "w.pth")
+    given = [*words, f"{file}:seeds", "--seed", "1", "2", "--init_from", tmp_path / "w.pth"]
+    call([*given, "--save_path", tmp_path / "given"])
+    one, two = weights_of(tmp_path / "given")
+    assert torch.equal(one["1.weight"], two["1.weight"])
+    call([*words, f"{file}:seeds", "--seed", "3", "--save_path", tmp_path / "alone"])
+    # A run that has begun, by an earlier version, goes on: its checkpoints hold the weights.
+    begun = [*words, f"{file}:seeds", "--seed", "3", "4", "--save_path", tmp_path / "begun"]
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "seeds_drawn", lambda args: [])
+        call(begun)
+    call(begun)
+    call(["--resume", tmp_path / "begun"])
+    assert "starts from the same weights" in refused([*begun, "--overwrite"], capsys)
 
 
 def test_a_checkpoint_does_not_name_what_is_executed_without_its_digest(file, tmp_path):

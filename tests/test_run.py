@@ -209,7 +209,7 @@ def test_a_run_that_goes_on_on_another_machine(stopped, monkeypatch, capsys, who
     assert errors.startswith(
         f"note: the run goes on with cpu Another CPU, AVX512 instead of {first['cpu']}, commit abc1234"
     )
-    assert "bit for bit, on one kind of CPU and one version of torch only" in errors
+    assert "bit for bit, on one kind of CPU, one version of torch and one number of threads only" in errors
     found = about(stopped)
     assert {name: value for name, value in found.items() if name != "resumed_with"} == first
     assert [later["cpu"] for later in found["resumed_with"]] == ["Another CPU, AVX512"]
@@ -224,6 +224,22 @@ def test_a_run_that_goes_on_on_another_machine(stopped, monkeypatch, capsys, who
     call(["--resume", stopped])
     assert "with torch 9.9 instead of " in capsys.readouterr().err
     assert len(about(stopped)["resumed_with"]) == 2
+
+
+def test_another_number_of_threads(stopped, capsys):
+    """Said once and recorded, and so is the way back: without --threads a run goes on as it began."""
+    call(["--resume", stopped, "--threads", "2"])
+    errors = capsys.readouterr().err
+    assert errors.startswith("note: the run goes on with threads 2 instead of 1; environment.json has both; ")
+    assert errors.endswith("and one number of threads only\n")
+    (stopped / "summary.json").unlink()
+    call(["--resume", stopped, "--threads", "2"])
+    assert capsys.readouterr().err == ""
+    (stopped / "summary.json").unlink()
+    call(["--resume", stopped])
+    assert capsys.readouterr().err.startswith("note: the run goes on with threads 1 instead of 2; ")
+    assert about(stopped)["threads"] == 1
+    assert [later["threads"] for later in about(stopped)["resumed_with"]] == [2, 1]
 
 
 def test_another_commit_alone_is_said_too(stopped, monkeypatch, capsys):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from models import MODELS, full_name
+from models import MODELS, expand_user, full_name
 from utils import InputError, RunError, again, out_of_memory, printable, processes
 from utils.datasets import CORRUPTIONS, DEFAULT_SIZE, NAMES, SEVERITIES, SPLITS
 from utils.files import PINNED, broken_link, pinned
@@ -195,17 +195,18 @@ def path(text: str) -> Path:
         raise argparse.ArgumentTypeError("expected a path, got an empty one")
     if any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in text):  # control characters, separators of lines
         raise argparse.ArgumentTypeError(f"expected a path without control characters, got '{shown}'")
-    place = os.path.expanduser(text)
-    if place.startswith("~"):
-        raise argparse.ArgumentTypeError(f"'{shown}': there is no such user; for a folder of that name write ./{shown}")
+    try:
+        place = expand_user(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     try:
         os.stat(place)
     except (FileNotFoundError, NotADirectoryError):
-        if broken := broken_link(Path(place)):
+        if broken := broken_link(place):
             raise argparse.ArgumentTypeError(f"'{shown}': {broken}; create that, or name another path") from None
     except (OSError, ValueError) as error:  # a name too long, a folder without rights, a loop of links
         raise argparse.ArgumentTypeError(f"'{shown}': {getattr(error, 'strerror', None) or error}") from error
-    return Path(place)
+    return place
 
 
 def weights(text: str) -> str:

@@ -19,7 +19,7 @@ from utils.corruptions import CONSTANTS, SEVERITIES
 from utils.data import Data, DatasetInfo, ImageSet, Preprocessing
 from utils.distributed import cores, rank
 from utils.files import load_array, load_json, read_bytes, read_text, refusing, visible
-from utils.folder import FOLDER_CORRUPTED, PARTS, Images, draw_parts, read_images, stored_size
+from utils.folder import FOLDER_CORRUPTED, PARTS, Images, draw_parts, find_classes, read_images, stored_size
 from utils.formats import check_labels, cifar_batch, read_idx, read_jpeg
 from utils.places import FILES, PLACES, idx_file, named, plain, subfolders
 
@@ -100,6 +100,7 @@ def load_data(
         InputError: naming the path or flag, for missing, damaged or contradictory files.
     """
     split = train_idx_path, val_idx_path
+    _given_indices(*split)  # what is wrong with them is said before anything is read or downloaded
     if name == "folder":
         if download:
             raise InputError("--download: given with --data folder, which is nowhere to be fetched; leave it out")
@@ -173,6 +174,11 @@ def folder_info(
 
 def _folder_parts(path: Path, split: SplitPaths, image_size: int, inputs: dict[str, list] | None) -> Parts:
     """Of a folder of images, which stay in the memory map."""
+    if split != (None, None):  # whether one can be given is known before an image is decoded
+        there, _ = find_classes(path)
+        if "" in there or "val" in there:
+            reason = "has val/" if "val" in there else "has no train/ and test/"
+            raise InputError(f"--train_idx_path, --val_idx_path: {path} {reason}; leave both out")
     images = read_images(path, stored_size(image_size), cores())
     if images.unreadable:
         unread = [f"{name} ({why})" for name, why in images.unreadable.items()]
@@ -204,9 +210,6 @@ def _folder_parts(path: Path, split: SplitPaths, image_size: int, inputs: dict[s
 def _folder_rows(path: Path, images: Images, train: str | Path | None, val: str | Path | None) -> dict[str, np.ndarray]:
     """The rows of the training, validation and test images of a folder."""
     rows = images.parts
-    if ("" in rows or "val" in rows) and (train is not None or val is not None):
-        reason = "has val/" if "val" in rows else "has no train/ and test/"
-        raise InputError(f"--train_idx_path, --val_idx_path: {path} {reason}; leave both out")
     if "" in rows:
         drawn = draw_parts(images.labels[rows[""]], images.pixel_digests(rows[""]))
         rows = {part: rows[""][index] for part, index in drawn.items()}
@@ -249,18 +252,13 @@ def mislabel(labels: np.ndarray, classes: int, share: float) -> tuple[np.ndarray
 
 def split_indices(samples: int, train: str | Path | None, val: str | Path | None) -> tuple[np.ndarray, np.ndarray]:
     """The training and validation images among `samples`: those of two .npy files, or of the fixed 10 % split."""
-    if train is None and val is None:
+    given = _given_indices(train, val)
+    if not given:
         order = np.random.RandomState(SPLIT_SEED).permutation(samples)
         held_out = int(VALIDATION_SHARE * samples)
         return np.sort(order[held_out:]), np.sort(order[:held_out])
-    if train is None or val is None:
-        raise InputError("--train_idx_path and --val_idx_path go together: give both, or neither for the 10 % split")
     parts = []
-    for flag, path in (("--train_idx_path", train), ("--val_idx_path", val)):
-        index = load_array(Path(path), flag + " ")
-        if index.ndim != 1 or index.dtype.kind not in "iu" or not len(index):
-            problem = f"{flag} {path}: expected an .npy list of whole numbers, got {index.dtype} {list(index.shape)}"
-            raise InputError(problem + "; numpy.flatnonzero makes one of a mask" * (index.dtype == bool))
+    for (flag, index), path in zip(given.items(), (train, val), strict=True):
         outside = index.min() < 0 or index.max() >= samples
         if outside or len(index) > samples or len(np.unique(index)) < len(index):
             found = f"{index.min()} to {index.max()}" if outside else "some of them twice"
@@ -271,6 +269,21 @@ def split_indices(samples: int, train: str | Path | None, val: str | Path | None
     if len(np.intersect1d(*parts)):
         raise InputError(f"--train_idx_path {train} and --val_idx_path {val} share samples")
     return parts[0], parts[1]
+
+
+def _given_indices(train: str | Path | None, val: str | Path | None) -> dict[str, np.ndarray]:
+    """The arrays of two .npy files by their flags, empty where none is given: all that needs no images is checked."""
+    if train is None and val is None:
+        return {}
+    if train is None or val is None:
+        raise InputError("--train_idx_path and --val_idx_path go together: give both, or neither for the 10 % split")
+    found = {}
+    for flag, path in (("--train_idx_path", train), ("--val_idx_path", val)):
+        index = found[flag] = load_array(Path(path), flag + " ")
+        if index.ndim != 1 or index.dtype.kind not in "iu" or not len(index):
+            problem = f"{flag} {path}: expected an .npy list of whole numbers, got {index.dtype} {list(index.shape)}"
+            raise InputError(problem + "; numpy.flatnonzero makes one of a mask" * (index.dtype == bool))
+    return found
 
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]

@@ -150,9 +150,11 @@ def _units(model: nn.Module, images: Tensor, labels: Tensor, trainable: set[int]
     owners = {name: names for name, names in owners.items() if names}
     if sum(map(len, owners.values())) > len(trainable):
         raise _NeedsWholeModelError("a parameter belongs to two layers")
-    # Of this repository, and as it was made: without a layer of somebody else, or weights under other names.
+    # Of this repository, and as it was made: without a layer of somebody else, a layer that was given a forward of its
+    # own, or weights under other names.
     kinds = {name: type(module) for name, module in model.named_modules()}
     ours = all(kind.__module__.startswith(("models.", "torch.nn.modules.")) for kind in kinds.values())
+    ours = ours and not any("forward" in vars(module) for module in model.modules())
     if ours and all(kinds[n] in FORMULAS and (kinds[n] is Tokens or {*own} <= WEIGHTS) for n, own in owners.items()):
         return owners
     if model not in UNITS or UNITS[model][0] != trainable:
@@ -304,8 +306,9 @@ def _unit_norms(
         output_grad: the gradient of its output.
         batch: B.
     """
-    # A subclass may compute something else, so that the type has to be exactly the known one.
-    formula = FORMULAS.get(type(module))
+    # A subclass may compute something else, so that the type has to be exactly the known one; so may a layer that was
+    # given a forward of its own.
+    formula = None if "forward" in vars(module) else FORMULAS.get(type(module))
     folded = len(leaves[0]) > batch or len(output_grad) > batch
     if formula and len(leaves) == 1 and getattr(module, "padding_mode", "zeros") == "zeros":
         if not folded:

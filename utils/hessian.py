@@ -195,7 +195,10 @@ def _scale_and_sums(g: Tensor, x: Tensor, factor: Tensor, mean: Tensor, r: Tenso
 
 def _quick(layer: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """The layer's forward pass in eval mode with a quick second derivative; None for layers without one here."""
-    # A subclass may compute something else, so that the type has to be exactly the known one.
+    # A subclass may compute something else, so that the type has to be exactly the known one; so may a layer that was
+    # given a forward of its own.
+    if "forward" in vars(layer):
+        return None
     if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
         options = (layer.stride, layer.padding, layer.dilation, False, (0, 0), layer.groups)
         return lambda x: _Conv2d.apply(x, layer.weight, layer.bias, options)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import expand_user
 from utils import InputError
 from utils.data import DatasetInfo, coloured, scaled
 from utils.datasets import DATASETS, NAMES, PICTURE_SIZE, folder_info, note
@@ -200,7 +201,10 @@ def load_ensemble(
     Raises:
         InputError: naming the file, if something is missing, damaged or contradictory.
     """
-    places = [Path(p).expanduser() for p in ([path] if isinstance(path, str | os.PathLike) else path)]
+    try:
+        places = [expand_user(p) for p in ([path] if isinstance(path, str | os.PathLike) else path)]
+    except ValueError as error:
+        raise InputError(f"path: {error}") from error
     if not places:
         raise InputError("path: expected a run, member folders or checkpoint files, got none")
     if checkpoint not in CHECKPOINTS:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from models import expand_user
 from utils import InputError, metrics, some
 from utils.data import Data, ImageSet, coloured, scaled
 from utils.datasets import NAMES, PICTURE_SIZE, corrupted_name, find_corrupted, load_data, note
@@ -33,7 +34,8 @@ def split_word(text: str) -> tuple[str, Path | None]:
     """A value of --ood, DATA or DATA:PATH, in its two parts.
 
     Raises:
-        ValueError: if DATA is not of `WORDS`, or has no path where it needs one or one where it has none.
+        ValueError: if DATA is not of `WORDS`, has no path where it needs one or one where it has none, or if the path
+            begins with ~NAME and there is no such user.
     """
     name, colon, place = text.partition(":")
     if name not in WORDS:
@@ -42,7 +44,7 @@ def split_word(text: str) -> tuple[str, Path | None]:
         raise ValueError(f"'{text[:80]}' says no folder; write folder:PATH")
     if name in (CORRUPTED, NOISE, "digits") and colon:
         raise ValueError(f"'{text[:80]}': {name} is not read from a path; write {name}")
-    return name, Path(place).expanduser() if place else None
+    return name, expand_user(place) if place else None
 
 
 def read_set(name: str, path: Path | None, data: Data, data_path: Path, download: bool = False) -> ImageSet:

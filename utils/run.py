@@ -52,7 +52,7 @@ OLD_DEFAULTS = {"match_size": None, "augmentation": "standard", "label_noise": 0
 OLD_DEFAULTS |= {"optimizer": "sgd", "warmup_epochs": 0, "label_smoothing": 0.0, "clip_norm": None, "init_from": None}
 OLD_DEFAULTS |= {"initial_method": "sam", "image_size": None}
 # What of the environment a run may go on without, though the last bits of floats, or the code, differ then.
-MACHINE, CODE = ("torch", "device", "cpu"), "commit"
+MACHINE, CODE = ("torch", "device", "cpu", "threads"), "commit"
 LATE_SECONDS = 90  # NFS holds for 30 to 60 seconds that a file is not there
 
 
@@ -436,7 +436,7 @@ class Run:
             (folder / name).unlink(missing_ok=True)
 
     def _record_change(self, about: dict[str, Any]) -> None:
-        """Where a run goes on with another machine or code, add that to environment.json, and say so."""
+        """Where a run goes on with another machine, threads or code, add that to environment.json, and say so."""
         path = self.folder / "environment.json"
         content = load_json(path)
         later = content.get("resumed_with", [])
@@ -449,7 +449,8 @@ class Run:
         what = ", ".join(f"{name} {about[name]} instead of {before[name]}" for name in changed)
         text = f"note: the run goes on with {what}; environment.json has both"
         if set(changed) & set(MACHINE):
-            text += "; results are the same, bit for bit, on one kind of CPU and one version of torch only"
+            text += "; results are the same, bit for bit, on one kind of CPU, one version of torch and one number of "
+            text += "threads only"
         print(text, file=sys.stderr)
 
     def check_same(self) -> None:
