@@ -358,8 +358,8 @@ def _add_members(group: Any) -> str:
     """Which saved members; returns what the help says of options that checkpoints answer."""
     text = "a run folder, member folders, or checkpoint files"
     add_option(group, "resume", text, path, "PATH", nargs="+", required=True)
-    text = "which checkpoint of a folder to take; averaged is there after --average_from"
-    add_choice(group, "checkpoint", text, ("best", "last", "averaged"), default="best")
+    text = "which checkpoint of a folder to take; averaged is there after --average_from (default: best)"
+    add_choice(group, "checkpoint", text, ("best", "last", "averaged"))
     known = "default: what the checkpoint says; another value is refused"
     text = "network of the members, or the new place of the file that makes it"
     add_option(group, "model", f"{text} ({known})", network, "NAME")

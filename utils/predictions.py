@@ -327,11 +327,11 @@ def _entry_of(path: Path, name: str) -> Any:
 class MeasureSettings:
     """Which members are measured, on which data, and where the result goes: `utils.cli.add_measure_options`.
 
-    None stands for what the checkpoints or the run say.
+    None stands for what the checkpoints or the run say; of `checkpoint` for the best.
     """
 
     resume: list[Path]
-    checkpoint: str
+    checkpoint: str | None
     data: str | None
     data_path: Path | None
     train_idx_path: Path | None
@@ -394,7 +394,7 @@ class Measurement:
         save = settings.save or Path("measurements") / (run or paths[0].parent).resolve().name
         names = {path.name for path in paths}  # that were given, whatever --checkpoint says
         named = all(path.is_file() for path in settings.resume)
-        other = NAMED if named else settings.checkpoint
+        other = NAMED if named else settings.checkpoint or "best"
         checkpoint = next((kind for kind, name in CHECKPOINTS.items() if names == {name}), other)
         self.settings = replace(settings, data=data, save=save, checkpoint=checkpoint, **places)
         if settings.save is None:
