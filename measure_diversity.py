@@ -182,6 +182,7 @@ def measure_part(
     members, ensemble = metrics.per_sample(log_probs, labels, probs), metrics.per_sample(output, labels)
     columns = {"member_accuracy": members["correct"].mean(dim=0), "ensemble_accuracy": ensemble["correct"]}
     result: dict[str, Any] = {"samples": len(labels), "classes": log_probs.shape[2]}
+    curve, aurc = risk_coverage_of(ensemble) if {"predict", "ood"} & set(args.mode) else ({}, {})
     gaps, by_size = None, {}
     if {"predict", "disagreement"} & set(args.mode):
         by_size = scores_by_size(args, log_probs, probs, members["nll"], labels)
@@ -194,11 +195,14 @@ def measure_part(
         result["ensemble_by_size"] = {size: mean_of([row for _, row in rows]) for size, rows in by_size.items()}
         columns |= {"member_nll": members["nll"].mean(dim=0), "ensemble_nll": ensemble["nll"]}
         columns |= {"ensemble_nll_calibrated": calibrated["nll"], "ensemble_brier": ensemble["brier"]}
-        uncertainty, more = uncertainty_of(probs, output, ensemble, calibrated, args.bins)
-        result, columns = result | uncertainty, columns | more
+        columns |= {"entropy": metrics.predictive_entropy(output.exp())}
+        columns |= {"mutual_information": metrics.mutual_information(probs)}
+        both = (("before", ensemble), ("after", calibrated))
+        curve |= {"reliability": {when: metrics.reliability(one, args.bins) for when, one in both}}
         gaps = metrics.calibration_gaps(ensemble, args.bins)
         _, edges = metrics.calibration_mse(ensemble["confidence"], ensemble["correct"], args.bins)
         result["rmsce_interval"] = [math.sqrt(edge) for edge in edges]
+    result, columns = result | curve, columns | aurc
 
     if "disagreement" in args.mode:
         matrix = diversity.disagreement(predictions)
@@ -237,28 +241,14 @@ def calibrated_scores(
     return result | {"calibrated": metrics.scores(calibrated, with_it.exp(), labels, args.bins)}, calibrated
 
 
-def uncertainty_of(
-    probs: Tensor, output: Tensor, ensemble: dict[str, Tensor], calibrated: dict[str, Tensor], bins: int
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The risk-coverage and reliability curves of an ensemble; and entropy, mutual information and AURC by image.
-
-    Args:
-        probs: of the members, [M, N, C].
-        output: log-probabilities of the ensemble, [N, C].
-        ensemble, calibrated: its columns, before and after its temperature.
-        bins: of the reliability curves.
-    """
-    found = metrics.risk_coverage(ensemble["confidence"], ensemble["correct"])
-    points = torch.arange(1, 101, dtype=torch.float64) * len(output) / 100
+def risk_coverage_of(ensemble: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The risk-coverage curve of an ensemble with these columns [N], and its AURC by image."""
+    confidence, correct = ensemble["confidence"], ensemble["correct"]
+    found = metrics.risk_coverage(confidence, correct)
+    points = torch.arange(1, 101, dtype=torch.float64) * len(correct) / 100
     risk = found["risk"][points.ceil().long() - 1]
-    columns = {
-        "entropy": metrics.predictive_entropy(output.exp()),
-        "mutual_information": metrics.mutual_information(probs),
-    }
-    columns["aurc"] = metrics.aurc_influence(ensemble["confidence"], ensemble["correct"]) * len(output) + found["aurc"]
-    curves = {"excess_aurc": found["excess_aurc"], "risk_at_percent": risk.tolist()}
-    both = (("before", ensemble), ("after", calibrated))
-    return curves | {"reliability": {when: metrics.reliability(one, bins) for when, one in both}}, columns
+    aurc = metrics.aurc_influence(confidence, correct) * len(correct) + found["aurc"]
+    return {"excess_aurc": found["excess_aurc"], "risk_at_percent": risk.tolist()}, {"aurc": aurc}
 
 
 def subset_temperatures(logits: Tensor, labels: Tensor, average: str) -> dict[int, list[tuple[tuple[int, ...], float]]]:
