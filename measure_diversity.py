@@ -129,7 +129,7 @@ def main(args: argparse.Namespace) -> None:
             results[split]["ood"] = measure_sets(args.average, measurement, sets)
     path = measurement.write("diversity.json", {"temperatures": temperatures, **results}, vars(args))
     for split, result in results.items():
-        print_tables(split, result)
+        print_tables(split, result, args.average)
     print(f"wrote {path}")
 
 
@@ -223,7 +223,7 @@ def measure_part(
 
     if "CKA" in args.mode:
         result["cka"] = {
-            name: {form: cka_matrix(tensors, form == "debiased") for form in ("debiased", "biased")}
+            name: {form: cka_matrix(name, tensors, form == "debiased") for form in ("debiased", "biased")}
             for name, tensors in (("features", features), ("centred_logits", list(diversity.centred(logits))))
         }
 
@@ -370,15 +370,17 @@ def number_or_none(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def cka_matrix(representations: list[Tensor], debiased: bool) -> dict[str, Any]:
-    """CKA of each pair of members, and its mean."""
+def cka_matrix(name: str, representations: list[Tensor], debiased: bool) -> dict[str, Any]:
+    """CKA of each pair of members, and its mean; `name` is that of the representations."""
     members = len(representations)
     matrix = torch.eye(members, dtype=torch.float64)
     for i, j in itertools.combinations(range(members), 2):
         try:
             matrix[i, j] = matrix[j, i] = diversity.linear_cka(representations[i], representations[j], debiased)
         except ValueError as error:
-            raise InputError(f"--mode CKA: {error}; leave it out") from error
+            alike = next((k + 1 for k in (i, j) if (representations[k] == representations[k][0]).all()), None)
+            which = f": the {name.replace('_', ' ')} of member {alike}" if alike else ""
+            raise InputError(f"--mode CKA: {error}{which}; leave that mode{' or member' * bool(alike)} out") from error
     return {"matrix": matrix.tolist(), "mean": mean_over_pairs(matrix)}
 
 
@@ -444,15 +446,18 @@ def mean_of_parts(parts: list[Part], found: dict[str, PartResult]) -> dict[str, 
     return result
 
 
-def print_tables(split: str, result: dict[str, Any]) -> None:
+def print_tables(split: str, result: dict[str, Any], average: str) -> None:
     """Members and ensemble of a split; of a corrupted set a line for each severity and the mean."""
+    images, these, bracketed = {"train": "training", "val": "validation"}.get(split, "test"), "networks", False
+    mean = "; ensemble: softmax of the mean logit" * (average == "logits")  # else the usual one, of probabilities
     if "by_severity" in result:
+        these = "networks and corruptions"
         rows = [(f"{split}, severity {s}", row) for s, row in result["by_severity"].items()]
         rows.append((f"{split}, mean of {result['mean']['parts']}", result["mean"]))
     else:
         rows = [(split, result)]
     for title, row in rows:
-        print(f"\n{title} ({round(row['samples'])} images{' each' if row['parts'] > 1 else ''})")
+        print(f"\n{title} ({round(row['samples'])} images{' each' if row['parts'] > 1 else ''}{mean})")
         if "ensemble" in row:
             print("                   accuracy      NLL    Brier      ECE  |  with temperature: NLL      ECE")
             members, count = row["members"], len(row["members"])
@@ -468,13 +473,17 @@ def print_tables(split: str, result: dict[str, Any]) -> None:
                 value = None if value is None else value.get(key)
             if value is not None:
                 edges = row["intervals_95"].get(interval)
+                bracketed |= bool(edges)
                 print(f"  {title:26} {value:8.4f}" + ("  [{:.4f}, {:.4f}]".format(*edges) if edges else ""))
-        for name, found in row.get("ood", {}).items():
-            print_set(name, found)
+    if bracketed:
+        print(f"[ ]: 95 % interval over {images} images, of these {these} only")
+    of_sets = [print_set(name, found) for name, found in result.get("ood", {}).items()]
+    if any(of_sets):
+        print("[ ]: 95 % interval over test images and other images, of these networks only")
 
 
-def print_set(name: str, found: dict[str, Any]) -> None:
-    """How well each score tells a set from the test images."""
+def print_set(name: str, found: dict[str, Any]) -> bool:
+    """How well each score tells a set from the test images; returns whether there are intervals."""
     each = " each" if found["parts"] > 1 else ""
     print(f"\nout of distribution: {name} ({found['images']} images{each}), from {found['test_images']} test images")
     print("                            " + "".join(f"{text:26}" for text in metrics.OOD_METRICS.values()).rstrip())
@@ -486,6 +495,7 @@ def print_set(name: str, found: dict[str, Any]) -> None:
         print(f"  {text:26}" + "".join(f"{cell:26}" for cell in cells).rstrip())
     if found["members"] == 1:
         print("  One member: its mutual information is 0 for every image, and tells nothing apart.")
+    return any(any(of.values()) for of in found["intervals_95"].values())
 
 
 if __name__ == "__main__":

@@ -239,6 +239,33 @@ def test_what_is_printed_comes_from_the_tested_function(
     assert printed() != before
 
 
+def test_what_is_printed_says_over_what(saved, tmp_path, capsys):
+    """Intervals and deviations; and of which output they are, where it is not the usual one."""
+    folder, paths = saved
+    common = ["--resume", *paths, "--save", tmp_path, "--data_path", folder / "data", "--mode", "disagreement,ood"]
+    only = ["--corruptions", "fog", "--severities", 1, "--ood", "noise"]
+    call("diversity", *common, *only, "--split", "test,val,corrupted", "--bootstrap", 20)
+    out = capsys.readouterr().out
+    said = [line for line in out.splitlines() if line.startswith("[ ]: ")]
+    assert said == [
+        "[ ]: 95 % interval over validation images, of these networks only",
+        "[ ]: 95 % interval over test images, of these networks only",
+        "[ ]: 95 % interval over test images and other images, of these networks only",
+        "[ ]: 95 % interval over test images, of these networks and corruptions only",
+    ]
+    assert "logit" not in out
+    call("diversity", *common[:-1], "disagreement", "--split", "test", "--bootstrap", 0, "--average", "logits")
+    out = capsys.readouterr().out
+    assert "\ntest (899 images; ensemble: softmax of the mean logit)\n" in out
+    assert "[" not in out
+    sharpness = [*SMALL, "--mode", "APGD_worst,fisher", "--norms", "l2", "--save", tmp_path, "--resume"]
+    call("sharpness", *sharpness, *paths)
+    *_, said, _ = capsys.readouterr().out.splitlines()
+    assert said == "±: standard deviation over members"
+    call("sharpness", *sharpness, paths[0])
+    assert "±" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["ensemble_variance", "bias_and_variance"])
 def test_the_printed_variance_comes_from_the_tested_function(name, saved, tmp_path, monkeypatch, capsys):
     common = ["--resume", *saved[1], "--save", tmp_path, "--data_path", tmp_path]
@@ -715,6 +742,26 @@ def test_a_device_without_float64(name, saved, tmp_path):
 
 def nan_weight(network):
     network.linear.weight[0, 0] = float("nan")
+
+
+def no_logits(network):
+    network.linear.weight.zero_()
+
+
+def no_features(network):
+    for name, weight in network.named_parameters():
+        if not name.startswith("linear"):
+            weight.zero_()
+
+
+def test_cka_of_members_that_say_the_same_of_all_images(saved, tmp_path, capsys):
+    """It is said of which members, and whether of features or of logits."""
+    common = ["--data_path", tmp_path, "--save", tmp_path / "m", "--mode", "CKA"]
+    for change, what in ((no_logits, "centred logits"), (no_features, "features")):
+        flat = save_member(tmp_path / f"{change.__name__}.pth.tar", 2, change=change)
+        line = refused(capsys, "diversity", "--resume", saved[1][0], flat, *common)
+        problem = f"--mode CKA: CKA: a representation is the same for all samples: the {what} of member 2; leave that"
+        assert line.endswith(f"{problem} mode or member out")
 
 
 def test_bad_input(saved, tmp_path, capsys):
