@@ -78,7 +78,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_option(group, "ood", text, other_data, "DATA[:PATH]", nargs="+", default=[])
     cli.add_option(group, "bins", "equal-width bins of the ECE", cli.COUNT, "N", default=15)
     cli.add_option(group, "bootstrap", "resamples of the 95%% intervals, 0 for none", cli.NATURAL, "N", default=1000)
-    args = parser.parse_args(argv)
+    given, args = parser.parse_given(argv), parser.parse_args(argv)
     if args.ood and "ood" not in args.mode:
         parser.error("--ood: given without --mode ood; add that mode, or leave it out")
     if "ood" in args.mode:
@@ -87,6 +87,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--split {','.join(args.split)}: --mode ood compares with the test images; add test")
         if args.mode == ["ood"] and args.split is None:
             args.split = ["test"]
+    if "bins" in given and "predict" not in args.mode:
+        cli.note_idle(["bins"], f"on --mode {','.join(args.mode)}")
+    # Without --split the corrupted set is measured where it is found, which `Measurement` sees.
+    cli.note_idle_parts(given, args.split is None or "corrupted" in args.split or ood.CORRUPTED in args.ood)
     return args
 
 

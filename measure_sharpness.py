@@ -92,9 +92,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     used = {name for mode in args.mode for name in PROTOCOL[mode]}
     used |= {"norms"} if set(args.mode) & {"APGD_worst", "APGD_average"} else set()
     known = {"norms", *itertools.chain(*PROTOCOL.values())}
-    idle = [f"--{name}" for name in given if name in known - used]
-    if idle:
-        print(f"note: {', '.join(idle)}: no effect on --mode {','.join(args.mode)}", file=sys.stderr)
+    cli.note_idle([name for name in given if name in known - used], f"on --mode {','.join(args.mode)}")
     return args
 
 

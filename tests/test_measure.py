@@ -807,6 +807,43 @@ def test_bad_input(saved, tmp_path, capsys):
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("*.json"))
 
 
+IDLE = [
+    ("diversity", "--split test --severities 5 --corruptions fog", "--corruptions, --severities: no effect where no"),
+    ("diversity", "--mode ood --severities 5", "--severities: no effect where no corrupted images are measured; add"),
+    ("diversity", "--mode ood --ood corrupted --severities 5", None),
+    ("diversity", "--split test,corrupted --severities 5", None),
+    ("diversity", "--severities 5", None),  # the set may be there
+    ("diversity", "--mode ood --bins 3", "--bins: no effect on --mode ood"),
+    ("diversity", "--mode disagreement,KL --bins 3", "--bins: no effect on --mode disagreement,KL"),
+    ("diversity", "--mode predict,KL --bins 3 --average logits --bootstrap 5 --split val", None),
+    ("variance", "--severities 5", "--severities: no effect where no corrupted images are measured"),
+    ("variance", "--split test --mode variance,variance_mse_c --severities 5", None),
+    ("variance", "--split val,corrupted --severities 5", None),
+    ("sharpness", "--n_draws 6 --norms l2 --mode fisher", "--norms, --n_draws: no effect on --mode fisher"),
+    ("sharpness", "--n_draws 6 --mode APGD_average", None),
+]
+
+
+@pytest.mark.parametrize(("name", "words", "said"), IDLE)
+def test_options_without_effect_are_noted(name, words, said, capsys):
+    SCRIPTS[name].parse_args(["--resume", "x", *words.split()])
+    note = capsys.readouterr().err
+    assert note.startswith(f"note: {said}") if said else note == ""
+    assert note.count("\n") == bool(said)
+
+
+def test_a_choice_of_a_corrupted_set_that_is_not_there(saved, tmp_path, capsys):
+    folder, paths = saved
+    common = ["--resume", *paths, "--mode", "disagreement", "--bootstrap", 0]
+    note = "note: --severities: no effect, since no digits-C/ is found beside the data\n"
+    for words, said in ((["--severities", 5], note), ([], "")):
+        call("diversity", *common, "--data_path", tmp_path, "--save", tmp_path / str(words), *words)
+        assert capsys.readouterr().err == said
+    words = ["--severities", 5, "--corruptions", "fog", "--save", tmp_path / "m"]
+    call("diversity", *common, "--data_path", folder / "data", *words)
+    assert "no effect" not in capsys.readouterr().err
+
+
 def test_bad_corrupted_sets(saved, tmp_path, capsys):
     paths = saved[1]
     split = ["--split", "corrupted", "--resume", *paths, "--save", tmp_path / "out", "--data_path", tmp_path]

@@ -318,6 +318,18 @@ def add_flag(group: Any, name: str, text: str, default: bool = False) -> None:
     add_option(group, name, text, boolean, "True|False", nargs="?", const=True, default=default)
 
 
+def note_idle(names: Iterable[str], why: str) -> None:
+    """Say in one line which of the options that were given have no effect; `why` ends the sentence."""
+    if flags := ", ".join(f"--{name}" for name in names):
+        print(f"note: {flags}: no effect {why}", file=sys.stderr)
+
+
+def note_idle_parts(given: dict[str, Any], corrupted: bool) -> None:
+    """Say so of the options of the corrupted set (`add_measure_options`), where no corrupted images are measured."""
+    names = [name for name in ("corruptions", "severities") if name in given and not corrupted]
+    note_idle(names, "where no corrupted images are measured; add corrupted to --split, or leave them out")
+
+
 def add_data_options(parser: Parser, measuring: bool = False) -> None:
     """Which data set, where it lies, and on what it is computed; when measuring, what the run does not say itself."""
     group = parser.add_argument_group("data and device")
