@@ -74,7 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_choice(group, "average", text, ("probs", "logits"), default="probs")
     text = "with --mode ood: what test images are to be distinguished from, DATA or DATA:PATH: another data set, a "
     text += "folder of images (folder:PATH), the corrupted copies of the test images (corrupted), or random pixels "
-    text += "(noise, the default)"
+    text += "(noise; default)"
     cli.add_option(group, "ood", text, other_data, "DATA[:PATH]", nargs="+", default=[])
     cli.add_option(group, "bins", "equal-width bins of the ECE", cli.COUNT, "N", default=15)
     cli.add_option(group, "bootstrap", "resamples of the 95%% intervals, 0 for none", cli.NATURAL, "N", default=1000)

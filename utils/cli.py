@@ -75,10 +75,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, except None, and leaves the line breaks of the description alone."""
+    """Shows defaults, except those that say nothing, and leaves the line breaks of the description alone."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        return action.help if action.default in (None, "", [], [None]) else super()._get_help_string(action)
 
 
 def _underscored(word: str) -> str:
