@@ -74,11 +74,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_choice(group, "average", text, ("probs", "logits"), default="probs")
     text = "with --mode ood: what test images are to be distinguished from, DATA or DATA:PATH: another data set, a "
     text += "folder of images (folder:PATH), the corrupted copies of the test images (corrupted), or random pixels "
-    text += "(noise, the default)"
+    text += "(noise; default)"
     cli.add_option(group, "ood", text, other_data, "DATA[:PATH]", nargs="+", default=[])
     cli.add_option(group, "bins", "equal-width bins of the ECE", cli.COUNT, "N", default=15)
     cli.add_option(group, "bootstrap", "resamples of the 95%% intervals, 0 for none", cli.NATURAL, "N", default=1000)
-    args = parser.parse_args(argv)
+    given, args = parser.parse_given(argv), parser.parse_args(argv)
     if args.ood and "ood" not in args.mode:
         parser.error("--ood: given without --mode ood; add that mode, or leave it out")
     if "ood" in args.mode:
@@ -87,6 +87,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--split {','.join(args.split)}: --mode ood compares with the test images; add test")
         if args.mode == ["ood"] and args.split is None:
             args.split = ["test"]
+    if "bins" in given and "predict" not in args.mode:
+        cli.note_idle(["bins"], f"on --mode {','.join(args.mode)}")
+    # Without --split the corrupted set is measured where it is found, which `Measurement` sees.
+    cli.note_idle_parts(given, args.split is None or "corrupted" in args.split or ood.CORRUPTED in args.ood)
     return args
 
 
@@ -129,7 +133,7 @@ def main(args: argparse.Namespace) -> None:
             results[split]["ood"] = measure_sets(args.average, measurement, sets)
     path = measurement.write("diversity.json", {"temperatures": temperatures, **results}, vars(args))
     for split, result in results.items():
-        print_tables(split, result)
+        print_tables(split, result, args.average)
     print(f"wrote {path}")
 
 
@@ -182,6 +186,7 @@ def measure_part(
     members, ensemble = metrics.per_sample(log_probs, labels, probs), metrics.per_sample(output, labels)
     columns = {"member_accuracy": members["correct"].mean(dim=0), "ensemble_accuracy": ensemble["correct"]}
     result: dict[str, Any] = {"samples": len(labels), "classes": log_probs.shape[2]}
+    curve, aurc = risk_coverage_of(ensemble) if {"predict", "ood"} & set(args.mode) else ({}, {})
     gaps, by_size = None, {}
     if {"predict", "disagreement"} & set(args.mode):
         by_size = scores_by_size(args, log_probs, probs, members["nll"], labels)
@@ -194,11 +199,14 @@ def measure_part(
         result["ensemble_by_size"] = {size: mean_of([row for _, row in rows]) for size, rows in by_size.items()}
         columns |= {"member_nll": members["nll"].mean(dim=0), "ensemble_nll": ensemble["nll"]}
         columns |= {"ensemble_nll_calibrated": calibrated["nll"], "ensemble_brier": ensemble["brier"]}
-        uncertainty, more = uncertainty_of(probs, output, ensemble, calibrated, args.bins)
-        result, columns = result | uncertainty, columns | more
+        columns |= {"entropy": metrics.predictive_entropy(output.exp())}
+        columns |= {"mutual_information": metrics.mutual_information(probs)}
+        both = (("before", ensemble), ("after", calibrated))
+        curve |= {"reliability": {when: metrics.reliability(one, args.bins) for when, one in both}}
         gaps = metrics.calibration_gaps(ensemble, args.bins)
         _, edges = metrics.calibration_mse(ensemble["confidence"], ensemble["correct"], args.bins)
         result["rmsce_interval"] = [math.sqrt(edge) for edge in edges]
+    result, columns = result | curve, columns | aurc
 
     if "disagreement" in args.mode:
         matrix = diversity.disagreement(predictions)
@@ -219,7 +227,7 @@ def measure_part(
 
     if "CKA" in args.mode:
         result["cka"] = {
-            name: {form: cka_matrix(tensors, form == "debiased") for form in ("debiased", "biased")}
+            name: {form: cka_matrix(name, tensors, form == "debiased") for form in ("debiased", "biased")}
             for name, tensors in (("features", features), ("centred_logits", list(diversity.centred(logits))))
         }
 
@@ -237,28 +245,14 @@ def calibrated_scores(
     return result | {"calibrated": metrics.scores(calibrated, with_it.exp(), labels, args.bins)}, calibrated
 
 
-def uncertainty_of(
-    probs: Tensor, output: Tensor, ensemble: dict[str, Tensor], calibrated: dict[str, Tensor], bins: int
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The risk-coverage and reliability curves of an ensemble; and entropy, mutual information and AURC by image.
-
-    Args:
-        probs: of the members, [M, N, C].
-        output: log-probabilities of the ensemble, [N, C].
-        ensemble, calibrated: its columns, before and after its temperature.
-        bins: of the reliability curves.
-    """
-    found = metrics.risk_coverage(ensemble["confidence"], ensemble["correct"])
-    points = torch.arange(1, 101, dtype=torch.float64) * len(output) / 100
+def risk_coverage_of(ensemble: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The risk-coverage curve of an ensemble with these columns [N], and its AURC by image."""
+    confidence, correct = ensemble["confidence"], ensemble["correct"]
+    found = metrics.risk_coverage(confidence, correct)
+    points = torch.arange(1, 101, dtype=torch.float64) * len(correct) / 100
     risk = found["risk"][points.ceil().long() - 1]
-    columns = {
-        "entropy": metrics.predictive_entropy(output.exp()),
-        "mutual_information": metrics.mutual_information(probs),
-    }
-    columns["aurc"] = metrics.aurc_influence(ensemble["confidence"], ensemble["correct"]) * len(output) + found["aurc"]
-    curves = {"excess_aurc": found["excess_aurc"], "risk_at_percent": risk.tolist()}
-    both = (("before", ensemble), ("after", calibrated))
-    return curves | {"reliability": {when: metrics.reliability(one, bins) for when, one in both}}, columns
+    aurc = metrics.aurc_influence(confidence, correct) * len(correct) + found["aurc"]
+    return {"excess_aurc": found["excess_aurc"], "risk_at_percent": risk.tolist()}, {"aurc": aurc}
 
 
 def subset_temperatures(logits: Tensor, labels: Tensor, average: str) -> dict[int, list[tuple[tuple[int, ...], float]]]:
@@ -380,15 +374,17 @@ def number_or_none(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def cka_matrix(representations: list[Tensor], debiased: bool) -> dict[str, Any]:
-    """CKA of each pair of members, and its mean."""
+def cka_matrix(name: str, representations: list[Tensor], debiased: bool) -> dict[str, Any]:
+    """CKA of each pair of members, and its mean; `name` is that of the representations."""
     members = len(representations)
     matrix = torch.eye(members, dtype=torch.float64)
     for i, j in itertools.combinations(range(members), 2):
         try:
             matrix[i, j] = matrix[j, i] = diversity.linear_cka(representations[i], representations[j], debiased)
         except ValueError as error:
-            raise InputError(f"--mode CKA: {error}; leave it out") from error
+            alike = next((k + 1 for k in (i, j) if (representations[k] == representations[k][0]).all()), None)
+            which = f": the {name.replace('_', ' ')} of member {alike}" if alike else ""
+            raise InputError(f"--mode CKA: {error}{which}; leave that mode{' or member' * bool(alike)} out") from error
     return {"matrix": matrix.tolist(), "mean": mean_over_pairs(matrix)}
 
 
@@ -454,15 +450,18 @@ def mean_of_parts(parts: list[Part], found: dict[str, PartResult]) -> dict[str, 
     return result
 
 
-def print_tables(split: str, result: dict[str, Any]) -> None:
+def print_tables(split: str, result: dict[str, Any], average: str) -> None:
     """Members and ensemble of a split; of a corrupted set a line for each severity and the mean."""
+    images, these, bracketed = {"train": "training", "val": "validation"}.get(split, "test"), "networks", False
+    mean = "; ensemble: softmax of the mean logit" * (average == "logits")  # else the usual one, of probabilities
     if "by_severity" in result:
+        these = "networks and corruptions"
         rows = [(f"{split}, severity {s}", row) for s, row in result["by_severity"].items()]
         rows.append((f"{split}, mean of {result['mean']['parts']}", result["mean"]))
     else:
         rows = [(split, result)]
     for title, row in rows:
-        print(f"\n{title} ({round(row['samples'])} images{' each' if row['parts'] > 1 else ''})")
+        print(f"\n{title} ({round(row['samples'])} images{' each' if row['parts'] > 1 else ''}{mean})")
         if "ensemble" in row:
             print("                   accuracy      NLL    Brier      ECE  |  with temperature: NLL      ECE")
             members, count = row["members"], len(row["members"])
@@ -478,13 +477,17 @@ def print_tables(split: str, result: dict[str, Any]) -> None:
                 value = None if value is None else value.get(key)
             if value is not None:
                 edges = row["intervals_95"].get(interval)
+                bracketed |= bool(edges)
                 print(f"  {title:26} {value:8.4f}" + ("  [{:.4f}, {:.4f}]".format(*edges) if edges else ""))
-        for name, found in row.get("ood", {}).items():
-            print_set(name, found)
+    if bracketed:
+        print(f"[ ]: 95 % interval over {images} images, of these {these} only")
+    of_sets = [print_set(name, found) for name, found in result.get("ood", {}).items()]
+    if any(of_sets):
+        print("[ ]: 95 % interval over test images and other images, of these networks only")
 
 
-def print_set(name: str, found: dict[str, Any]) -> None:
-    """How well each score tells a set from the test images."""
+def print_set(name: str, found: dict[str, Any]) -> bool:
+    """How well each score tells a set from the test images; returns whether there are intervals."""
     each = " each" if found["parts"] > 1 else ""
     print(f"\nout of distribution: {name} ({found['images']} images{each}), from {found['test_images']} test images")
     print("                            " + "".join(f"{text:26}" for text in metrics.OOD_METRICS.values()).rstrip())
@@ -496,6 +499,7 @@ def print_set(name: str, found: dict[str, Any]) -> None:
         print(f"  {text:26}" + "".join(f"{cell:26}" for cell in cells).rstrip())
     if found["members"] == 1:
         print("  One member: its mutual information is 0 for every image, and tells nothing apart.")
+    return any(any(of.values()) for of in found["intervals_95"].values())
 
 
 if __name__ == "__main__":

@@ -32,10 +32,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_measure_options(parser)
     group = parser.add_argument_group("variance")
     group.add_argument("--mode", action=cli.Choices, among=MODES, default=list(MODES[:2]), help="what to measure")
-    args = parser.parse_args(argv)
+    given, args = parser.parse_given(argv), parser.parse_args(argv)
     if args.mode == ["variance_mse_c"] and set(args.split or ["corrupted"]) - {"corrupted"}:
         parser.error("--split: --mode variance_mse_c takes the corrupted images alone; leave it out, or add a mode")
     args.split = args.split or ["test"]
+    cli.note_idle_parts(given, "corrupted" in args.split or "variance_mse_c" in args.mode)
     return args
 
 

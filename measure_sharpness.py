@@ -92,9 +92,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     used = {name for mode in args.mode for name in PROTOCOL[mode]}
     used |= {"norms"} if set(args.mode) & {"APGD_worst", "APGD_average"} else set()
     known = {"norms", *itertools.chain(*PROTOCOL.values())}
-    idle = [f"--{name}" for name in given if name in known - used]
-    if idle:
-        print(f"note: {', '.join(idle)}: no effect on --mode {','.join(args.mode)}", file=sys.stderr)
+    cli.note_idle([name for name in given if name in known - used], f"on --mode {','.join(args.mode)}")
     return args
 
 
@@ -328,16 +326,20 @@ def print_table(
 ) -> None:
     """A line for each part: the members' values, and mean ± standard deviation."""
     print(f"{'':16}" + "".join(f"{'seed ' + str(m.seed) if m.seed is not None else m.path.name:>14}" for m in members))
+    spreads = []
     for name in names:
         values = [found[name][member.digest]["value"] for member in members]
         cells = "".join(f"{'singular' if value is None else format(value, '.5g'):>14}" for value in values)
         numbers = [value for value in values if value is not None]
         spread = standard_deviation(numbers)
         spread = "" if spread is None else f" ± {spread:.3g}"
+        spreads.append(spread)
         mean = f"   mean {statistics.mean(numbers):.5g}{spread} (n = {len(numbers)})" if numbers else ""
         print(f"{name:16}{cells}{mean}")
         if not all(map(math.isfinite, numbers)):
             print(f"{'':16}  not finite: {why_not_finite(args, name)}")
+    if any(spreads):
+        print("±: standard deviation over members")
 
 
 def why_not_finite(args: argparse.Namespace, name: str) -> str:

@@ -17,9 +17,9 @@ expect and why.
 --networks prints a table of what the sharpness scores of any networks cost, at batches of 16 colour images of 64x64
 pixels and 10 classes, against training passes of the same images, and their largest deviation from one pass a sample.
 
---pipeline times whole commands by turns, as a user gives them: main.py for SharpBalance, SAM and late SAM against three
-plain trainings in one process and against the plain program of scripts/pipeline.py. Each round is kept in pipeline.json
-under --save, and rounds of another call on the same commit and machine are added to it.
+--pipeline times whole commands by turns, as a user gives them: main.py for SharpBalance, SAM and late SharpBalance
+against three plain trainings in one process and against the plain program of scripts/pipeline.py. Each round is kept in
+pipeline.json under --save, and rounds of another call on the same commit and machine are added to it.
 
     python scripts/benchmark.py --pipeline width8 --repeats 5
     python scripts/benchmark.py --pipeline width8 --arms diversity passes
@@ -490,7 +490,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = cli.Parser(__doc__)
     cli.add_flag(parser, "scaling", "time each part at three sizes instead")
-    parser.add_argument("--only", choices=(*CASES, *SCALING), nargs="+", help="cases or parts to run (default: all)")
+    # Names may hold commas.
+    text = (
+        f"what to run (default: all) of the cases {'; '.join(CASES)}; with --scaling of the parts {'; '.join(SCALING)}"
+    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=text)
     cli.add_option(parser, "repeats", "timed repeats of each function", cli.number(int, 3), "N", default=9)
     cli.add_flag(parser, "quick", "3 repeats, without the slow cases of width 64: two minutes")
     cli.add_option(parser, "threads", "CPU threads (default: one for each core)", cli.COUNT, "N")
@@ -507,13 +511,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_option(parser, "data_path", "of --pipeline: folder of the data sets", cli.path, "DIR", default=Path("data"))
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--to", type=cli.path, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    given, args = parser.parse_given(argv), parser.parse_args(argv)
+    if not args.pipeline:
+        cli.note_idle([name for name in ("arms", "busy", "data_path") if name in given], "without --pipeline")
     if args.scaling and args.device != "cpu":
         parser.error(f"--scaling: measured on the CPU, got --device {args.device}; leave one of the two out")
     known = SCALING if args.scaling else [n for n in CASES if args.device == "cpu" or n not in CPU_ONLY]
     unknown = next((name for name in args.only or () if name not in known), None)
     if unknown:
-        parser.error(f"--only: expected some of {', '.join(known)}, got '{unknown}'")
+        parser.error(f"--only: expected some of {'; '.join(known)}, got '{unknown}'")
     if args.quick:
         args.repeats = 3
         args.only = args.only or [name for name in known if name not in SLOW]

@@ -101,7 +101,7 @@ def build_parser() -> cli.Parser:
     cli.add_option(parser, "plain_members", text, cli.COUNT, "N")
     cli.add_option(parser, "rho", "of SAM", cli.POSITIVE, "R", nargs="+")
     cli.add_option(parser, "flat_ratio", "of SharpBalance", cli.SHARE, "K", nargs="+")
-    text = "of SharpBalance; None: as main.py"
+    text = "of SharpBalance (default: as main.py)"
     cli.add_option(parser, "initial_epochs", text, cli.NATURAL, "N", nargs="+", default=[None])
     cli.add_option(parser, "asam_rho", "rho of asam", cli.POSITIVE, "R", default=0.5)
     text = "ensembles that rho, k and T_d are chosen on; SAM is then measured at the rho that the methods have"

@@ -95,7 +95,9 @@ def tables(ensembles: list[Ensemble], form: str) -> str:
         sources = [[str(one.folder), *source_of(one).values()] for one in ensembles]
         return "\n".join([*blocks, _table([["folder", *source_of(ensembles[0])], *sources], form)])
     note = f"{results.setting_of(first)}, checkpoints '{results.protocol_of(ensembles[0], 'checkpoint')}', "
-    note += f"test set of {first['data']['test']} images. "
+    note += f"test set of {first['data']['test']} images{_corrupted_images(ensembles)}. "
+    if first["protocol"].get("average") == "logits":
+        note += "Ensembles: softmax of the mean logit. "
     note += " ".join(explain(list(groups.values()), shown))
     if len(members) > 1:
         note += f" Worth: the number of members at which {len(plain_group(groups)[0].seeds)} plain ones or fewer have "
@@ -115,6 +117,13 @@ def tables(ensembles: list[Ensemble], form: str) -> str:
         line = f"{one.folder}: {'; '.join(known)}"
         lines.append(lead + (table_cell(line) if form == "markdown" else printable(line)))
     return "\n".join([lead * (form == "latex") + note, "", *blocks, *lines]) + "\n"
+
+
+def _corrupted_images(ensembles: list[Ensemble]) -> str:
+    """How many of the test images the corrupted ones are copies of, as the end of a sentence."""
+    sets = (one.content["result"].get("corrupted") for one in ensembles)
+    counts = {round(part["mean"]["samples"]) for part in sets if part and "samples" in part["mean"]}
+    return f", corrupted copies of {max(counts)} of them" if counts else ""  # one number, by `results.check_alike`
 
 
 def _infinite(value: float | None) -> bool:

@@ -53,6 +53,31 @@ def test_scaling(capsys):
     assert "--only: expected some of training by N" in capsys.readouterr().err
 
 
+def test_names_in_the_help_and_in_errors_can_be_told_apart(monkeypatch, capsys):
+    """One of them holds a comma, and one is a case and a part."""
+    monkeypatch.setenv("COLUMNS", "10000")  # no name is broken at its hyphen
+    with pytest.raises(SystemExit, match="0"):
+        benchmark.parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"of the cases {'; '.join(benchmark.CASES)}; with --scaling of the parts" in text
+    assert text.count(" theory;") == 1
+    assert text.count("; theory --repeats") == 1
+    assert "SharpBalance, SAM and late SharpBalance against" in text
+    assert list(pipeline.ARMS)[:3] == ["sharpbalance", "sam", "late"]
+    for words in (["--only", "x"], ["--scaling", "--only", "x"]):
+        with pytest.raises(SystemExit, match="2"):
+            benchmark.parse_args(words)
+    assert "; step, half SAM; " in capsys.readouterr().err
+    assert benchmark.parse_args(["--scaling", "--only", "step, half SAM"]).only == ["step, half SAM"]
+
+
+def test_options_of_whole_commands_alone(capsys):
+    benchmark.parse_args(["--arms", "sam", "--busy", "--quick"])
+    assert capsys.readouterr().err == "note: --arms, --busy: no effect without --pipeline\n"
+    benchmark.parse_args(["--pipeline", "width8", "--arms", "sam"])
+    assert capsys.readouterr().err == ""
+
+
 def test_on_a_gpu_there_are_fewer_cases(capsys):
     only = benchmark.parse_args(["--device", "cuda"]).only
     assert "step30" in only

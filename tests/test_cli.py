@@ -1,6 +1,7 @@
 """What all command lines share: paths, devices, and standard output and error that people have."""
 
 import argparse
+import importlib
 import os
 import re
 import subprocess
@@ -48,6 +49,15 @@ def test_home_folder(text, expected):
     found = cli.path(text)
     assert found == Path(expected)
     assert cli.path(str(found)) == found
+
+
+@pytest.mark.parametrize("script", ["measure_diversity", "scripts.experiment"])
+def test_help_shows_no_default_that_says_nothing(script, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        importlib.import_module(script).parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert not re.search(r"\(default: (|\[\]|\[None\]|None)\)", text)
+    assert "(default: " in text
 
 
 NOBODY = "'~no-such-user/x': there is no such user; for a folder of that name write ./~no-such-user/x"

@@ -239,6 +239,8 @@ def test_what_cannot_be_loaded(run, tmp_path):
             load_ensemble(path)
     with pytest.raises(InputError, match="checkpoint: expected one of last, best, averaged, got 'newest'"):
         load_ensemble(run, checkpoint="newest")
+    with pytest.raises(InputError, match=r"--checkpoint last: chooses in folders, and --resume .* is 'best'; leave"):
+        load_ensemble(run / "seed_3/model_best.pth.tar", checkpoint="last")
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(40, 31, 8), (9, 30, 16), (64, 64, 64), (200, 150, 32)])

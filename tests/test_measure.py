@@ -239,6 +239,33 @@ def test_what_is_printed_comes_from_the_tested_function(
     assert printed() != before
 
 
+def test_what_is_printed_says_over_what(saved, tmp_path, capsys):
+    """Intervals and deviations; and of which output they are, where it is not the usual one."""
+    folder, paths = saved
+    common = ["--resume", *paths, "--save", tmp_path, "--data_path", folder / "data", "--mode", "disagreement,ood"]
+    only = ["--corruptions", "fog", "--severities", 1, "--ood", "noise"]
+    call("diversity", *common, *only, "--split", "test,val,corrupted", "--bootstrap", 20)
+    out = capsys.readouterr().out
+    said = [line for line in out.splitlines() if line.startswith("[ ]: ")]
+    assert said == [
+        "[ ]: 95 % interval over validation images, of these networks only",
+        "[ ]: 95 % interval over test images, of these networks only",
+        "[ ]: 95 % interval over test images and other images, of these networks only",
+        "[ ]: 95 % interval over test images, of these networks and corruptions only",
+    ]
+    assert "logit" not in out
+    call("diversity", *common[:-1], "disagreement", "--split", "test", "--bootstrap", 0, "--average", "logits")
+    out = capsys.readouterr().out
+    assert "\ntest (899 images; ensemble: softmax of the mean logit)\n" in out
+    assert "[" not in out
+    sharpness = [*SMALL, "--mode", "APGD_worst,fisher", "--norms", "l2", "--save", tmp_path, "--resume"]
+    call("sharpness", *sharpness, *paths)
+    *_, said, _ = capsys.readouterr().out.splitlines()
+    assert said == "±: standard deviation over members"
+    call("sharpness", *sharpness, paths[0])
+    assert "±" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["ensemble_variance", "bias_and_variance"])
 def test_the_printed_variance_comes_from_the_tested_function(name, saved, tmp_path, monkeypatch, capsys):
     common = ["--resume", *saved[1], "--save", tmp_path, "--data_path", tmp_path]
@@ -717,6 +744,26 @@ def nan_weight(network):
     network.linear.weight[0, 0] = float("nan")
 
 
+def no_logits(network):
+    network.linear.weight.zero_()
+
+
+def no_features(network):
+    for name, weight in network.named_parameters():
+        if not name.startswith("linear"):
+            weight.zero_()
+
+
+def test_cka_of_members_that_say_the_same_of_all_images(saved, tmp_path, capsys):
+    """It is said of which members, and whether of features or of logits."""
+    common = ["--data_path", tmp_path, "--save", tmp_path / "m", "--mode", "CKA"]
+    for change, what in ((no_logits, "centred logits"), (no_features, "features")):
+        flat = save_member(tmp_path / f"{change.__name__}.pth.tar", 2, change=change)
+        line = refused(capsys, "diversity", "--resume", saved[1][0], flat, *common)
+        problem = f"--mode CKA: CKA: a representation is the same for all samples: the {what} of member 2; leave that"
+        assert line.endswith(f"{problem} mode or member out")
+
+
 def test_bad_input(saved, tmp_path, capsys):
     paths = saved[1]
     common = ["--save", tmp_path / "out", "--data_path", tmp_path]
@@ -758,6 +805,43 @@ def test_bad_input(saved, tmp_path, capsys):
     for flags in (["--n_draws", 5], ["--rho0", 0], ["--norms", "l1"], ["--probes", 5, "--trace_method", "hutch++"]):
         assert flags[0] in refused(capsys, "sharpness", "--resume", *paths, *flags, *common)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("*.json"))
+
+
+IDLE = [
+    ("diversity", "--split test --severities 5 --corruptions fog", "--corruptions, --severities: no effect where no"),
+    ("diversity", "--mode ood --severities 5", "--severities: no effect where no corrupted images are measured; add"),
+    ("diversity", "--mode ood --ood corrupted --severities 5", None),
+    ("diversity", "--split test,corrupted --severities 5", None),
+    ("diversity", "--severities 5", None),  # the set may be there
+    ("diversity", "--mode ood --bins 3", "--bins: no effect on --mode ood"),
+    ("diversity", "--mode disagreement,KL --bins 3", "--bins: no effect on --mode disagreement,KL"),
+    ("diversity", "--mode predict,KL --bins 3 --average logits --bootstrap 5 --split val", None),
+    ("variance", "--severities 5", "--severities: no effect where no corrupted images are measured"),
+    ("variance", "--split test --mode variance,variance_mse_c --severities 5", None),
+    ("variance", "--split val,corrupted --severities 5", None),
+    ("sharpness", "--n_draws 6 --norms l2 --mode fisher", "--norms, --n_draws: no effect on --mode fisher"),
+    ("sharpness", "--n_draws 6 --mode APGD_average", None),
+]
+
+
+@pytest.mark.parametrize(("name", "words", "said"), IDLE)
+def test_options_without_effect_are_noted(name, words, said, capsys):
+    SCRIPTS[name].parse_args(["--resume", "x", *words.split()])
+    note = capsys.readouterr().err
+    assert note.startswith(f"note: {said}") if said else note == ""
+    assert note.count("\n") == bool(said)
+
+
+def test_a_choice_of_a_corrupted_set_that_is_not_there(saved, tmp_path, capsys):
+    folder, paths = saved
+    common = ["--resume", *paths, "--mode", "disagreement", "--bootstrap", 0]
+    note = "note: --severities: no effect, since no digits-C/ is found beside the data\n"
+    for words, said in ((["--severities", 5], note), ([], "")):
+        call("diversity", *common, "--data_path", tmp_path, "--save", tmp_path / str(words), *words)
+        assert capsys.readouterr().err == said
+    words = ["--severities", 5, "--corruptions", "fog", "--save", tmp_path / "m"]
+    call("diversity", *common, "--data_path", folder / "data", *words)
+    assert "no effect" not in capsys.readouterr().err
 
 
 def test_bad_corrupted_sets(saved, tmp_path, capsys):

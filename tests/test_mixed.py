@@ -81,13 +81,32 @@ def test_checkpoints_of_several_kinds(runs, capsys):
     assert call("diversity", "--resume", folder, "--save", "m2")["protocol"]["checkpoint"] == "best"
     # Files of other names are of no kind: not the best ones, and equal to none.
     other = [save_member(Path(f"theirs/{seed}.pth.tar"), 40 + seed) for seed in (1, 2)]
-    for words in ([], ["--checkpoint", "last"]):
-        content = call("diversity", "--resume", *other, "--save", "m3", *words)
-        assert content["protocol"]["checkpoint"] == "named one by one"
+    content = call("diversity", "--resume", *other, "--save", "m3")
+    assert content["protocol"]["checkpoint"] == "named one by one"
     capsys.readouterr()
     test_summarize.call("m3", "m2")
     error = capsys.readouterr().err
     assert error == "note: not recorded, so that it may differ: how it was trained, --checkpoint (of m3)\n"
+
+
+@pytest.mark.parametrize("script", ["diversity", "variance", "sharpness"])
+def test_a_checkpoint_that_is_asked_for_is_the_one_that_is_measured(script, runs, capsys):
+    """Where files are named, --checkpoint chooses none: it may say what they are, and nothing else."""
+    folder, other = runs("a"), save_member(Path("theirs/x.pth.tar"), 8)
+    best = [folder / f"seed_{seed}/model_best.pth.tar" for seed in (1, 2)]
+    common = ["--save", "m", *(SMALL if script == "sharpness" else [])]
+    way_out = "leave --checkpoint out, or give the folder that it is in"
+    for paths in (best, [folder / "seed_1", best[1]]):
+        save_member(folder / "seed_1/checkpoint.pth.tar", 31)
+        line = refused(capsys, script, "--resume", *paths, "--checkpoint", "last", *common)
+        assert "--checkpoint last: chooses in folders, and --resume " in line
+        assert line.endswith(f"model_best.pth.tar is 'best'; {way_out}")
+    line = refused(capsys, script, "--resume", best[0], other, "--checkpoint", "best", *common)
+    problem = f"--resume {other} is named otherwise than model_best.pth.tar, and is taken as it is; {way_out}"
+    assert line.endswith(problem)
+    assert not list(Path("m").glob("*.json"))
+    for words in ([], ["--checkpoint", "best"]):
+        assert call(script, "--resume", *best, *words, *common)["protocol"]["checkpoint"] == "best"
 
 
 @pytest.mark.parametrize("script", ["diversity", "sharpness"])

@@ -12,7 +12,7 @@ from utils import InputError, ood
 from utils.data import ImageSet, Preprocessing
 from utils.datasets import load_data
 from utils.files import write_json
-from utils.metrics import OOD_METRICS, crossed_interval, out_of_distribution, unpack_values
+from utils.metrics import OOD_METRICS, crossed_interval, out_of_distribution, risk_coverage, unpack_values
 from utils.results import copy_results, read_ensemble
 
 
@@ -80,6 +80,27 @@ def test_scores_tell_other_data_from_test_images(saved, tmp_path, monkeypatch, c
     assert again["made_by"]["test"]["ood"]["versions"] == {"logits": 1, "ood": 1}
     assert set(again["protocol"]["ood"]) == set(words)
     measured(saved, tmp_path, "--mode", "ood", "--ood", "noise")
+
+
+def test_risk_and_coverage_of_the_test_images(saved, tmp_path, capsys):
+    """Also where mode predict is not asked for, which writes the same numbers."""
+    content = measured(saved, tmp_path, "--mode", "ood")
+    found, out = content["result"]["test"], capsys.readouterr().out
+    inside = outputs(saved[1], load_data("digits", saved[0]).test).mean(dim=0)
+    right = inside.argmax(dim=1) == load_data("digits", saved[0]).test.labels
+    curve = risk_coverage(inside.amax(dim=1), right)
+    assert found["rates"]["aurc"] == pytest.approx(curve["aurc"], rel=1e-3)
+    assert found["excess_aurc"] == pytest.approx(curve["excess_aurc"], rel=1e-2)
+    assert found["risk_at_percent"][99] == pytest.approx(1 - right.double().mean().item())
+    assert f"AURC of the ensemble       {found['rates']['aurc']:8.4f}" in out
+    assert "entropy" not in found["rates"]
+    with_it = measured(saved, tmp_path / "new", "--mode", "predict,ood")["result"]["test"]
+    assert {key: with_it[key] for key in ("excess_aurc", "risk_at_percent")}.items() <= found.items()
+    assert with_it["rates"]["aurc"] == found["rates"]["aurc"]
+    assert with_it["values_of_samples"]["aurc"] == found["values_of_samples"]["aurc"]
+    again = call("diversity", "--resume", *saved[1], "--save", tmp_path / "m2", "--mode", "ood", "--bootstrap", 50)
+    low, high = again["result"]["test"]["intervals_95"]["aurc"]
+    assert low < found["rates"]["aurc"] < high
 
 
 def test_corrupted_copies(saved, tmp_path):

@@ -17,6 +17,7 @@ from utils.files import load_json, write_json
 from utils.landscape import read_landscape
 from utils.results import (
     METHODS,
+    SAME_SHARPNESS,
     Ensemble,
     check_alike,
     estimate_of,
@@ -330,6 +331,31 @@ def test_what_is_compared_was_measured_alike(file, name, tmp_path, capsys):
     assert checked(folders, capsys) == ""
     change(folders[1], file, "protocol", name, "another")
     assert re.search(rf"--{name}( of the sharpness)? differs \(another, one\); measure both", checked(folders, capsys))
+
+
+OF_A_PART = [("APGD_average-l2", "n_draws"), ("hessian_t", "trace_method"), ("hessian_t", "probes")]
+OF_A_PART += [("hessian_e", "top_k"), ("NTK", "ntk_samples"), ("fisher", "an_option_of_tomorrow")]
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize(("part", "name"), OF_A_PART)
+def test_options_of_one_part_of_the_sharpness(part, name, recorded, tmp_path, capsys):
+    """By the protocol of the part, or in older files by that of the call; other parts do not have the option."""
+    if not recorded and name not in SAME_SHARPNESS:
+        return  # such files have no option of tomorrow
+    folders = three_alike(tmp_path)
+    place = ("result", part, "protocol") if recorded else ("protocol",)
+    for folder in folders:
+        change(folder, "sharpness.json", "result", part, {"mean": 1.0, "std": 0.1, "members": []})
+    assert checked(folders, capsys) == ""  # none of them has it
+    for folder in folders:
+        change(folder, "sharpness.json", *place, name, 30)
+    assert checked(folders, capsys) == ""
+    change(folders[1], "sharpness.json", *place, name, 5)
+    assert f"{part}: --{name} of the sharpness differs (5, 30); measure both alike" in checked(folders, capsys)
+    for folder in folders:
+        change(folder, "sharpness.json", "result", part, ...)
+    assert checked(folders, capsys) == ""
 
 
 def test_files_of_other_names_may_be_of_any_epoch(tmp_path, capsys):

@@ -339,6 +339,30 @@ def test_the_data_are_named(tmp_path, capsys):
     assert "resnet18 of width 8, 7 training images, 20 % of their labels wrong, checkpoints" in text
 
 
+def test_the_note_has_the_numbers_of_clean_and_corrupted_images(tmp_path, capsys):
+    """Corrupted copies may be of the first test images only. Of some ensembles they need not be measured."""
+    folders = [write(tmp_path / f"sam{i}", SAM, (i, i + 10), 0.8) for i in range(3)]
+    call(*folders)
+    assert f", test set of {IMAGES} images. ±:" in capsys.readouterr().out
+    content = json.loads((folders[1] / "diversity.json").read_text())
+    content["result"]["corrupted"] = {"mean": content["result"]["test"] | {"parts": 75, "samples": 50.0}}
+    write_json(folders[1] / "diversity.json", content)
+    for form in ("text", "markdown", "latex"):
+        call(*folders, "--format", form)
+        assert f", test set of {IMAGES} images, corrupted copies of 50 of them. ±:" in capsys.readouterr().out
+
+
+def test_the_note_says_how_members_are_averaged(tmp_path, capsys):
+    """Where it is not the mean of the probabilities."""
+    for average, said in (("probs", False), ("logits", True)):
+        folder = write(tmp_path / average, SAM, (1, 2), 0.8)
+        content = json.loads((folder / "diversity.json").read_text())
+        content["protocol"]["average"] = average
+        write_json(folder / "diversity.json", content)
+        call(folder)
+        assert (" images. Ensembles: softmax of the mean logit. " in capsys.readouterr().out) is said
+
+
 def test_copied_files_give_the_same_table(tmp_path, capsys):
     """`copy_results` leaves out what no table needs."""
     folder = write(tmp_path / "a" / "sam", SAM, (1, 2), 0.9, sharpness=2.0)

@@ -75,10 +75,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, except None, and leaves the line breaks of the description alone."""
+    """Shows defaults, except those that say nothing, and leaves the line breaks of the description alone."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        return action.help if action.default in (None, "", [], [None]) else super()._get_help_string(action)
 
 
 def _underscored(word: str) -> str:
@@ -319,6 +319,18 @@ def add_flag(group: Any, name: str, text: str, default: bool = False) -> None:
     add_option(group, name, text, boolean, "True|False", nargs="?", const=True, default=default)
 
 
+def note_idle(names: Iterable[str], why: str) -> None:
+    """Say in one line which of the options that were given have no effect; `why` ends the sentence."""
+    if flags := ", ".join(f"--{name}" for name in names):
+        print(f"note: {flags}: no effect {why}", file=sys.stderr)
+
+
+def note_idle_parts(given: dict[str, Any], corrupted: bool) -> None:
+    """Say so of the options of the corrupted set (`add_measure_options`), where no corrupted images are measured."""
+    names = [name for name in ("corruptions", "severities") if name in given and not corrupted]
+    note_idle(names, "where no corrupted images are measured; add corrupted to --split, or leave them out")
+
+
 def add_data_options(parser: Parser, measuring: bool = False) -> None:
     """Which data set, where it lies, and on what it is computed; when measuring, what the run does not say itself."""
     group = parser.add_argument_group("data and device")
@@ -359,8 +371,8 @@ def _add_members(group: Any) -> str:
     """Which saved members; returns what the help says of options that checkpoints answer."""
     text = "a run folder, member folders, or checkpoint files"
     add_option(group, "resume", text, path, "PATH", nargs="+", required=True)
-    text = "which checkpoint of a folder to take; averaged is there after --average_from"
-    add_choice(group, "checkpoint", text, ("best", "last", "averaged"), default="best")
+    text = "which checkpoint of a folder to take; averaged is there after --average_from (default: best)"
+    add_choice(group, "checkpoint", text, ("best", "last", "averaged"))
     known = "default: what the checkpoint says; another value is refused"
     text = "network of the members, or the new place of the file that makes it"
     add_option(group, "model", f"{text} ({known})", network, "NAME")

@@ -246,10 +246,11 @@ def linear_cka(x: Tensor, y: Tensor, debiased: bool = True) -> float:
     """
     if len(x) != len(y) or len(x) < 4:
         raise ValueError(f"CKA needs the same 4 or more samples in both, got {len(x)} and {len(y)}")
+    same = any(bool((tensor == tensor[0]).all()) for tensor in (x, y))  # their mean may be rounded
     x, y = (tensor.double() - tensor.double().mean(dim=0) for tensor in (x, y))
     hsic = _hsic_debiased if debiased else _hsic_biased
     scale = hsic(x, x) * hsic(y, y)
-    if not scale > 0:
+    if same or not scale > 0:
         raise ValueError("CKA: a representation is the same for all samples")
     return (hsic(x, y) / scale.sqrt()).item()
 

@@ -181,7 +181,7 @@ class Ensemble(nn.Module):
 def load_ensemble(
     path: str | Path | Iterable[str | Path],
     device: str | torch.device = "cpu",
-    checkpoint: str = "best",
+    checkpoint: str | None = None,
     data: str | None = None,
     model: str | None = None,
 ) -> Ensemble:
@@ -194,7 +194,7 @@ def load_ensemble(
         path: a run, member folders or checkpoint files, one or several, as of --resume; also files of earlier versions
             and of the authors' release.
         device: where the members are put.
-        checkpoint: best | last | averaged, for folders.
+        checkpoint: best | last | averaged, for folders (default: best).
         data: the data set that others' files do not name, whose means and deviations normalise the images.
         model: the new place of a file of yours that makes the network, FILE.py:FACTORY, where it has moved.
 
@@ -207,7 +207,7 @@ def load_ensemble(
         raise InputError(f"path: {error}") from error
     if not places:
         raise InputError("path: expected a run, member folders or checkpoint files, got none")
-    if checkpoint not in CHECKPOINTS:
+    if checkpoint is not None and checkpoint not in CHECKPOINTS:
         raise InputError(f"checkpoint: expected one of {', '.join(CHECKPOINTS)}, got {checkpoint!r}")
     paths = find_checkpoints(places, checkpoint)
     run = run_of(places[0])

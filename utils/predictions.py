@@ -26,7 +26,17 @@ from tqdm import tqdm
 from utils import InputError, RunError, first_line, processes
 from utils.checkpoint import NETWORK, load_model
 from utils.data import Data, ImageSet
-from utils.datasets import DATASETS, NAMES, check_corrupted, find_corrupted, load_data, read_corrupted
+from utils.datasets import (
+    CORRUPTIONS,
+    DATASETS,
+    NAMES,
+    SEVERITIES,
+    check_corrupted,
+    corrupted_name,
+    find_corrupted,
+    load_data,
+    read_corrupted,
+)
 from utils.distributed import default_jobs, default_threads, start_device
 from utils.files import array_of, parse_json, write_atomically, write_json
 from utils.kept import Keep, keep_modes, made_by, read_entry, why_stale, with_earlier
@@ -327,11 +337,11 @@ def _entry_of(path: Path, name: str) -> Any:
 class MeasureSettings:
     """Which members are measured, on which data, and where the result goes: `utils.cli.add_measure_options`.
 
-    None stands for what the checkpoints or the run say.
+    None stands for what the checkpoints or the run say; of `checkpoint` for the best.
     """
 
     resume: list[Path]
-    checkpoint: str
+    checkpoint: str | None
     data: str | None
     data_path: Path | None
     train_idx_path: Path | None
@@ -394,7 +404,7 @@ class Measurement:
         save = settings.save or Path("measurements") / (run or paths[0].parent).resolve().name
         names = {path.name for path in paths}  # that were given, whatever --checkpoint says
         named = all(path.is_file() for path in settings.resume)
-        other = NAMED if named else settings.checkpoint
+        other = NAMED if named else settings.checkpoint or "best"
         checkpoint = next((kind for kind, name in CHECKPOINTS.items() if names == {name}), other)
         self.settings = replace(settings, data=data, save=save, checkpoint=checkpoint, **places)
         if settings.save is None:
@@ -427,12 +437,23 @@ class Measurement:
         if self.splits is None:
             copies = find_corrupted(data, places["data_path"], image_size=self.data.info.image_size)
             self.splits = ["test", *(["corrupted"] if copies else [])]
+            if not copies:
+                self._note_idle_parts()
         self.bar = tqdm(disable=not sys.stderr.isatty(), unit="img", unit_scale=True, dynamic_ncols=True, delay=2)
         self._parts: dict[str, list[Part]] = {}
         at_once = recorded.get("batch_size")  # what the run's memory was enough for
         at_once = at_once if type(at_once) is int and at_once > 0 else 128
         self.environment = environment(self.data.train.device) | {"threads": self._threads(len(self.members))}
         self.predictions = Predictions(self.members, save, self.environment, features, self.bar.update, at_once)
+
+    def _note_idle_parts(self) -> None:
+        """Say that no corrupted set is there for the options that choose some of it."""
+        whole = {"corruptions": CORRUPTIONS, "severities": SEVERITIES}
+        chosen = [name for name, among in whole.items() if {*getattr(self.settings, name)} not in (set(), {*among})]
+        if chosen:
+            flags, data = ", ".join(f"--{name}" for name in chosen), self.data
+            title = corrupted_name(data.name, data.info.image_size)
+            print(f"note: {flags}: no effect, since no {title}/ is found beside the data", file=sys.stderr)
 
     def parts(self, split: str) -> list[Part]:
         """The parts of a split; the bar counts them in."""

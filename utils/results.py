@@ -92,15 +92,21 @@ SHARPNESS = {
 MAX_LINF = 0.05  # the largest radius in linf that tables show: at 0.5 each weight changes by half, a rise of 1e9 nats
 # Options of measurements that must agree before ensembles are compared.
 SAME = ("average", "bins", "checkpoint", "split", "corruptions", "severities")
+# Of the sharpness, where a part does not record its own protocol, as those of earlier versions.
 SAME_SHARPNESS = ("rho0", "adaptive", "n_iters", "maximiser", "eval_batch_size", "batch_num", "subset_seed", "split")
-SAME_SHARPNESS += ("params", "hessian_samples", "ntk_samples")
+SAME_SHARPNESS += ("params", "hessian_samples", "ntk_samples", "n_draws", "trace_method", "probes", "top_k")
 # Settings of a training that make its method, which may differ between ensembles that are compared, and the seeds.
 COMPARED = {"sam", "rho", "sam_adaptive", "flat_ratio", "initial_epochs", "partition", "unselected", "match_size"}
 COMPARED |= {"average_from", "bn_perturbed", "initial_method", "seed"}
 UNKNOWN = object()  # what a file does not record, and which therefore is equal to nothing
 UNVERIFIED = ("the corrupted set", "how it was trained")  # worth a line also where no file records them
-# Options that matter only if one of these values was measured.
-PARTS_OF = {"hessian_samples": {"hessian_t", "hessian_e"}, "ntk_samples": {"NTK"}}
+# Those of them that matter to some parts only.
+PARTS_OF = {"hessian_samples": {"hessian_t", "hessian_e"}, "ntk_samples": {"NTK"}, "top_k": {"hessian_e"}}
+PARTS_OF |= {
+    "n_draws": {"APGD_average-l2", "APGD_average-linf"},
+    "trace_method": {"hessian_t"},
+    "probes": {"hessian_t"},
+}
 BOTH = "ensembles, images"  # the population of a crossed interval
 
 Interval = list[float] | None
@@ -543,9 +549,8 @@ def _facts(ensemble: Ensemble, settings: dict[str, Any]) -> dict[str, Any]:
             facts[f"the version of {mode}"] = record.get("versions", UNKNOWN)
     for part in [name for name in sharpness.get("result", {}) if name != "missing" and not beyond_linf(ensemble, name)]:
         protocol, row = sharpness_protocol(ensemble, part), sharpness["result"][part]
-        for key in SAME_SHARPNESS:
-            if part in PARTS_OF.get(key, {part}) and key in row.get("protocol", SAME_SHARPNESS):
-                facts[f"{part}: --{key} of the sharpness"] = protocol.get(key, UNKNOWN)
+        for key in row.get("protocol", [key for key in SAME_SHARPNESS if part in PARTS_OF.get(key, {part})]):
+            facts[f"{part}: --{key} of the sharpness"] = protocol.get(key, UNKNOWN)
         versions = [one.get("versions", UNKNOWN) for one in row.get("members", []) if one]
         facts[f"{part}: the version of the sharpness"] = versions[0] if versions else UNKNOWN
     trained = content.get("trained")

@@ -246,19 +246,25 @@ def training_passes(paths: list[Path]) -> float | None:
     return sum(found) / len(found)
 
 
-def find_checkpoints(paths: list[Path], which: str) -> list[Path]:
+def find_checkpoints(paths: list[Path], which: str | None) -> list[Path]:
     """The checkpoint files that --resume stands for: a run folder for all its members, a member folder for itself.
 
     Args:
         paths: run folders, member folders or checkpoint files.
-        which: a key of `CHECKPOINTS`, for folders.
+        which: a key of `CHECKPOINTS`, for folders; None, where none is asked for, is the best.
 
     Raises:
-        InputError: naming the path that is none of these, or the member whose checkpoint is missing.
+        InputError: naming the path that is none of these, the member whose checkpoint is missing, or the file that is
+            not the checkpoint that is asked for.
     """
-    name, found = CHECKPOINTS[which], []
+    name, found = CHECKPOINTS[which or "best"], []
     for path in paths:
         if path.is_file():
+            if which and path.name != name:
+                kind = next((kind for kind, of in CHECKPOINTS.items() if of == path.name), None)
+                what = f"'{kind}'" if kind else f"named otherwise than {name}, and is taken as it is"
+                way_out = "leave --checkpoint out, or give the folder that it is in"
+                raise InputError(f"--checkpoint {which}: chooses in folders, and --resume {path} is {what}; {way_out}")
             found.append(path)
             continue
         if not path.is_dir():
