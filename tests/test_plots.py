@@ -354,7 +354,7 @@ def test_severity(three):
     gaps = [line for line in axes[1].get_lines() if len(line.get_xdata()) == 5]
     assert [gap.get_ydata().tolist() for gap in gaps] == [pytest.approx([d] * 5) for d in (-10, 10)]
     assert bars(axes[1]) == []
-    assert axes[2].get_ylabel() == "NLL  [nats]"
+    assert axes[2].get_ylabel() == "NLL before\ntemperature  [nats]"
     # Without SAM there is nothing to subtract.
     assert len(figure("severity", three[:1]).axes) == 2
 
@@ -367,14 +367,14 @@ def test_severity_has_clean_and_corrupted_on_the_same_images(three, tmp_path):
     one = figure("severity", [three[0], *more])
     accuracy, nll = (axis.get_lines()[0].get_ydata()[0] for axis in one.axes)
     assert (accuracy, nll) == (100, pytest.approx(0.95, rel=1e-3))
-    assert "Clean: accuracy and NLL of the same 20 images. " in notes(one)
+    assert "Clean: accuracy and NLL before temperature of the same 20 images. " in notes(one)
     assert "with caps over new ensembles and new test images; without caps Student's, over ensembles" in notes(one)
     # Of a file that does not keep NLL by image: of all of them, which is said.
     for folder in (three[0], *more):
         with_scores(folder, 20)
     one = figure("severity", [three[0], *more])
     assert one.axes[1].get_lines()[0].get_ydata() == pytest.approx([0.3])
-    assert "Clean: accuracy of the same 20 images, NLL of all 50 images. " in notes(one)
+    assert "Clean: accuracy of the same 20 images, NLL before temperature of all 50 images. " in notes(one)
 
 
 def test_calibration_is_shown_in_the_form_for_few_images(three):
@@ -388,7 +388,7 @@ def test_calibration_is_shown_in_the_form_for_few_images(three):
                 scores["calibration_mse"] = -1e-4 if row_of is rows[0] else 0.0025
         write_json(folder / "diversity.json", content)
     axes = drawn_well(figure("severity", three), 6)
-    assert axes[4].get_ylabel() == "RMSCE  [%]"
+    assert axes[4].get_ylabel() == "RMSCE before\ntemperature  [%]"
     clean, corrupted = axes[4].get_lines()[:2]
     assert clean.get_ydata().tolist() == [0]  # an estimate of a square, below 0
     assert corrupted.get_ydata().tolist() == pytest.approx([5] * 5)
@@ -403,7 +403,7 @@ def test_ensemble_size(three, tmp_path):
         assert len(curves) == 3
         assert curves[0].get_ydata().tolist() == pytest.approx(values)
         assert len(bars(axis)) == 6
-    assert [axis.get_ylabel() for axis in axes] == ["accuracy  [%]", "", "NLL  [nats]", ""]
+    assert [axis.get_ylabel() for axis in axes] == ["accuracy  [%]", "", "NLL before\ntemperature  [nats]", ""]
     # What is kept by image has crossed intervals, the rest Student's, and the caption says which is which.
     more = [measure(tmp_path / f"sam{i}", SAM, (i, i + 5), a, corrupted=False) for i, a in enumerate((0.7, 0.8, 0.84))]
     one = figure("ensemble_size", more)
@@ -413,6 +413,39 @@ def test_ensemble_size(three, tmp_path):
     assert np.array(bars(one.axes[1]))[:, :, 1].tolist() == [pytest.approx(pair) for pair in students]
     assert [sum(line.get_marker() == "_" for line in axis.get_lines()) for axis in one.axes] == [4, 0]
     assert "with caps over new ensembles and new test images; without caps Student's" in notes(one)
+
+
+def test_the_number_of_members_by_calibrated_nll(tmp_path):
+    """Where all files hold it, by image if all keep it so; the axis says which NLL it is."""
+    folders = [measure(tmp_path / f"deep{i}", DEEP, (i, i + 5)) for i in range(3)]
+    kept = []
+    for i, folder in enumerate(folders):
+        content = json.loads((folder / "diversity.json").read_text())
+        kept.append([torch.linspace(0, 2 - 0.1 * i, IMAGES) + 0.2 / size for size in (1, 2)])
+        names = ("ensemble_nll_calibrated_of_1", "ensemble_nll_calibrated")
+        test = content["result"]["test"]
+        test["values_of_samples"] = {name: pack_values(one.numpy()) for name, one in zip(names, kept[i], strict=True)}
+        test["calibrated_nll_by_size"] = {str(n): one.mean().item() for n, one in enumerate(kept[i], 1)}
+        test["intervals_95"] |= {names[0]: [1.0, 1.3], names[1]: [0.9, 1.2]}
+        write_json(folder / "diversity.json", content)
+    one = figure("ensemble_size", folders)
+    left, right = drawn_well(one, 4)[2:]
+    assert left.get_ylabel() == "NLL, calibrated  [nats]"
+    assert right.get_ylabel() == "NLL before\ntemperature  [nats]"  # of corrupted images it is not known
+    assert "Calibrated: each subset by one temperature, fitted on validation." in notes(one)
+    columns = [torch.stack(of_size) for of_size in zip(*kept, strict=True)]
+    assert left.get_lines()[0].get_ydata() == pytest.approx([of.mean().item() for of in columns], abs=1e-3)
+    expected = [crossed_interval(of.double()) for of in columns]
+    assert np.array(bars(left))[:, :, 1] == pytest.approx(np.array(expected), abs=2e-3)
+    # Of a single ensemble whose file does not keep it by image, the intervals are those of the file.
+    del test["values_of_samples"]
+    write_json(folders[2] / "diversity.json", content)
+    single = figure("ensemble_size", folders[2:]).axes[2]
+    assert np.array(bars(single))[:, :, 1] == pytest.approx(np.array([[1.0, 1.3], [0.9, 1.2]]))
+    other = measure(tmp_path / "sam", SAM)
+    one = figure("ensemble_size", [*folders, other])
+    assert one.axes[2].get_ylabel() == "NLL before\ntemperature  [nats]"
+    assert "Calibrated" not in notes(one)
 
 
 def test_curves(runs):

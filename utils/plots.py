@@ -381,10 +381,11 @@ def _pairing(pairs: dict[str, Any]) -> str:
 # calibration error is shown as its root; unlike the ECE, it is not too large where the images are few.
 SCORES = {
     "accuracy": (100, "accuracy", "%", "% points"),
-    "nll": (1, "NLL", "nats", "nats"),
-    "calibration_mse": (100, "RMSCE", "%", "% points"),
+    "nll": (1, "NLL before\ntemperature", "nats", "nats"),
+    "calibration_mse": (100, "RMSCE before\ntemperature", "%", "% points"),
 }
-BY_IMAGE = {"accuracy": "ensemble", "nll": "nll"}  # the names of scores in `Ensemble.by_sample`
+# The names of scores in `Ensemble.by_sample`.
+BY_IMAGE = {"accuracy": "ensemble", "nll": "nll", "nll_calibrated": "nll_calibrated"}
 
 
 def _scores(ensembles: list[Ensemble]) -> dict[str, tuple[int, str, str, str]]:
@@ -409,7 +410,7 @@ def severity(ensembles: list[Ensemble]) -> Figure:
     reference, pairs = _pairs(groups)
     places = [("test",), *(("corrupted", "by_severity", str(step)) for step in sorted(map(int, found[0])))]
     clean, corrupted = _samples(ensembles[0], "test"), _samples(ensembles[0], "corrupted", "mean")
-    names = {key: name for key, (_, name, *_) in scores.items()}
+    names = {key: name.replace("\n", " ") for key, (_, name, *_) in scores.items()}
     same = [key for key in scores if all(BY_IMAGE.get(key) in one.by_sample for one in ensembles)]
 
     def value(one: Ensemble, place: tuple[str, ...], key: str) -> Gap:
@@ -458,33 +459,52 @@ def _name(key: str, kind: str = "ensemble") -> str:
 
 @styled
 def ensemble_size(ensembles: list[Ensemble]) -> Figure:
-    """Scores against the number of members, a row of panels each; one column per test set."""
+    """Scores against the number of members, a row of panels each; one column per test set.
+
+    NLL is calibrated where all files hold that by size, which none does of corrupted images.
+    """
     groups, scores, test_sets, shown = line_styles(ensembles), _scores(ensembles), _test_sets(ensembles), []
-    shape = len(scores), len(test_sets)
+    shape, calibrated = (len(scores), len(test_sets)), ""
     figure, axes = panels(0.8 + 1.3 * shape[0], *shape, squeeze=False, sharex=True)
     for column, (prefix, (place, title)) in zip(axes.T, test_sets.items(), strict=True):
-        for (axis, (key, (factor, name, unit, _))), group in itertools.product(
-            zip(column, scores.items(), strict=True), groups
-        ):
-            found = [require(one, *place, "ensemble_by_size") for one in group.ensembles]
-            sizes = sorted(map(int, found[0]))
-            # Single members and whole ensembles are known by image; of a single ensemble, only they have an interval.
-            by_image = {sizes[0]: {"accuracy": "member"}, sizes[-1]: BY_IMAGE}
-            curve = []
-            for size in sizes:
-                known = f"{prefix}{by_image.get(size, {}).get(key)}"
-                columns = [one.by_sample.get(known) for one in group.ensembles]
-                columns = columns if all(column is not None for column in columns) else None
-                kind = {sizes[0]: "member", sizes[-1]: "ensemble"}.get(size, "")
-                of_images = require(group.ensembles[0], *place, "intervals_95").get(_name(key, kind))
-                curve.append(_shown(columns or [_score(by[str(size)], key) for by in found], of_images))
-            _curve(axis, [n + 0.05 * group.offset for n in sizes], curve, group, factor)
-            axis.set_ylabel(f"{name}  [{unit}]" if prefix == min(test_sets) else "")
-            shown += curve
+        known = all("calibrated_nll_by_size" in require(one, *place) for one in ensembles)
+        for axis, left, (key, (factor, name, unit, _)) in zip(column, axes[:, 0], scores.items(), strict=True):
+            if key == "nll" and known:
+                key, name = "nll_calibrated", "NLL, calibrated"
+                calibrated = " Calibrated: each subset by one temperature, fitted on validation."
+            for group in groups:
+                curve = _by_size(group, place, prefix, key)
+                _curve(axis, [n + 0.05 * group.offset for n in curve], list(curve.values()), group, factor)
+                shown += curve.values()
+            label = f"{name}  [{unit}]"
+            axis.set_ylabel(label if axis is left or left.get_ylabel() != label else "")
         column[0].set_title(title)
     whole_numbers(axes[-1], "members  [1]")
-    note = f"{about(groups)}. Points: means over subsets of members.{_intervals(shown)}"
+    note = f"{about(groups)}. Points: means over subsets of members.{calibrated}{_intervals(shown)}"
     return finished(figure, _markers(groups), note)
+
+
+def _by_size(group: Group, place: tuple[str, ...], prefix: str, key: str) -> dict[int, Shown]:
+    """A score of a group on a test set by the number of members, means over subsets of members."""
+    rows = [require(one, *place) for one in group.ensembles]
+    if key == "nll_calibrated":
+        found = [row["calibrated_nll_by_size"] for row in rows]
+    else:
+        of = (require(one, *place, "ensemble_by_size") for one in group.ensembles)
+        found = [{size: _score(row, key) for size, row in by.items()} for by in of]
+    sizes = sorted(map(int, found[0]))
+    # Files may keep by image: whole ensembles, the accuracy of single members, and calibrated NLL of each size.
+    by_image = {sizes[0]: {"accuracy": "member"}, sizes[-1]: BY_IMAGE}
+    kinds, curve = {sizes[0]: "member", sizes[-1]: "ensemble"}, {}
+    for size in sizes:
+        of_size = f"{key}_of_{size}"
+        name = prefix + by_image.get(size, {}).get(key, of_size)
+        columns = [one.by_sample.get(name) for one in group.ensembles]
+        columns = columns if all(column is not None for column in columns) else None
+        edges = rows[0]["intervals_95"]
+        of_images = edges.get(_name(key, kinds.get(size, "")), edges.get(f"ensemble_{of_size}"))
+        curve[size] = _shown(columns or [by[str(size)] for by in found], of_images)
+    return curve
 
 
 # How the map marks the verdicts of utils/claims.py, and what the marks mean.
