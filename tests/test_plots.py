@@ -25,6 +25,7 @@ from utils.hessian import top_eigenvalues
 from utils.metrics import crossed_interval, pack_counts, pack_values, t_interval
 from utils.partition import PARTITION_RULE, sharpness_aware_masks
 from utils.results import METHODS, read_ensemble
+from utils.uncertainty_plots import BETTER, verdicts
 
 DEEP = {
     "data": "digits",
@@ -758,7 +759,7 @@ def test_map_of_verdicts():
     row = [judged(mean, word, 0.3) for mean, word in zip(means, words, strict=True)]
     small = [judged(0.003, "undecided", 0.003), *5 * [None]]
     parts = {"gain  [% points]": {"one": row}, "gain  [mnats]": {"two": small}}
-    figure = plots.verdicts(list("abcdef"), parts, "Note.")
+    figure = verdicts(list("abcdef"), parts, "Note.")
     first, second = figure.axes
     found = [text.get_text() for text in first.texts]
     assert found == ["-2.00 =", "-0.30 =", "+0.00 =", "+0.30 \u25b2", "+1.00 \u25b2", "+2.00 \u25b2"]
@@ -772,14 +773,14 @@ def test_map_of_verdicts():
             pair = sorted((1.05 / contrasts([colour])[0], 1.05 / of_text))
             assert pair[1] / pair[0] > 4, text
     of_no_interest = [judged(0.1, word, 0.3)._replace(small=True) for word in ("supported", "contradicted")]
-    marked = plots.verdicts(["a", "b"], {"gain": {"one": of_no_interest}}, "").axes[0].texts
+    marked = verdicts(["a", "b"], {"gain": {"one": of_no_interest}}, "").axes[0].texts
     assert [text.get_text()[-1] for text in marked] == ["\u25b3", "\u25bd"]
-    (unknown,) = plots.verdicts(["a"], {"gain": {"one": [judged(np.nan, "undecided", 0.3)]}}, "").axes[0].texts
+    (unknown,) = verdicts(["a"], {"gain": {"one": [judged(np.nan, "undecided", 0.3)]}}, "").axes[0].texts
     assert (unknown.get_text(), unknown.get_color()) == ("- ?", "black")  # on white
     half = second.images[0]
     assert half.norm(3.0) == pytest.approx(0.75)  # half of the way, since twice the margin has the full colour
     for sight in SIGHT:
-        assert least_distance([plots.BETTER(0.0)[:3], plots.BETTER(1.0)[:3], (1, 1, 1)], sight) > 30
+        assert least_distance([BETTER(0.0)[:3], BETTER(1.0)[:3], (1, 1, 1)], sight) > 30
 
 
 def test_the_batches_of_few_images(tmp_path):
