@@ -221,9 +221,12 @@ def test_tradeoff(three, tmp_path):
     (axis,) = drawn_well(one, 1)
     assert axis.get_xscale() == "log"
     expected = [pytest.approx([x, 20 * a]) for x, a in ((9, 0.7), (3, 0.8), (2, 0.9))]
-    assert at(axis, 3) == at(axis, 4) == expected  # the ensembles, and the mean of the only one
+    assert at(axis, 3) == expected
+    # The mean of the only one; SAM, which others are compared with, is above all of them.
+    assert at(axis, 4) == [expected[0], expected[2]]
+    assert at(axis, 5) == expected[1:2]
     colours = [plots.to_rgb(METHODS[key].colour) for key in ("deep_ensemble", "sam", "released")]
-    means = [line for line in axis.get_lines() if line.get_zorder() == 4]
+    means = [line for line in axis.get_lines() if line.get_zorder() >= 4]
     assert [plots.to_rgb(line.get_markerfacecolor()) for line in means] == colours
     assert len({line.get_marker() for line in means}) == 3
     assert "1 ensemble of 2 members" in notes(one)
@@ -238,10 +241,11 @@ def test_tradeoff(three, tmp_path):
     one = figure("tradeoff", folders)
     (axis,) = one.axes
     assert [text.get_text() for text in one.legends[0].get_texts()] == [r"SAM, $\rho$ = 0.1", r"SAM, $\rho$ = 0.2"]
-    assert at(axis, 4) == [pytest.approx([2.6, 16.2]), pytest.approx([2.7, 16.2])]
+    assert at(axis, 5) + at(axis, 4) == [pytest.approx([2.6, 16.2]), pytest.approx([2.7, 16.2])]
     assert len(at(axis, 3)) == 4
     (line,) = (line for line in axis.get_lines() if line.get_zorder() == 2)
-    assert line.get_xydata().tolist() == at(axis, 4)
+    assert line.get_xydata().tolist() == at(axis, 5) + at(axis, 4)
+    assert line.get_color() == METHODS["sam"].colour
     handles = one.legends[0].get_lines()
     assert [handle.get_marker() for handle in handles] == ["s", "s"]
     assert handles[0].get_markerfacecolor() != handles[1].get_markerfacecolor() == "white"
@@ -664,6 +668,37 @@ def test_a_method_has_one_name_and_colour(tmp_path):
     assert unknown.label == "theirs"
 
 
+def test_a_setting_looks_alike_in_all_figures(tmp_path):
+    """SAM at SharpBalance's rho, or at the smallest one, has SAM's colour, filled, whichever others are beside it."""
+    late = {"initial_method": "sgd", "initial_epochs": 8}
+    settings = {"sam": SAM, "small": SAM | {"rho": 0.05}, "large": SAM | {"rho": 0.2}, "late": SAM | late}
+    settings |= {"late_large": SAM | late | {"rho": 0.2}, "ours": SHARPBALANCE, "ours_late": SHARPBALANCE | late}
+    found = {name: read_ensemble(measure(tmp_path / name, one)) for name, one in settings.items()}
+
+    def marks(*names):
+        groups = plots.line_styles([found[name] for name in names])
+        return {group.ensembles[0].folder.name: group.mark for group in groups}
+
+    own = {"color": plots.to_rgb(METHODS["sam"].colour), "marker": "s"}
+    several = marks(*settings)
+    assert list(several) == ["small", "sam", "large", "late", "late_large", "ours", "ours_late"]  # by rho
+    assert several["sam"] == marks("sam", "ours")["sam"] == marks("sam")["sam"] == own
+    assert marks("small", "large")["small"] == own  # where SharpBalance is not shown
+    assert several["late"] == marks("late")["late"] == marks("sam", "late")["late"]
+    assert several["ours"] == marks("ours")["ours"]
+    of_sam = [json.dumps(several[name], sort_keys=True) for name in ("small", "sam", "large", "late", "late_large")]
+    assert len(set(of_sam)) == 5
+    assert len({several[name]["color"] for name in ("small", "sam", "large")}) == 3
+    assert several["late"]["color"] != own["color"]
+    markers = [several[name]["marker"] for name in ("sam", "late", "ours", "ours_late")]
+    assert len(set(markers)) == 4
+    assert not set(markers[1::2]) & set(plots.MARKERS.values())
+    # Lines that join what differs in rho only: that of late SAM has another colour than SAM's.
+    (axis,) = figure("tradeoff", [tmp_path / name for name in settings]).axes
+    joined = [line for line in axis.get_lines() if line.get_zorder() == 2 and len(line.get_xdata()) > 1]
+    assert [plots.to_rgb(line.get_color()) for line in joined] == [own["color"], several["late"]["color"]]
+
+
 # Machado, Oliveira and Fernandes, "A physiologically-based model for simulation of color vision deficiency", 2009:
 # matrices of linear RGB for no deficiency, and for severity 1.0 of each.
 SIGHT = {
@@ -720,6 +755,7 @@ def test_colours_of_methods_differ(sight):
 def test_no_two_methods_look_alike(tmp_path):
     """Without colour, too: each has a marker of its own, and settings of one method a filling each."""
     assert len(set(plots.MARKERS.values())) == len(METHODS)
+    assert len({marker for markers in (plots.MARKERS, plots.LATE) for marker in markers.values()}) == len(METHODS) + 6
     settings = [SAM | {"rho": rho} for rho in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)]
     settings += [DEEP, SHARPBALANCE, PAPER, SAM | {"sam_adaptive": True}]
     groups = plots.line_styles([read_ensemble(measure(tmp_path / str(i), one)) for i, one in enumerate(settings)])

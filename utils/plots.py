@@ -47,6 +47,8 @@ from utils.results import (
 
 # Of each method in the order of `METHODS`, so that a method looks alike in all figures and can be told without colour.
 MARKERS = dict(zip(METHODS, "osdD^v<pX*", strict=True))
+# Of those that can begin with plain SGD, where they do.
+LATE = MARKERS | {"sam": ">", "released": "P", "paper": "H", "random": "8", "same": "h", "asam": (6, 1, 0)}
 # Of the settings of one method: they share its marker.
 FILLS: tuple[dict[str, Any], ...] = (
     {},
@@ -57,7 +59,7 @@ FILLS: tuple[dict[str, Any], ...] = (
 LINES = ("-", (0, (6, 2)), (0, (3, 2)), (0, (1, 1)))
 # How labels write the settings in which curves of one method differ.
 SYMBOLS = {"rho": r"$\rho$", "k": "$k$", "T_d": "$T_d$"}
-# Shades for the smallest to the largest rho. Those of other methods go from dark to the colour.
+# From dark to light. Those of other methods go from dark to the colour.
 SHADES = {"sam": ("#710000", "#D67822", "#AA8856")}
 MAX_LEGEND = 58  # characters of both columns of a legend that are as wide as half a page
 WIDTH = 3.4  # inches, in print: half a page. All sizes of text are those of print.
@@ -94,21 +96,35 @@ TEST_SETS = {"": (("test",), "clean test images"), "corrupted_": (("corrupted", 
 class Group:
     """Ensembles of the same settings, and how figures show them.
 
-    `offset` is the position among all groups, centred at 0, by which points of different groups are drawn side by side.
+    `nth` counts those of its method from 0, late ones apart: first those of SharpBalance's rho, so that what others are
+    compared with looks alike in all figures, and by rho. `offset` is the position among all groups, centred at 0, by
+    which points of different groups are drawn side by side.
     """
 
     key: str  # in METHODS
     label: str
     ensembles: list[Ensemble]
-    colour: tuple[float, ...]
-    fill: dict[str, Any]
+    nth: int
+    late: bool  # plain SGD comes first
     line: Any
     offset: float
 
     @property
+    def colour(self) -> tuple[float, ...]:
+        """The method's own of the first of its groups, shades of it of the others."""
+        own = to_rgb(METHODS[self.key].colour)
+        others = [shade for shade in shades(self.key, 3) if shade != own] or [own]
+        return others[-1] if self.late else (own, *others)[self.nth % (1 + len(others))]
+
+    @property
+    def fill(self) -> dict[str, Any]:
+        """The filling of its points."""
+        return FILLS[self.nth % len(FILLS)]
+
+    @property
     def mark(self) -> dict[str, Any]:
         """Colour, marker and filling of its points."""
-        return {"color": self.colour, "marker": MARKERS[self.key], **self.fill}
+        return {"color": self.colour, "marker": (LATE if self.late else MARKERS)[self.key], **self.fill}
 
 
 class Shown(NamedTuple):
@@ -169,22 +185,28 @@ def shades(key: str, count: int) -> list[tuple[float, ...]]:
 
 
 def line_styles(ensembles: list[Ensemble]) -> list[Group]:
-    """Label, colour, marker and line of each group of ensembles, in the order of `METHODS`.
+    """Label, colour, marker and line of each group of ensembles, in the order of `METHODS`, then of rho.
 
-    Groups of one method get shades of its colour, darker for smaller rho, and labels with the settings in which they
-    differ.
+    Groups of one method have labels with the settings in which they differ.
     """
     found, groups = groups_of(ensembles).values(), []
-    for key in METHODS:
-        same = [group for group in found if group[0].key == key]
-        same.sort(key=lambda group: (group[0].content.get("trained") or {}).get("rho") or 0)
-        for j, (group, colour) in enumerate(zip(same, shades(key, len(same)), strict=True)):
+    usual = {_rho(one) for one in ensembles if one.key in ("released", "paper")}
+    for key, late in itertools.product(METHODS, (False, True)):
+        alike = [group for group in found if group[0].key == key]
+        same = [group for group in alike if ("SGD first" in group[0].method.split(", ")) == late]
+        same.sort(key=lambda group: (_rho(group[0]), ", sized as SharpBalance (paper)" in group[0].method))
+        order = sorted(range(len(same)), key=lambda j: _rho(same[j][0]) not in usual)
+        for j, group in enumerate(same):
             # That of an unknown method is a folder's name: no formula, and legends leave out what begins with _.
             unknown = group[0].method.replace("$", r"\$").lstrip("_")
-            label = unknown if key == "unknown" else METHODS[key].name + _differences(group, same)
+            label = unknown if key == "unknown" else METHODS[key].name + _differences(group, alike)
             line, offset = LINES[len(groups) % len(LINES)], len(groups) - (len(found) - 1) / 2
-            groups.append(Group(key, label, group, colour, FILLS[j % len(FILLS)], line, offset))
+            groups.append(Group(key, label, group, order.index(j), late, line, offset))
     return groups
+
+
+def _rho(ensemble: Ensemble) -> float:
+    return (ensemble.content.get("trained") or {}).get("rho") or 0.0
 
 
 def _differences(group: list[Ensemble], groups: list[list[Ensemble]]) -> str:
@@ -280,20 +302,23 @@ def tradeoff(ensembles: list[Ensemble]) -> Figure:
             x, y = (_estimate(group.ensembles, name) for name in TRADEOFF)
             _bar(axis, x.mean, y, 100, ecolor=group.colour, zorder=3.5)
             _bar(axis, 100 * y.mean, x, 1, across=True, ecolor=group.colour, zorder=3.5)
-            axis.plot(x.mean, 100 * y.mean, markersize=6, zorder=4, **style)
+            # What others are compared with would else be hidden under those that are like it.
+            front = {"markersize": 5, "markeredgecolor": "white", "zorder": 5} if _is_reference(group) else {}
+            axis.plot(x.mean, 100 * y.mean, **{"markersize": 6, "zorder": 4, **style, **front})
             shown += [x, y]
             one = group.ensembles[0]
             later = (one.content.get("trained") or {}).get("average_from")
             others = re.sub(r", rho [^,]+", "", one.method), len(one.seeds), later
-            means.setdefault((group.key, *others), []).append((x.mean, 100 * y.mean))
+            colour = group.colour if group.late else METHODS[group.key].colour
+            means.setdefault((colour, *others), []).append((x.mean, 100 * y.mean))
         else:
             missing = [str(one.values["sharpness"]) for one in group.ensembles if not _is_drawn(one)]
             left_out += (
                 f" Not drawn: {len(missing)} of {group.label}, of sharpness {', '.join(dict.fromkeys(missing))}."
             )
             left_out += " Nor is their mean." * (len(group.ensembles) > 1)
-    for (key, *_), points in means.items():
-        axis.plot(*zip(*points, strict=True), color=METHODS[key].colour, linewidth=0.7, zorder=2)
+    for (colour, *_), points in means.items():
+        axis.plot(*zip(*points, strict=True), color=colour, linewidth=0.7, zorder=2)
     axis.set(xlabel="worst-case sharpness of a member  [nats]", ylabel="disagreement of two members  [%]")
     if max(finite) > 3 * min(finite) > 0:
         axis.set_xscale("log")
@@ -351,15 +376,13 @@ def benchmark(ensembles: list[Ensemble]) -> Figure:
     return finished(figure, _markers(groups, linestyle=""), note)
 
 
+def _is_reference(group: Group) -> bool:
+    return group.nth == 0 and is_sam(group.ensembles[0])
+
+
 def _pairs(groups: list[Group]) -> tuple[Group | None, dict[str, list[tuple[Ensemble, Ensemble]]]]:
     """SAM, of SharpBalance's rho where there are several, and by label the ensembles of its seeds, each with SAM's."""
-
-    def rho(group: Group) -> Any:
-        return group.ensembles[0].content["trained"]["rho"]
-
-    wanted = [rho(group) for group in groups if group.key in ("released", "paper")]
-    found = [group for group in groups if is_sam(group.ensembles[0])]
-    reference = next((group for group in found if rho(group) in wanted), found[0] if found else None)
+    reference = next(filter(_is_reference, groups), None)
     by_seeds = {one.seeds: one for one in reference.ensembles} if reference else {}
     pairs = {
         group.label: [(one, by_seeds[one.seeds]) for one in group.ensembles if one.seeds in by_seeds]
