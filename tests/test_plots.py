@@ -280,6 +280,33 @@ def test_labels_say_what_tables_say(tmp_path):
     assert max(len(line.get_xdata()) for line in axis.get_lines() if line.get_zorder() == 2) == 2
 
 
+def test_captions_have_the_settings_that_no_label_has(tmp_path):
+    """Each with the methods that have it, where these differ and are not named with it."""
+    drawn = SHARPBALANCE | {"partition": "random", "unselected": None}
+    trained = {"deep": DEEP, "sam": SAM, "small": SAM | {"rho": 0.05}, "ours": SHARPBALANCE, "drawn": drawn}
+    folders = {name: measure(tmp_path / name, one) for name, one in trained.items()}
+    common = r"for each method; $\rho$ = 0.1, $k$ = 0.5, $T_d$ = 2"
+    assert f"{common} unless a label says otherwise; 50 test" in notes(figure("tradeoff", folders.values()))
+    del folders["small"]
+    assert f"{common}; 50 test" in notes(figure("benchmark", folders.values()))
+    folders["drawn"] = measure(tmp_path / "other", drawn | {"rho": 0.2, "initial_epochs": 3})
+    differ = r"$\rho$ = 0.1 (SAM, SharpBalance (released)), $\rho$ = 0.2 (SAM on random samples), $k$ = 0.5, "
+    differ += "$T_d$ = 2 (SharpBalance (released)), $T_d$ = 3 (SAM on random samples); 50 test images"
+    assert differ in notes(figure("tradeoff", folders.values()))
+    unknown = measure(tmp_path / "rho 7, k 3", SAM, trained=None)
+    assert "for each method; 50 test images" in notes(figure("tradeoff", [folders["deep"], unknown]))
+
+
+def test_captions_name_the_images_of_the_figure(three):
+    """Of the trade-off no corrupted ones, though they were measured."""
+    for folder in three:
+        with_scores(folder, 20)
+    assert "50 test images. " in notes(figure("tradeoff", three))
+    assert "corrupted" not in notes(figure("tradeoff", three))
+    for kind in ("benchmark", "severity", "ensemble_size"):
+        assert "50 test images, corrupted copies of 20. " in notes(figure(kind, three))
+
+
 def test_ticks_have_labels():
     """The axis of a range that has no decimal of its own at an end."""
     one, axis = plots.panels(2)

@@ -235,14 +235,36 @@ def _how_many(groups: list[Group]) -> str:
     return "n: " + ", ".join(f"{group.label} {count}" for group, count in zip(groups, counts, strict=True))
 
 
-def about(groups: list[Group]) -> str:
-    """Data, network, the number of images that were measured, and the number of ensembles of each group."""
+def _settings(groups: list[Group]) -> str:
+    """The rho, k and T_d that labels do not name, by label where they differ."""
+    texts, labelled = [], False
+    for key, symbol in SYMBOLS.items():
+        found: dict[str, list[str]] = {}
+        for group in [group for group in groups if group.key != "unknown"]:
+            settings = dict(part.split(" ", 1) for part in group.ensembles[0].method.split(", ") if " " in part)
+            if key in settings and f", {symbol} = " in group.label:
+                labelled = True
+            elif key in settings:
+                found.setdefault(settings[key], []).append(group.label)
+        texts += [
+            f"{symbol} = {value}" + f" ({', '.join(labels)})" * (len(found) > 1) for value, labels in found.items()
+        ]
+    return f"; {', '.join(texts)}{' unless a label says otherwise' * labelled}" if texts else ""
+
+
+def about(groups: list[Group], corrupted: bool = False) -> str:
+    """Data and network, the number of ensembles, the settings that labels do not name, and the number of test images.
+
+    Args:
+        groups: of the figure.
+        corrupted: whether it shows corrupted images, if they were measured.
+    """
     content = groups[0].ensembles[0].content
-    result, text = content.get("result"), f"{setting_of(content)}; {_how_many(groups)}"
+    result, text = content.get("result"), f"{setting_of(content)}; {_how_many(groups)}{_settings(groups)}"
     if result and (images := _samples(groups[0].ensembles[0], "test")):
         text += f"; {images} test images"
-        if "corrupted" in result and (corrupted := _samples(groups[0].ensembles[0], "corrupted", "mean")):
-            text += f", corrupted copies of {corrupted}"
+        if corrupted and "corrupted" in result and (copies := _samples(groups[0].ensembles[0], "corrupted", "mean")):
+            text += f", corrupted copies of {copies}"
     return text
 
 
@@ -372,7 +394,7 @@ def benchmark(ensembles: list[Ensemble]) -> Figure:
         if pairs:
             line[1].axvline(0, color="black", linewidth=0.8)
             line[1].set(title=f"minus {reference.label}", xlabel="accuracy  [% points]")
-    note = f"{about(groups)}.{_pairing(pairs)}{_intervals(shown)}"
+    note = f"{about(groups, True)}.{_pairing(pairs)}{_intervals(shown)}"
     return finished(figure, _markers(groups, linestyle=""), note)
 
 
@@ -467,7 +489,7 @@ def severity(ensembles: list[Ensemble]) -> Figure:
     if pairs:
         axes[0, 1].set_title(f"minus {reference.label}")
     axes[0, 0].set_title("ensemble")
-    note = f"{about(groups)}. Means over {len(ensembles[0].content['protocol']['corruptions'])} corruptions."
+    note = f"{about(groups, True)}. Means over {len(ensembles[0].content['protocol']['corruptions'])} corruptions."
     if clean != corrupted:
         images = {f"the same {corrupted}": [name for key, name in names.items() if key in same]}
         images[f"all {clean}"] = [name for key, name in names.items() if key not in same]
@@ -503,7 +525,7 @@ def ensemble_size(ensembles: list[Ensemble]) -> Figure:
             axis.set_ylabel(label if axis is left or left.get_ylabel() != label else "")
         column[0].set_title(title)
     whole_numbers(axes[-1], "members  [1]")
-    note = f"{about(groups)}. Points: means over subsets of members.{calibrated}{_intervals(shown)}"
+    note = f"{about(groups, True)}. Points: means over subsets of members.{calibrated}{_intervals(shown)}"
     return finished(figure, _markers(groups), note)
 
 
