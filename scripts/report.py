@@ -317,7 +317,8 @@ def study(place: Path, settings: list[Setting]) -> list[str]:
     data = next(iter(finished[0].measured["sam"].values())).content["data"]
     counts = " or ".join(map(str, sorted({len(one.measured["sam"]) for one in finished})))
     note = f"{data['dataset']}; n = {counts} ensembles for each method, {data['test']} test images. "
-    note += "Columns: wrong labels (or data), training images. Blue: better than what is named second. Marks:"
+    note += "Columns: share of wrong labels (or data), number of training images. "
+    note += "Blue: better than what is named second. Marks:"
     plots.save(uncertainty_plots.verdicts([one.label for one in finished], shown, note), place / "map")
     names = [name for name in (claim.name for claim in PRIMARY + SECONDARY) if any(name in s.judged for s in finished)]
     rows = [

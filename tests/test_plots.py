@@ -487,9 +487,12 @@ def test_curves(runs):
     assert lines[2].get_ydata().tolist() == pytest.approx([1 / (e + 1) + 0.5 for e in range(4)])
     assert lines[2].get_xdata().tolist() == [1, 2, 3, 4]
     assert lines[-1].get_xdata()[0] == 2.5
+    entry = figure("curves", runs).legends[0].get_lines()[-1]  # it looks as the legend shows it
+    assert [(line.get_color(), line.get_linestyle()) for line in (entry, lines[-1])] == [("grey", ":")] * 2
+    assert entry.get_label() == "samples are assigned"
     assert axes[3].get_lines()[0].get_ydata().tolist() == pytest.approx([40] * 4)
-    assert "Until its sets are made, SharpBalance is SAM." in notes(figure("curves", runs))
-    assert "Until its sets" not in notes(figure("curves", runs[:2]))
+    assert "Until samples are assigned, SharpBalance is SAM." in notes(figure("curves", runs))
+    assert "Until samples" not in notes(figure("curves", runs[:2]))
 
 
 def test_a_diverged_loss_does_not_squeeze_the_others(runs, tmp_path):
@@ -556,6 +559,7 @@ def test_landscape(runs, few_steps, tmp_path, monkeypatch):
     dotted, strong = middle.get_lines()[0], left.get_lines()[2]
     assert dotted.get_xydata().tolist() == strong.get_xydata().tolist()
     assert middle.get_xlim() == pytest.approx((-0.0005, 0.0105))
+    assert right.get_xlabel() == "position between\ntwo members  [1]"
     assert "Top eigenvector" in notes(one)
     path = tmp_path / "a.json"
     content = json.loads(path.read_text())

@@ -81,6 +81,7 @@ def test_reliability(three, tmp_path):
     one = figure("reliability", three)
     axes = drawn_well(one, 4)
     assert [axis.get_title() for axis in axes[:2]] == ["as trained", "with a temperature"]
+    assert "the dotted line is perfect calibration. " in notes(one)
     assert "50 test images. Bins" in notes(one)  # the corrupted ones do not enter
     points = axes[0].get_lines()[0].get_xydata()
     assert points == pytest.approx(np.array([[50, 60], [90, 90]]))  # in the first bin are 5 images

@@ -111,7 +111,8 @@ def reliability(ensembles: list[Ensemble]) -> Figure:
     axes[0, 0].set_ylabel("accuracy  [%]")
     axes[1, 0].set_ylabel("images  [%]")
     note = f"{about(groups)}. Bins of confidence of the ensemble, on the clean test images; one temperature, fitted on "
-    note += f"validation; the dotted line is calibrated. Bins of fewer than {MIN_IMAGES} images have no accuracy."
+    note += "validation; the dotted line is perfect calibration. "
+    note += f"Bins of fewer than {MIN_IMAGES} images have no accuracy."
     texts = [POPULATIONS[over] for over in ("ensembles", "images") if over in populations]
     note += f" 95 % intervals: {'; of a single ensemble '.join(texts)}." if texts else ""
     handles = [Line2D([], [], label=group.label, linewidth=0.8, **group.mark) for group in groups]
