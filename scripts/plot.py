@@ -5,10 +5,10 @@
 
 From folders that the measuring scripts wrote:
 tradeoff: sharpness against diversity, a point an ensemble. benchmark: accuracy of members and ensemble. severity:
-accuracy, NLL and RMSCE against the severity of corruption. ensemble_size: the same against the number of members. The
-second and the third also show the differences to SAM of the same seeds. ood: entropy of test images and of other data,
-and ROC curves of entropy and mutual information. reliability: accuracy against confidence, before and after one
-temperature.
+accuracy, NLL and RMSCE against the severity of corruption. ensemble_size: the same against the number of members, NLL
+calibrated where files hold that. The second and the third also show the differences to SAM of the same seeds. ood:
+entropy of test images and of other data, and ROC curves of entropy and mutual information. reliability: accuracy
+against confidence, before and after one temperature.
 
 From run folders of main.py:
 curves: training curves. sets: which samples are trained with SAM, of one SharpBalance run. landscape: the loss around

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tabulate import tabulate
 
-from utils import InputError, plots, results, table_cell
+from utils import InputError, plots, results, table_cell, uncertainty_plots
 from utils.claims import (
     ALL_NAMES,
     HEADER,
@@ -321,8 +321,9 @@ def study(place: Path, settings: list[Setting]) -> list[str]:
     data = next(iter(finished[0].measured["sam"].values())).content["data"]
     counts = " or ".join(map(str, sorted({len(one.measured["sam"]) for one in finished})))
     note = f"{data['dataset']}; n = {counts} ensembles for each method, {data['test']} test images. "
-    note += "Columns: wrong labels (or data), training images. Blue: better than what is named second. Marks:"
-    plots.save(plots.verdicts([one.label for one in finished], shown, note), place / "map")
+    note += "Columns: share of wrong labels (or data), number of training images. "
+    note += "Blue: better than what is named second. Marks:"
+    plots.save(uncertainty_plots.verdicts([one.label for one in finished], shown, note), place / "map")
     names = [name for name in (claim.name for claim in PRIMARY + SECONDARY) if any(name in s.judged for s in finished)]
     rows = [
         [name, next(s.judged[name] for s in finished if name in s.judged).claim.text]

@@ -251,11 +251,12 @@ def test_the_tradeoff_shows_the_numbers_of_its_methods(grids):
     for axis, key in zip(figure.axes, ("sharpness", "member_sharpness"), strict=True):
         handles, labels = axis.get_legend_handles_labels()
         lines = {label: handle.lines[0] for handle, label in zip(handles, labels, strict=True)}
-        expected = {r"blocks, $\rho = 0$, over $k$": grids["tradeoff_blocks"]}
-        expected["deep ensemble, over $k$"] = grids["tradeoff_deep_ensemble"]
+        expected = {r"blocks, $\rho = 0$, over steps": grids["tradeoff_blocks"]}
+        expected["deep ensemble, over steps"] = grids["tradeoff_deep_ensemble"]
         for method in ("sharpbalance", "sam"):
             for row in grids[f"tradeoff_{method}"]:
-                expected.setdefault(f"{METHODS[method].name}, $k = {row['k']}$", []).append(row)
+                steps = "1 step" if row["k"] == 1 else f"{row['k']} steps"
+                expected.setdefault(f"{METHODS[method].name}, {steps}", []).append(row)
         assert lines.keys() == expected.keys()
         for label, rows in expected.items():
             assert lines[label].get_xydata().tolist() == [[row[key], row["variance"]] for row in rows]
@@ -264,6 +265,15 @@ def test_the_tradeoff_shows_the_numbers_of_its_methods(grids):
         for method in ("sharpbalance", "sam"):
             own = [line.get_color() for label, line in lines.items() if label.startswith(f"{METHODS[method].name}, ")]
             assert own == shades(method, len(own))
+
+
+def test_the_caption_of_the_tradeoff_says_what_is_drawn(grids):
+    """And names steps, since k is another number in figures of measurements."""
+    figure = theory_plots.theory_tradeoff(grids, 2)
+    text = " ".join(figure._supxlabel.get_text().split())
+    assert "k =" not in text + "".join(entry.get_text() for entry in figure.legends[0].get_texts())
+    for words in (r"Sharpness $\kappa$: the largest rise of the loss", "blocks: each member trains on one of 10 equal"):
+        assert words in text
 
 
 def colours_of(picture):

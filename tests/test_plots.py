@@ -25,6 +25,7 @@ from utils.hessian import top_eigenvalues
 from utils.metrics import crossed_interval, pack_counts, pack_values, t_interval
 from utils.partition import PARTITION_RULE, sharpness_aware_masks
 from utils.results import METHODS, read_ensemble
+from utils.uncertainty_plots import BETTER, verdicts
 
 DEEP = {
     "data": "digits",
@@ -220,9 +221,12 @@ def test_tradeoff(three, tmp_path):
     (axis,) = drawn_well(one, 1)
     assert axis.get_xscale() == "log"
     expected = [pytest.approx([x, 20 * a]) for x, a in ((9, 0.7), (3, 0.8), (2, 0.9))]
-    assert at(axis, 3) == at(axis, 4) == expected  # the ensembles, and the mean of the only one
+    assert at(axis, 3) == expected
+    # The mean of the only one; SAM, which others are compared with, is above all of them.
+    assert at(axis, 4) == [expected[0], expected[2]]
+    assert at(axis, 5) == expected[1:2]
     colours = [plots.to_rgb(METHODS[key].colour) for key in ("deep_ensemble", "sam", "released")]
-    means = [line for line in axis.get_lines() if line.get_zorder() == 4]
+    means = [line for line in axis.get_lines() if line.get_zorder() >= 4]
     assert [plots.to_rgb(line.get_markerfacecolor()) for line in means] == colours
     assert len({line.get_marker() for line in means}) == 3
     assert "1 ensemble of 2 members" in notes(one)
@@ -237,10 +241,11 @@ def test_tradeoff(three, tmp_path):
     one = figure("tradeoff", folders)
     (axis,) = one.axes
     assert [text.get_text() for text in one.legends[0].get_texts()] == [r"SAM, $\rho$ = 0.1", r"SAM, $\rho$ = 0.2"]
-    assert at(axis, 4) == [pytest.approx([2.6, 16.2]), pytest.approx([2.7, 16.2])]
+    assert at(axis, 5) + at(axis, 4) == [pytest.approx([2.6, 16.2]), pytest.approx([2.7, 16.2])]
     assert len(at(axis, 3)) == 4
     (line,) = (line for line in axis.get_lines() if line.get_zorder() == 2)
-    assert line.get_xydata().tolist() == at(axis, 4)
+    assert line.get_xydata().tolist() == at(axis, 5) + at(axis, 4)
+    assert line.get_color() == METHODS["sam"].colour
     handles = one.legends[0].get_lines()
     assert [handle.get_marker() for handle in handles] == ["s", "s"]
     assert handles[0].get_markerfacecolor() != handles[1].get_markerfacecolor() == "white"
@@ -273,6 +278,33 @@ def test_labels_say_what_tables_say(tmp_path):
     assert [line for line in axis.get_lines() if line.get_zorder() == 2 and len(line.get_xdata()) > 1] != []
     assert sum(len(line.get_xdata()) for line in axis.get_lines() if line.get_zorder() == 2) == len(folders) + 2
     assert max(len(line.get_xdata()) for line in axis.get_lines() if line.get_zorder() == 2) == 2
+
+
+def test_captions_have_the_settings_that_no_label_has(tmp_path):
+    """Each with the methods that have it, where these differ and are not named with it."""
+    drawn = SHARPBALANCE | {"partition": "random", "unselected": None}
+    trained = {"deep": DEEP, "sam": SAM, "small": SAM | {"rho": 0.05}, "ours": SHARPBALANCE, "drawn": drawn}
+    folders = {name: measure(tmp_path / name, one) for name, one in trained.items()}
+    common = r"for each method; $\rho$ = 0.1, $k$ = 0.5, $T_d$ = 2"
+    assert f"{common} unless a label says otherwise; 50 test" in notes(figure("tradeoff", folders.values()))
+    del folders["small"]
+    assert f"{common}; 50 test" in notes(figure("benchmark", folders.values()))
+    folders["drawn"] = measure(tmp_path / "other", drawn | {"rho": 0.2, "initial_epochs": 3})
+    differ = r"$\rho$ = 0.1 (SAM, SharpBalance (released)), $\rho$ = 0.2 (SAM on random samples), $k$ = 0.5, "
+    differ += "$T_d$ = 2 (SharpBalance (released)), $T_d$ = 3 (SAM on random samples); 50 test images"
+    assert differ in notes(figure("tradeoff", folders.values()))
+    unknown = measure(tmp_path / "rho 7, k 3", SAM, trained=None)
+    assert "for each method; 50 test images" in notes(figure("tradeoff", [folders["deep"], unknown]))
+
+
+def test_captions_name_the_images_of_the_figure(three):
+    """Of the trade-off no corrupted ones, though they were measured."""
+    for folder in three:
+        with_scores(folder, 20)
+    assert "50 test images. " in notes(figure("tradeoff", three))
+    assert "corrupted" not in notes(figure("tradeoff", three))
+    for kind in ("benchmark", "severity", "ensemble_size"):
+        assert "50 test images, corrupted copies of 20. " in notes(figure(kind, three))
 
 
 def test_ticks_have_labels():
@@ -354,7 +386,7 @@ def test_severity(three):
     gaps = [line for line in axes[1].get_lines() if len(line.get_xdata()) == 5]
     assert [gap.get_ydata().tolist() for gap in gaps] == [pytest.approx([d] * 5) for d in (-10, 10)]
     assert bars(axes[1]) == []
-    assert axes[2].get_ylabel() == "NLL  [nats]"
+    assert axes[2].get_ylabel() == "NLL before\ntemperature  [nats]"
     # Without SAM there is nothing to subtract.
     assert len(figure("severity", three[:1]).axes) == 2
 
@@ -367,14 +399,14 @@ def test_severity_has_clean_and_corrupted_on_the_same_images(three, tmp_path):
     one = figure("severity", [three[0], *more])
     accuracy, nll = (axis.get_lines()[0].get_ydata()[0] for axis in one.axes)
     assert (accuracy, nll) == (100, pytest.approx(0.95, rel=1e-3))
-    assert "Clean: accuracy and NLL of the same 20 images. " in notes(one)
+    assert "Clean: accuracy and NLL before temperature of the same 20 images. " in notes(one)
     assert "with caps over new ensembles and new test images; without caps Student's, over ensembles" in notes(one)
     # Of a file that does not keep NLL by image: of all of them, which is said.
     for folder in (three[0], *more):
         with_scores(folder, 20)
     one = figure("severity", [three[0], *more])
     assert one.axes[1].get_lines()[0].get_ydata() == pytest.approx([0.3])
-    assert "Clean: accuracy of the same 20 images, NLL of all 50 images. " in notes(one)
+    assert "Clean: accuracy of the same 20 images, NLL before temperature of all 50 images. " in notes(one)
 
 
 def test_calibration_is_shown_in_the_form_for_few_images(three):
@@ -388,7 +420,7 @@ def test_calibration_is_shown_in_the_form_for_few_images(three):
                 scores["calibration_mse"] = -1e-4 if row_of is rows[0] else 0.0025
         write_json(folder / "diversity.json", content)
     axes = drawn_well(figure("severity", three), 6)
-    assert axes[4].get_ylabel() == "RMSCE  [%]"
+    assert axes[4].get_ylabel() == "RMSCE before\ntemperature  [%]"
     clean, corrupted = axes[4].get_lines()[:2]
     assert clean.get_ydata().tolist() == [0]  # an estimate of a square, below 0
     assert corrupted.get_ydata().tolist() == pytest.approx([5] * 5)
@@ -403,7 +435,7 @@ def test_ensemble_size(three, tmp_path):
         assert len(curves) == 3
         assert curves[0].get_ydata().tolist() == pytest.approx(values)
         assert len(bars(axis)) == 6
-    assert [axis.get_ylabel() for axis in axes] == ["accuracy  [%]", "", "NLL  [nats]", ""]
+    assert [axis.get_ylabel() for axis in axes] == ["accuracy  [%]", "", "NLL before\ntemperature  [nats]", ""]
     # What is kept by image has crossed intervals, the rest Student's, and the caption says which is which.
     more = [measure(tmp_path / f"sam{i}", SAM, (i, i + 5), a, corrupted=False) for i, a in enumerate((0.7, 0.8, 0.84))]
     one = figure("ensemble_size", more)
@@ -415,6 +447,39 @@ def test_ensemble_size(three, tmp_path):
     assert "with caps over new ensembles and new test images; without caps Student's" in notes(one)
 
 
+def test_the_number_of_members_by_calibrated_nll(tmp_path):
+    """Where all files hold it, by image if all keep it so; the axis says which NLL it is."""
+    folders = [measure(tmp_path / f"deep{i}", DEEP, (i, i + 5)) for i in range(3)]
+    kept = []
+    for i, folder in enumerate(folders):
+        content = json.loads((folder / "diversity.json").read_text())
+        kept.append([torch.linspace(0, 2 - 0.1 * i, IMAGES) + 0.2 / size for size in (1, 2)])
+        names = ("ensemble_nll_calibrated_of_1", "ensemble_nll_calibrated")
+        test = content["result"]["test"]
+        test["values_of_samples"] = {name: pack_values(one.numpy()) for name, one in zip(names, kept[i], strict=True)}
+        test["calibrated_nll_by_size"] = {str(n): one.mean().item() for n, one in enumerate(kept[i], 1)}
+        test["intervals_95"] |= {names[0]: [1.0, 1.3], names[1]: [0.9, 1.2]}
+        write_json(folder / "diversity.json", content)
+    one = figure("ensemble_size", folders)
+    left, right = drawn_well(one, 4)[2:]
+    assert left.get_ylabel() == "NLL, calibrated  [nats]"
+    assert right.get_ylabel() == "NLL before\ntemperature  [nats]"  # of corrupted images it is not known
+    assert "Calibrated: each subset by one temperature, fitted on validation." in notes(one)
+    columns = [torch.stack(of_size) for of_size in zip(*kept, strict=True)]
+    assert left.get_lines()[0].get_ydata() == pytest.approx([of.mean().item() for of in columns], abs=1e-3)
+    expected = [crossed_interval(of.double()) for of in columns]
+    assert np.array(bars(left))[:, :, 1] == pytest.approx(np.array(expected), abs=2e-3)
+    # Of a single ensemble whose file does not keep it by image, the intervals are those of the file.
+    del test["values_of_samples"]
+    write_json(folders[2] / "diversity.json", content)
+    single = figure("ensemble_size", folders[2:]).axes[2]
+    assert np.array(bars(single))[:, :, 1] == pytest.approx(np.array([[1.0, 1.3], [0.9, 1.2]]))
+    other = measure(tmp_path / "sam", SAM)
+    one = figure("ensemble_size", [*folders, other])
+    assert one.axes[2].get_ylabel() == "NLL before\ntemperature  [nats]"
+    assert "Calibrated" not in notes(one)
+
+
 def test_curves(runs):
     axes = drawn_well(figure("curves", runs), 4)
     lines = axes[0].get_lines()
@@ -422,9 +487,12 @@ def test_curves(runs):
     assert lines[2].get_ydata().tolist() == pytest.approx([1 / (e + 1) + 0.5 for e in range(4)])
     assert lines[2].get_xdata().tolist() == [1, 2, 3, 4]
     assert lines[-1].get_xdata()[0] == 2.5
+    entry = figure("curves", runs).legends[0].get_lines()[-1]  # it looks as the legend shows it
+    assert [(line.get_color(), line.get_linestyle()) for line in (entry, lines[-1])] == [("grey", ":")] * 2
+    assert entry.get_label() == "samples are assigned"
     assert axes[3].get_lines()[0].get_ydata().tolist() == pytest.approx([40] * 4)
-    assert "Until its sets are made, SharpBalance is SAM." in notes(figure("curves", runs))
-    assert "Until its sets" not in notes(figure("curves", runs[:2]))
+    assert "Until samples are assigned, SharpBalance is SAM." in notes(figure("curves", runs))
+    assert "Until samples" not in notes(figure("curves", runs[:2]))
 
 
 def test_a_diverged_loss_does_not_squeeze_the_others(runs, tmp_path):
@@ -491,6 +559,7 @@ def test_landscape(runs, few_steps, tmp_path, monkeypatch):
     dotted, strong = middle.get_lines()[0], left.get_lines()[2]
     assert dotted.get_xydata().tolist() == strong.get_xydata().tolist()
     assert middle.get_xlim() == pytest.approx((-0.0005, 0.0105))
+    assert right.get_xlabel() == "position between\ntwo members  [1]"
     assert "Top eigenvector" in notes(one)
     path = tmp_path / "a.json"
     content = json.loads(path.read_text())
@@ -630,6 +699,37 @@ def test_a_method_has_one_name_and_colour(tmp_path):
     assert unknown.label == "theirs"
 
 
+def test_a_setting_looks_alike_in_all_figures(tmp_path):
+    """SAM at SharpBalance's rho, or at the smallest one, has SAM's colour, filled, whichever others are beside it."""
+    late = {"initial_method": "sgd", "initial_epochs": 8}
+    settings = {"sam": SAM, "small": SAM | {"rho": 0.05}, "large": SAM | {"rho": 0.2}, "late": SAM | late}
+    settings |= {"late_large": SAM | late | {"rho": 0.2}, "ours": SHARPBALANCE, "ours_late": SHARPBALANCE | late}
+    found = {name: read_ensemble(measure(tmp_path / name, one)) for name, one in settings.items()}
+
+    def marks(*names):
+        groups = plots.line_styles([found[name] for name in names])
+        return {group.ensembles[0].folder.name: group.mark for group in groups}
+
+    own = {"color": plots.to_rgb(METHODS["sam"].colour), "marker": "s"}
+    several = marks(*settings)
+    assert list(several) == ["small", "sam", "large", "late", "late_large", "ours", "ours_late"]  # by rho
+    assert several["sam"] == marks("sam", "ours")["sam"] == marks("sam")["sam"] == own
+    assert marks("small", "large")["small"] == own  # where SharpBalance is not shown
+    assert several["late"] == marks("late")["late"] == marks("sam", "late")["late"]
+    assert several["ours"] == marks("ours")["ours"]
+    of_sam = [json.dumps(several[name], sort_keys=True) for name in ("small", "sam", "large", "late", "late_large")]
+    assert len(set(of_sam)) == 5
+    assert len({several[name]["color"] for name in ("small", "sam", "large")}) == 3
+    assert several["late"]["color"] != own["color"]
+    markers = [several[name]["marker"] for name in ("sam", "late", "ours", "ours_late")]
+    assert len(set(markers)) == 4
+    assert not set(markers[1::2]) & set(plots.MARKERS.values())
+    # Lines that join what differs in rho only: that of late SAM has another colour than SAM's.
+    (axis,) = figure("tradeoff", [tmp_path / name for name in settings]).axes
+    joined = [line for line in axis.get_lines() if line.get_zorder() == 2 and len(line.get_xdata()) > 1]
+    assert [plots.to_rgb(line.get_color()) for line in joined] == [own["color"], several["late"]["color"]]
+
+
 # Machado, Oliveira and Fernandes, "A physiologically-based model for simulation of color vision deficiency", 2009:
 # matrices of linear RGB for no deficiency, and for severity 1.0 of each.
 SIGHT = {
@@ -686,6 +786,7 @@ def test_colours_of_methods_differ(sight):
 def test_no_two_methods_look_alike(tmp_path):
     """Without colour, too: each has a marker of its own, and settings of one method a filling each."""
     assert len(set(plots.MARKERS.values())) == len(METHODS)
+    assert len({marker for markers in (plots.MARKERS, plots.LATE) for marker in markers.values()}) == len(METHODS) + 6
     settings = [SAM | {"rho": rho} for rho in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)]
     settings += [DEEP, SHARPBALANCE, PAPER, SAM | {"sam_adaptive": True}]
     groups = plots.line_styles([read_ensemble(measure(tmp_path / str(i), one)) for i, one in enumerate(settings)])
@@ -725,7 +826,7 @@ def test_map_of_verdicts():
     row = [judged(mean, word, 0.3) for mean, word in zip(means, words, strict=True)]
     small = [judged(0.003, "undecided", 0.003), *5 * [None]]
     parts = {"gain  [% points]": {"one": row}, "gain  [mnats]": {"two": small}}
-    figure = plots.verdicts(list("abcdef"), parts, "Note.")
+    figure = verdicts(list("abcdef"), parts, "Note.")
     first, second = figure.axes
     found = [text.get_text() for text in first.texts]
     assert found == ["-2.00 =", "-0.30 =", "+0.00 =", "+0.30 \u25b2", "+1.00 \u25b2", "+2.00 \u25b2"]
@@ -739,14 +840,14 @@ def test_map_of_verdicts():
             pair = sorted((1.05 / contrasts([colour])[0], 1.05 / of_text))
             assert pair[1] / pair[0] > 4, text
     of_no_interest = [judged(0.1, word, 0.3)._replace(small=True) for word in ("supported", "contradicted")]
-    marked = plots.verdicts(["a", "b"], {"gain": {"one": of_no_interest}}, "").axes[0].texts
+    marked = verdicts(["a", "b"], {"gain": {"one": of_no_interest}}, "").axes[0].texts
     assert [text.get_text()[-1] for text in marked] == ["\u25b3", "\u25bd"]
-    (unknown,) = plots.verdicts(["a"], {"gain": {"one": [judged(np.nan, "undecided", 0.3)]}}, "").axes[0].texts
+    (unknown,) = verdicts(["a"], {"gain": {"one": [judged(np.nan, "undecided", 0.3)]}}, "").axes[0].texts
     assert (unknown.get_text(), unknown.get_color()) == ("- ?", "black")  # on white
     half = second.images[0]
     assert half.norm(3.0) == pytest.approx(0.75)  # half of the way, since twice the margin has the full colour
     for sight in SIGHT:
-        assert least_distance([plots.BETTER(0.0)[:3], plots.BETTER(1.0)[:3], (1, 1, 1)], sight) > 30
+        assert least_distance([BETTER(0.0)[:3], BETTER(1.0)[:3], (1, 1, 1)], sight) > 30
 
 
 def test_the_batches_of_few_images(tmp_path):

@@ -327,6 +327,15 @@ def write_setting(folder, noise, images, methods, **change):
             (place / "diversity.json").write_text(json.dumps(content))
 
 
+def test_the_map_says_what_its_columns_are(tmp_path, monkeypatch):
+    saved = []
+    write_setting(tmp_path / "b", 0.2, 1000, STUDY_METHODS)
+    monkeypatch.setattr(report.plots, "save", lambda figure, path: saved.append(figure))
+    call(tmp_path)
+    text = " ".join(saved[0].texts[-1].get_text().split())
+    assert "Columns: share of wrong labels (or data), number of training images. Blue: better" in text
+
+
 def test_a_study(tmp_path, capsys):
     """All settings on one page: the map, verdicts by family, advice with its cells, and what it would take."""
     fewer = {name: gain for name, gain in STUDY_METHODS.items() if name[:6] in ("deep_e", "sam_0.", "sharpb")}

@@ -13,7 +13,7 @@ def add(folder, shift=0.0, sets=("noise", "corrupted")):
     path = folder / "diversity.json"
     content = load_json(path)
     row, fair = content["result"]["test"], np.linspace(0, 1, 101)
-    row["samples"] = IMAGES
+    row["samples"] = content["result"]["corrupted"]["mean"]["samples"] = IMAGES
     scores = {
         name: dict.fromkeys(OOD_METRICS, 0.8 + shift)
         | {"tpr": list(fair ** (0.5 - shift)), "histogram": {"edges": [0, 2], "in": [0.7, 0.3], "out": [0.2, 0.8]}}
@@ -81,6 +81,8 @@ def test_reliability(three, tmp_path):
     one = figure("reliability", three)
     axes = drawn_well(one, 4)
     assert [axis.get_title() for axis in axes[:2]] == ["as trained", "with a temperature"]
+    assert "the dotted line is perfect calibration. " in notes(one)
+    assert "50 test images. Bins" in notes(one)  # the corrupted ones do not enter
     points = axes[0].get_lines()[0].get_xydata()
     assert points == pytest.approx(np.array([[50, 60], [90, 90]]))  # in the first bin are 5 images
     low, high = np.array(bars(axes[0]))[0, :, 1]  # Wilson's, of 12 of 20

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
@@ -47,6 +47,8 @@ from utils.results import (
 
 # Of each method in the order of `METHODS`, so that a method looks alike in all figures and can be told without colour.
 MARKERS = dict(zip(METHODS, "osdD^v<pX*", strict=True))
+# Of those that can begin with plain SGD, where they do.
+LATE = MARKERS | {"sam": ">", "released": "P", "paper": "H", "random": "8", "same": "h", "asam": (6, 1, 0)}
 # Of the settings of one method: they share its marker.
 FILLS: tuple[dict[str, Any], ...] = (
     {},
@@ -57,7 +59,7 @@ FILLS: tuple[dict[str, Any], ...] = (
 LINES = ("-", (0, (6, 2)), (0, (3, 2)), (0, (1, 1)))
 # How labels write the settings in which curves of one method differ.
 SYMBOLS = {"rho": r"$\rho$", "k": "$k$", "T_d": "$T_d$"}
-# Shades for the smallest to the largest rho. Those of other methods go from dark to the colour.
+# From dark to light. Those of other methods go from dark to the colour.
 SHADES = {"sam": ("#710000", "#D67822", "#AA8856")}
 MAX_LEGEND = 58  # characters of both columns of a legend that are as wide as half a page
 WIDTH = 3.4  # inches, in print: half a page. All sizes of text are those of print.
@@ -94,21 +96,35 @@ TEST_SETS = {"": (("test",), "clean test images"), "corrupted_": (("corrupted", 
 class Group:
     """Ensembles of the same settings, and how figures show them.
 
-    `offset` is the position among all groups, centred at 0, by which points of different groups are drawn side by side.
+    `nth` counts those of its method from 0, late ones apart: first those of SharpBalance's rho, so that what others are
+    compared with looks alike in all figures, and by rho. `offset` is the position among all groups, centred at 0, by
+    which points of different groups are drawn side by side.
     """
 
     key: str  # in METHODS
     label: str
     ensembles: list[Ensemble]
-    colour: tuple[float, ...]
-    fill: dict[str, Any]
+    nth: int
+    late: bool  # plain SGD comes first
     line: Any
     offset: float
 
     @property
+    def colour(self) -> tuple[float, ...]:
+        """The method's own of the first of its groups, shades of it of the others."""
+        own = to_rgb(METHODS[self.key].colour)
+        others = [shade for shade in shades(self.key, 3) if shade != own] or [own]
+        return others[-1] if self.late else (own, *others)[self.nth % (1 + len(others))]
+
+    @property
+    def fill(self) -> dict[str, Any]:
+        """The filling of its points."""
+        return FILLS[self.nth % len(FILLS)]
+
+    @property
     def mark(self) -> dict[str, Any]:
         """Colour, marker and filling of its points."""
-        return {"color": self.colour, "marker": MARKERS[self.key], **self.fill}
+        return {"color": self.colour, "marker": (LATE if self.late else MARKERS)[self.key], **self.fill}
 
 
 class Shown(NamedTuple):
@@ -169,22 +185,28 @@ def shades(key: str, count: int) -> list[tuple[float, ...]]:
 
 
 def line_styles(ensembles: list[Ensemble]) -> list[Group]:
-    """Label, colour, marker and line of each group of ensembles, in the order of `METHODS`.
+    """Label, colour, marker and line of each group of ensembles, in the order of `METHODS`, then of rho.
 
-    Groups of one method get shades of its colour, darker for smaller rho, and labels with the settings in which they
-    differ.
+    Groups of one method have labels with the settings in which they differ.
     """
     found, groups = groups_of(ensembles).values(), []
-    for key in METHODS:
-        same = [group for group in found if group[0].key == key]
-        same.sort(key=lambda group: (group[0].content.get("trained") or {}).get("rho") or 0)
-        for j, (group, colour) in enumerate(zip(same, shades(key, len(same)), strict=True)):
+    usual = {_rho(one) for one in ensembles if one.key in ("released", "paper")}
+    for key, late in itertools.product(METHODS, (False, True)):
+        alike = [group for group in found if group[0].key == key]
+        same = [group for group in alike if ("SGD first" in group[0].method.split(", ")) == late]
+        same.sort(key=lambda group: (_rho(group[0]), ", sized as SharpBalance (paper)" in group[0].method))
+        order = sorted(range(len(same)), key=lambda j: _rho(same[j][0]) not in usual)
+        for j, group in enumerate(same):
             # That of an unknown method is a folder's name: no formula, and legends leave out what begins with _.
             unknown = group[0].method.replace("$", r"\$").lstrip("_")
-            label = unknown if key == "unknown" else METHODS[key].name + _differences(group, same)
+            label = unknown if key == "unknown" else METHODS[key].name + _differences(group, alike)
             line, offset = LINES[len(groups) % len(LINES)], len(groups) - (len(found) - 1) / 2
-            groups.append(Group(key, label, group, colour, FILLS[j % len(FILLS)], line, offset))
+            groups.append(Group(key, label, group, order.index(j), late, line, offset))
     return groups
+
+
+def _rho(ensemble: Ensemble) -> float:
+    return (ensemble.content.get("trained") or {}).get("rho") or 0.0
 
 
 def _differences(group: list[Ensemble], groups: list[list[Ensemble]]) -> str:
@@ -213,14 +235,36 @@ def _how_many(groups: list[Group]) -> str:
     return "n: " + ", ".join(f"{group.label} {count}" for group, count in zip(groups, counts, strict=True))
 
 
-def about(groups: list[Group]) -> str:
-    """Data, network, the number of images that were measured, and the number of ensembles of each group."""
+def _settings(groups: list[Group]) -> str:
+    """The rho, k and T_d that labels do not name, by label where they differ."""
+    texts, labelled = [], False
+    for key, symbol in SYMBOLS.items():
+        found: dict[str, list[str]] = {}
+        for group in [group for group in groups if group.key != "unknown"]:
+            settings = dict(part.split(" ", 1) for part in group.ensembles[0].method.split(", ") if " " in part)
+            if key in settings and f", {symbol} = " in group.label:
+                labelled = True
+            elif key in settings:
+                found.setdefault(settings[key], []).append(group.label)
+        texts += [
+            f"{symbol} = {value}" + f" ({', '.join(labels)})" * (len(found) > 1) for value, labels in found.items()
+        ]
+    return f"; {', '.join(texts)}{' unless a label says otherwise' * labelled}" if texts else ""
+
+
+def about(groups: list[Group], corrupted: bool = False) -> str:
+    """Data and network, the number of ensembles, the settings that labels do not name, and the number of test images.
+
+    Args:
+        groups: of the figure.
+        corrupted: whether it shows corrupted images, if they were measured.
+    """
     content = groups[0].ensembles[0].content
-    result, text = content.get("result"), f"{setting_of(content)}; {_how_many(groups)}"
+    result, text = content.get("result"), f"{setting_of(content)}; {_how_many(groups)}{_settings(groups)}"
     if result and (images := _samples(groups[0].ensembles[0], "test")):
         text += f"; {images} test images"
-        if "corrupted" in result and (corrupted := _samples(groups[0].ensembles[0], "corrupted", "mean")):
-            text += f", corrupted copies of {corrupted}"
+        if corrupted and "corrupted" in result and (copies := _samples(groups[0].ensembles[0], "corrupted", "mean")):
+            text += f", corrupted copies of {copies}"
     return text
 
 
@@ -280,20 +324,23 @@ def tradeoff(ensembles: list[Ensemble]) -> Figure:
             x, y = (_estimate(group.ensembles, name) for name in TRADEOFF)
             _bar(axis, x.mean, y, 100, ecolor=group.colour, zorder=3.5)
             _bar(axis, 100 * y.mean, x, 1, across=True, ecolor=group.colour, zorder=3.5)
-            axis.plot(x.mean, 100 * y.mean, markersize=6, zorder=4, **style)
+            # What others are compared with would else be hidden under those that are like it.
+            front = {"markersize": 5, "markeredgecolor": "white", "zorder": 5} if _is_reference(group) else {}
+            axis.plot(x.mean, 100 * y.mean, **{"markersize": 6, "zorder": 4, **style, **front})
             shown += [x, y]
             one = group.ensembles[0]
             later = (one.content.get("trained") or {}).get("average_from")
             others = re.sub(r", rho [^,]+", "", one.method), len(one.seeds), later
-            means.setdefault((group.key, *others), []).append((x.mean, 100 * y.mean))
+            colour = group.colour if group.late else METHODS[group.key].colour
+            means.setdefault((colour, *others), []).append((x.mean, 100 * y.mean))
         else:
             missing = [str(one.values["sharpness"]) for one in group.ensembles if not _is_drawn(one)]
             left_out += (
                 f" Not drawn: {len(missing)} of {group.label}, of sharpness {', '.join(dict.fromkeys(missing))}."
             )
             left_out += " Nor is their mean." * (len(group.ensembles) > 1)
-    for (key, *_), points in means.items():
-        axis.plot(*zip(*points, strict=True), color=METHODS[key].colour, linewidth=0.7, zorder=2)
+    for (colour, *_), points in means.items():
+        axis.plot(*zip(*points, strict=True), color=colour, linewidth=0.7, zorder=2)
     axis.set(xlabel="worst-case sharpness of a member  [nats]", ylabel="disagreement of two members  [%]")
     if max(finite) > 3 * min(finite) > 0:
         axis.set_xscale("log")
@@ -347,19 +394,17 @@ def benchmark(ensembles: list[Ensemble]) -> Figure:
         if pairs:
             line[1].axvline(0, color="black", linewidth=0.8)
             line[1].set(title=f"minus {reference.label}", xlabel="accuracy  [% points]")
-    note = f"{about(groups)}.{_pairing(pairs)}{_intervals(shown)}"
+    note = f"{about(groups, True)}.{_pairing(pairs)}{_intervals(shown)}"
     return finished(figure, _markers(groups, linestyle=""), note)
+
+
+def _is_reference(group: Group) -> bool:
+    return group.nth == 0 and is_sam(group.ensembles[0])
 
 
 def _pairs(groups: list[Group]) -> tuple[Group | None, dict[str, list[tuple[Ensemble, Ensemble]]]]:
     """SAM, of SharpBalance's rho where there are several, and by label the ensembles of its seeds, each with SAM's."""
-
-    def rho(group: Group) -> Any:
-        return group.ensembles[0].content["trained"]["rho"]
-
-    wanted = [rho(group) for group in groups if group.key in ("released", "paper")]
-    found = [group for group in groups if is_sam(group.ensembles[0])]
-    reference = next((group for group in found if rho(group) in wanted), found[0] if found else None)
+    reference = next(filter(_is_reference, groups), None)
     by_seeds = {one.seeds: one for one in reference.ensembles} if reference else {}
     pairs = {
         group.label: [(one, by_seeds[one.seeds]) for one in group.ensembles if one.seeds in by_seeds]
@@ -381,10 +426,11 @@ def _pairing(pairs: dict[str, Any]) -> str:
 # calibration error is shown as its root; unlike the ECE, it is not too large where the images are few.
 SCORES = {
     "accuracy": (100, "accuracy", "%", "% points"),
-    "nll": (1, "NLL", "nats", "nats"),
-    "calibration_mse": (100, "RMSCE", "%", "% points"),
+    "nll": (1, "NLL before\ntemperature", "nats", "nats"),
+    "calibration_mse": (100, "RMSCE before\ntemperature", "%", "% points"),
 }
-BY_IMAGE = {"accuracy": "ensemble", "nll": "nll"}  # the names of scores in `Ensemble.by_sample`
+# The names of scores in `Ensemble.by_sample`.
+BY_IMAGE = {"accuracy": "ensemble", "nll": "nll", "nll_calibrated": "nll_calibrated"}
 
 
 def _scores(ensembles: list[Ensemble]) -> dict[str, tuple[int, str, str, str]]:
@@ -409,7 +455,7 @@ def severity(ensembles: list[Ensemble]) -> Figure:
     reference, pairs = _pairs(groups)
     places = [("test",), *(("corrupted", "by_severity", str(step)) for step in sorted(map(int, found[0])))]
     clean, corrupted = _samples(ensembles[0], "test"), _samples(ensembles[0], "corrupted", "mean")
-    names = {key: name for key, (_, name, *_) in scores.items()}
+    names = {key: name.replace("\n", " ") for key, (_, name, *_) in scores.items()}
     same = [key for key in scores if all(BY_IMAGE.get(key) in one.by_sample for one in ensembles)]
 
     def value(one: Ensemble, place: tuple[str, ...], key: str) -> Gap:
@@ -443,7 +489,7 @@ def severity(ensembles: list[Ensemble]) -> Figure:
     if pairs:
         axes[0, 1].set_title(f"minus {reference.label}")
     axes[0, 0].set_title("ensemble")
-    note = f"{about(groups)}. Means over {len(ensembles[0].content['protocol']['corruptions'])} corruptions."
+    note = f"{about(groups, True)}. Means over {len(ensembles[0].content['protocol']['corruptions'])} corruptions."
     if clean != corrupted:
         images = {f"the same {corrupted}": [name for key, name in names.items() if key in same]}
         images[f"all {clean}"] = [name for key, name in names.items() if key not in same]
@@ -458,83 +504,52 @@ def _name(key: str, kind: str = "ensemble") -> str:
 
 @styled
 def ensemble_size(ensembles: list[Ensemble]) -> Figure:
-    """Scores against the number of members, a row of panels each; one column per test set."""
+    """Scores against the number of members, a row of panels each; one column per test set.
+
+    NLL is calibrated where all files hold that by size, which none does of corrupted images.
+    """
     groups, scores, test_sets, shown = line_styles(ensembles), _scores(ensembles), _test_sets(ensembles), []
-    shape = len(scores), len(test_sets)
+    shape, calibrated = (len(scores), len(test_sets)), ""
     figure, axes = panels(0.8 + 1.3 * shape[0], *shape, squeeze=False, sharex=True)
     for column, (prefix, (place, title)) in zip(axes.T, test_sets.items(), strict=True):
-        for (axis, (key, (factor, name, unit, _))), group in itertools.product(
-            zip(column, scores.items(), strict=True), groups
-        ):
-            found = [require(one, *place, "ensemble_by_size") for one in group.ensembles]
-            sizes = sorted(map(int, found[0]))
-            # Single members and whole ensembles are known by image; of a single ensemble, only they have an interval.
-            by_image = {sizes[0]: {"accuracy": "member"}, sizes[-1]: BY_IMAGE}
-            curve = []
-            for size in sizes:
-                known = f"{prefix}{by_image.get(size, {}).get(key)}"
-                columns = [one.by_sample.get(known) for one in group.ensembles]
-                columns = columns if all(column is not None for column in columns) else None
-                kind = {sizes[0]: "member", sizes[-1]: "ensemble"}.get(size, "")
-                of_images = require(group.ensembles[0], *place, "intervals_95").get(_name(key, kind))
-                curve.append(_shown(columns or [_score(by[str(size)], key) for by in found], of_images))
-            _curve(axis, [n + 0.05 * group.offset for n in sizes], curve, group, factor)
-            axis.set_ylabel(f"{name}  [{unit}]" if prefix == min(test_sets) else "")
-            shown += curve
+        known = all("calibrated_nll_by_size" in require(one, *place) for one in ensembles)
+        for axis, left, (key, (factor, name, unit, _)) in zip(column, axes[:, 0], scores.items(), strict=True):
+            if key == "nll" and known:
+                key, name = "nll_calibrated", "NLL, calibrated"
+                calibrated = " Calibrated: each subset by one temperature, fitted on validation."
+            for group in groups:
+                curve = _by_size(group, place, prefix, key)
+                _curve(axis, [n + 0.05 * group.offset for n in curve], list(curve.values()), group, factor)
+                shown += curve.values()
+            label = f"{name}  [{unit}]"
+            axis.set_ylabel(label if axis is left or left.get_ylabel() != label else "")
         column[0].set_title(title)
     whole_numbers(axes[-1], "members  [1]")
-    note = f"{about(groups)}. Points: means over subsets of members.{_intervals(shown)}"
+    note = f"{about(groups, True)}. Points: means over subsets of members.{calibrated}{_intervals(shown)}"
     return finished(figure, _markers(groups), note)
 
 
-# How the map marks the verdicts of utils/claims.py, and what the marks mean.
-MARKS = {"supported": "\u25b2", "contradicted": "\u25bc", "supported, within the margin": "\u25b3"}
-MARKS |= {"contradicted, within the margin": "\u25bd", "equivalent": "=", "undecided": "?"}
-LEGEND = "\u25b2 \u25bc better, worse; \u25b3 \u25bd so within the margin; = equivalent within the margin; ? undecided"
-# From worse to better: the colours of SAM and SharpBalance, which all readers can tell apart.
-BETTER = LinearSegmentedColormap.from_list("better", [METHODS["sam"].colour, "#ffffff", METHODS["released"].colour])
-
-
-@styled
-def verdicts(settings: list[str], parts: dict[str, dict[str, list[Any]]], note: str) -> Figure:
-    """A map of differences: a row for each comparison, a column for each setting, a panel for each value.
-
-    Args:
-        settings: the columns' labels.
-        parts: by the panel's title and the row's label, for each setting a `utils.claims.Judged`, or None. Where the
-            title's unit is a thousandth, [m...], so is what is shown.
-        note: the caption.
-    """
-    rows = max(map(len, parts.values()))
-    figure, axes = panels(0.3 + len(parts) * (0.55 + 0.2 * rows), len(parts), 1, squeeze=False)
-    for axis, (title, found) in zip(axes[:, 0], parts.items(), strict=True):
-        factor = 1000 if "[m" in title else 1
-        table = np.array([[math.nan if one is None else factor * one.mean for one in row] for row in found.values()])
-        finite = np.abs(table[np.isfinite(table)])
-        margin = max((factor * one.claim.margin for row in found.values() for one in row if one is not None), default=1)
-        limit = max([2 * margin, *finite])  # what is of no interest stays pale
-        axis.imshow(table, cmap=BETTER, vmin=-limit, vmax=limit, aspect="auto")
-        for (i, row), j in itertools.product(enumerate(found.values()), range(len(settings))):
-            if row[j] is not None:
-                value = table[i, j]
-                text = f"{value:+.2f}" if math.isfinite(value) else "-"
-                dark = math.isfinite(value) and _luminance(BETTER((value / limit + 1) / 2)) < 0.18
-                colour = "white" if dark else "black"  # a cell without a number is not filled
-                axis.text(j, i, f"{text} {MARKS[row[j].verdict]}", ha="center", va="center", fontsize=5.5, color=colour)
-        axis.set_xticks(range(len(settings)), settings)
-        axis.set_yticks(range(len(found)), found)
-        axis.set(title=title)
-        axis.grid(visible=False)
-        axis.tick_params(length=0)
-        axis.spines[:].set_visible(False)
-    figure.set_figheight(figure.get_figheight() + 0.1 * caption(figure, f"{note} {LEGEND}."))
-    return figure
-
-
-def _luminance(colour: tuple[float, ...]) -> float:
-    """The relative luminance of WCAG 2, 0 to 1; at 0.18 black and white have the same contrast with a colour."""
-    parts = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
-    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+def _by_size(group: Group, place: tuple[str, ...], prefix: str, key: str) -> dict[int, Shown]:
+    """A score of a group on a test set by the number of members, means over subsets of members."""
+    rows = [require(one, *place) for one in group.ensembles]
+    if key == "nll_calibrated":
+        found = [row["calibrated_nll_by_size"] for row in rows]
+    else:
+        of = (require(one, *place, "ensemble_by_size") for one in group.ensembles)
+        found = [{size: _score(row, key) for size, row in by.items()} for by in of]
+    sizes = sorted(map(int, found[0]))
+    # Files may keep by image: whole ensembles, the accuracy of single members, and calibrated NLL of each size.
+    by_image = {sizes[0]: {"accuracy": "member"}, sizes[-1]: BY_IMAGE}
+    kinds, curve = {sizes[0]: "member", sizes[-1]: "ensemble"}, {}
+    for size in sizes:
+        of_size = f"{key}_of_{size}"
+        name = prefix + by_image.get(size, {}).get(key, of_size)
+        columns = [one.by_sample.get(name) for one in group.ensembles]
+        columns = columns if all(column is not None for column in columns) else None
+        edges = rows[0]["intervals_95"]
+        of_images = edges.get(_name(key, kinds.get(size, "")), edges.get(f"ensemble_{of_size}"))
+        curve[size] = _shown(columns or [by[str(size)] for by in found], of_images)
+    return curve
 
 
 def panels(height: float, *shape: int, **options: Any) -> tuple[Figure, Any]:

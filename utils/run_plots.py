@@ -42,8 +42,8 @@ def curves(runs: list[Ensemble]) -> Figure:
                 members = [[factor * epoch[f"{part}_{key}"] for epoch in log] for log in logs]
                 _members(axis, range(1, 1 + max(map(len, logs))), members, group)
                 if trained["sam"] and trained["flat_ratio"]:
-                    axis.axvline(trained["initial_epochs"] + 0.5, color=group.colour, **dotted)
-                    handles = [grey("the sets are made", **dotted)]
+                    axis.axvline(trained["initial_epochs"] + 0.5, color="grey", **dotted)
+                    handles = [grey("samples are assigned", **dotted)]
         loss.set(title=title, ylabel="loss  [nats]", yscale="log")
         accuracy.set(title=title, ylabel="accuracy  [%]")
         # A member that diverges, or the first epochs of all, must not squeeze the rest.
@@ -60,7 +60,8 @@ def curves(runs: list[Ensemble]) -> Figure:
     note += "Training: augmented images, at the weights before each step."
     starts = [group.ensembles[0].content["trained"] for group in groups]
     starts = {one.get("initial_method", "sam") for one in starts if one["sam"] and one["flat_ratio"]}
-    note += f" Until its sets are made, SharpBalance is {' or '.join(map(str.upper, sorted(starts)))}." * bool(starts)
+    if starts:
+        note += f" Until samples are assigned, SharpBalance is {' or '.join(map(str.upper, sorted(starts)))}."
     if above:
         note += f" Losses above a panel, up to {float(f'{above:.2g}'):,g} nats, are cut off."
     return finished(figure, axes[0, 0].get_legend_handles_labels()[0] + handles, note)
@@ -101,7 +102,7 @@ def landscape(runs: list[Ensemble]) -> Figure:
         tops = [top["losses"] for one in found for top in one.get("top", {}).values()]
         rises["top"].append([_rise(curve, len(curve) // 2) for curve in tops])
     titles = {"along": ("random directions", "step  [filter norm]"), "top": ("top eigenvector", "step  [filter norm]")}
-    titles["between"] = ("between members", "way  [1]")
+    titles["between"] = ("between members", "position between\ntwo members  [1]")
     if not any(rises["top"]):
         del titles["top"], rises["top"]
     figure, axes = panels(2.3, 1, len(titles), sharey=True)

@@ -95,8 +95,8 @@ def theory_tradeoff(grids: dict[str, list[Row]], data_sets: int) -> Figure:
         grids: from `utils.verification.simulate_all`.
         data_sets: of each setting.
     """
-    blocks = {"fmt": "h:", "color": METHODS["sharpbalance"].colour, "label": r"blocks, $\rho = 0$, over $k$"}
-    descent = {"fmt": "o:", "color": METHODS["deep_ensemble"].colour, "label": "deep ensemble, over $k$"}
+    blocks = {"fmt": "h:", "color": METHODS["sharpbalance"].colour, "label": r"blocks, $\rho = 0$, over steps"}
+    descent = {"fmt": "o:", "color": METHODS["deep_ensemble"].colour, "label": "deep ensemble, over steps"}
     figure, axes = panels(2.4, 1, 2, sharey=True)
     for axis, key, label, title in (
         (axes[0], "sharpness", SHARPNESS, "at the mean iterate"),
@@ -104,14 +104,18 @@ def theory_tradeoff(grids: dict[str, list[Row]], data_sets: int) -> Figure:
     ):
         for method in ("sharpbalance", "sam"):
             for k, rows, style in _curves(grids[f"tradeoff_{method}"], "k", "-"):
-                _points(axis, rows, key, label=f"{METHODS[method].name}, $k = {k}$", **style)
+                _points(axis, rows, key, label=f"{METHODS[method].name}, {k} step{'s' * (k > 1)}", **style)
         _points(axis, grids["tradeoff_blocks"], key, **blocks)
         _points(axis, grids["tradeoff_deep_ensemble"], key, **descent)
         axis.set(xlabel=label, title=title, xscale="log", yscale="log")
         decimal_ticks(axis.xaxis)
         decimal_ticks(axis.yaxis)
     axes[0].set_ylabel(VARIANCE)
-    note = "Left: as in the theorems; right: what an ensemble consists of. Curves over $\\rho$ unless it says $k$. "
+    note = (
+        "Sharpness $\\kappa$: the largest rise of the loss within a radius, left at the mean of the members, as in the "
+        f"theorems, right at each member. SharpBalance and blocks: each member trains on one of {BLOCKS} equal parts "
+        "of the rows, others on all. Curves over SAM's radius $\\rho$, dotted ones over the number of gradient steps. "
+    )
     note += _simulated(data_sets, f"{STARTS['sam']} or, on blocks, {STARTS['sharpbalance']}")
     return finished(figure, axes[0].get_legend_handles_labels()[0], note)
 

@@ -1,9 +1,12 @@
-"""Every figure of what ensembles do not know, drawn like those of `utils.plots`: ensembles in, a Figure out."""
+"""Every figure of what is not known, drawn like those of `utils.plots`: by ensembles, and by claims about them."""
 
+import itertools
 import math
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
@@ -11,8 +14,8 @@ from scipy import stats
 
 from utils import InputError
 from utils.metrics import OOD_SCORES, t_interval
-from utils.plots import POPULATIONS, Group, about, finished, line_styles, panels, styled
-from utils.results import Ensemble, Interval, require
+from utils.plots import POPULATIONS, Group, about, caption, finished, line_styles, panels, styled
+from utils.results import METHODS, Ensemble, Interval, require
 
 PARTS = ("share", "correct", "confidence")  # of a reliability curve
 MIN_IMAGES = 10  # of a bin whose accuracy is drawn
@@ -108,7 +111,8 @@ def reliability(ensembles: list[Ensemble]) -> Figure:
     axes[0, 0].set_ylabel("accuracy  [%]")
     axes[1, 0].set_ylabel("images  [%]")
     note = f"{about(groups)}. Bins of confidence of the ensemble, on the clean test images; one temperature, fitted on "
-    note += f"validation; the dotted line is calibrated. Bins of fewer than {MIN_IMAGES} images have no accuracy."
+    note += "validation; the dotted line is perfect calibration. "
+    note += f"Bins of fewer than {MIN_IMAGES} images have no accuracy."
     texts = [POPULATIONS[over] for over in ("ensembles", "images") if over in populations]
     note += f" 95 % intervals: {'; of a single ensemble '.join(texts)}." if texts else ""
     handles = [Line2D([], [], label=group.label, linewidth=0.8, **group.mark) for group in groups]
@@ -121,3 +125,53 @@ def _interval(accuracy: np.ndarray, correct: np.ndarray, share: np.ndarray, samp
         return (t_interval(accuracy.tolist()) if np.isfinite(accuracy).all() else None), "ensembles"
     test = stats.binomtest(round(correct[0] * samples), round(share[0] * samples))
     return list(test.proportion_ci(method="wilson")), "images"
+
+
+# How the map marks the verdicts of utils/claims.py, and what the marks mean.
+MARKS = {"supported": "\u25b2", "contradicted": "\u25bc", "supported, within the margin": "\u25b3"}
+MARKS |= {"contradicted, within the margin": "\u25bd", "equivalent": "=", "undecided": "?"}
+LEGEND = "\u25b2 \u25bc better, worse; \u25b3 \u25bd so within the margin; = equivalent within the margin; ? undecided"
+# From worse to better: the colours of SAM and SharpBalance, which all readers can tell apart.
+BETTER = LinearSegmentedColormap.from_list("better", [METHODS["sam"].colour, "#ffffff", METHODS["released"].colour])
+
+
+@styled
+def verdicts(settings: list[str], parts: dict[str, dict[str, list[Any]]], note: str) -> Figure:
+    """A map of differences: a row for each comparison, a column for each setting, a panel for each value.
+
+    Args:
+        settings: the columns' labels.
+        parts: by the panel's title and the row's label, for each setting a `utils.claims.Judged`, or None. Where the
+            title's unit is a thousandth, [m...], so is what is shown.
+        note: the caption.
+    """
+    rows = max(map(len, parts.values()))
+    figure, axes = panels(0.3 + len(parts) * (0.55 + 0.2 * rows), len(parts), 1, squeeze=False)
+    for axis, (title, found) in zip(axes[:, 0], parts.items(), strict=True):
+        factor = 1000 if "[m" in title else 1
+        table = np.array([[math.nan if one is None else factor * one.mean for one in row] for row in found.values()])
+        finite = np.abs(table[np.isfinite(table)])
+        margin = max((factor * one.claim.margin for row in found.values() for one in row if one is not None), default=1)
+        limit = max([2 * margin, *finite])  # what is of no interest stays pale
+        axis.imshow(table, cmap=BETTER, vmin=-limit, vmax=limit, aspect="auto")
+        for (i, row), j in itertools.product(enumerate(found.values()), range(len(settings))):
+            if row[j] is not None:
+                value = table[i, j]
+                text = f"{value:+.2f}" if math.isfinite(value) else "-"
+                dark = math.isfinite(value) and _luminance(BETTER((value / limit + 1) / 2)) < 0.18
+                colour = "white" if dark else "black"  # a cell without a number is not filled
+                axis.text(j, i, f"{text} {MARKS[row[j].verdict]}", ha="center", va="center", fontsize=5.5, color=colour)
+        axis.set_xticks(range(len(settings)), settings)
+        axis.set_yticks(range(len(found)), found)
+        axis.set(title=title)
+        axis.grid(visible=False)
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+    figure.set_figheight(figure.get_figheight() + 0.1 * caption(figure, f"{note} {LEGEND}."))
+    return figure
+
+
+def _luminance(colour: tuple[float, ...]) -> float:
+    """The relative luminance of WCAG 2, 0 to 1; at 0.18 black and white have the same contrast with a colour."""
+    parts = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
