@@ -360,31 +360,40 @@ def study(place: Path, settings: list[Setting]) -> list[str]:
 
 
 def advice(finished: list[Setting]) -> list[str]:
-    """What to use when, each sentence from the verdicts that it names."""
+    """What to use when, each sentence from the verdicts that it names: in how many settings, and the range of means."""
     told: set[str] = set()
 
     def where(name: str, rule: str = "") -> str:
-        found: dict[str, list[str]] = {}
         told.add(name)
-        for one in finished:
-            if name in one.judged:
-                size = one.plan["mislabelled"].get(f"{rule}_size")
-                title = one.title + (f" (SAM on {100 * size:.0f} % of the images)" if size else "")
-                found.setdefault(one.judged[name].verdict, []).append(title)
-        order = sorted(found, key=lambda verdict: (list(WORDS).index(verdict.split(",")[0]), verdict))
-        parts = [
-            f"{WORDS[verdict.split(',')[0]]}{' by less than the margin' * (',' in verdict)} with "
-            + " and with ".join(found[verdict])
-            for verdict in order
-        ]
-        return f"{'; '.join(parts)} ({name})" if parts else "not compared"
+        those, found = [one for one in finished if name in one.judged], {}
+        if not those:
+            return "not compared"
+        for one in those:
+            found.setdefault(one.judged[name].verdict, []).append(one.title)
+        parts = []
+        for verdict in sorted(found, key=lambda verdict: (list(WORDS).index(verdict.split(",")[0]), verdict)):
+            word, _, small = verdict.partition(",")
+            named = len(those) == 1 or word in ("supported", "contradicted")
+            place = (
+                f"with {' and with '.join(found[verdict])}"
+                if named
+                else f"in {len(found[verdict])} of {len(those)} settings"
+            )
+            parts.append(f"{WORDS[word]}{' by less than the margin' * bool(small)} {place}")
+        low, high = (key(those, key=lambda one: one.judged[name].mean).judged[name].row[2] for key in (min, max))
+        about = [low if low == high else f"{low.split()[0]} to {high}", name]
+        if sizes := [f"{100 * one.plan['mislabelled'][rule]:.0f}" for one in those if rule in one.plan["mislabelled"]]:
+            about.append(f"SAM on {' and '.join(sizes)} % of the images")
+        return f"{'; '.join(parts)} ({'; '.join(about)})"
 
     def each(claim: str, methods: dict[str, str], sizes: bool = False) -> str:
-        found = {method: where(f"{claim}, {name}", sizes * method) for name, method in methods.items()}
+        found = {method: where(f"{claim}, {name}", sizes * f"{method}_size") for name, method in methods.items()}
         return "; ".join(f"{ALL_NAMES[method]} is {text}" for method, text in found.items())
 
     rules, late = {name: rule for name, (rule, _) in READINGS.items()}, {"late SAM": "late_sam"}
     blocks = [
+        "In brackets: the mean difference, or the range of means over settings, above 0 where what is named first is "
+        "better, and the claim.",
         "1. **SAM or plain training?** By accuracy, against a plain deep ensemble, "
         f"{each('A3', {'SAM': 'sam'} | rules)}. By calibrated NLL, {each('N3', rules)}.",
         f"2. **SharpBalance or SAM?** By accuracy, against SAM, {each('A1', rules, True)}. By calibrated NLL, "

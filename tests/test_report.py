@@ -357,10 +357,9 @@ def test_a_study(tmp_path, capsys):
     for name in ("A4, late SAM", "A5, released", "N2, paper", "D2, released", "U1, paper"):
         assert f"| {name} |" in table
     assert "D2, paper" not in text  # which was not trained
-    size = "(SAM on 25 % of the images)"
-    where = f"20 % wrong labels, 1000 images {size} and with 0 % wrong labels, 4000 images {size}"
+    where = "20 % wrong labels, 1000 images and with 0 % wrong labels, 4000 images (+8.00 points"
     assert (
-        f"By accuracy, against SAM, SharpBalance (released) is better with {where} (A1, released); SharpBalance (p"
+        f"By accuracy, against SAM, SharpBalance (released) is better with {where}; A1, released; SAM on 25 and 25 "
         in text
     )
     (row,) = re.findall(r"\| 20 % wrong labels, 1000 images \| A1, paper \|.*", text)
@@ -398,12 +397,16 @@ def test_advice():
     text = "\n".join(report.advice([setting_of(found)]))
     for name in set(names) - {"U1, paper"}:
         assert text.count(name) == 1, name
-    assert "SAM is undecided with A (A3, SAM); SharpBalance (released) is equivalent with A (A3, released)" in text
+    assert "SAM is undecided with A (+1.000; A3, SAM); SharpBalance (released) is equivalent with A (+1.000; A3" in text
     assert (
-        "against SAM, SharpBalance (released) is equivalent with A (SAM on 25 % of the images) (A1, released)" in text
+        "against SAM, SharpBalance (released) is equivalent with A (+1.000; A1, released; SAM on 25 % of the i" in text
     )
-    assert "By calibrated NLL, SharpBalance (released) is better with A (N2, released); SharpBalance (p" in text
-    assert "in the last eighth of training is worse by less than the margin with A (A6, late)." in text
+    assert "By calibrated NLL, SharpBalance (released) is better with A (+1.000; N2, released); SharpBalance (p" in text
+    assert "in the last eighth of training is worse by less than the margin with A (+1.000; A6, late)." in text
+    other = setting_of({"A3, SAM": ("supported", False)}, "B")
+    other.judged["A3, SAM"] = other.judged["A3, SAM"]._replace(mean=2.0)
+    two = "\n".join(report.advice([setting_of(found), other]))
+    assert "deep ensemble, SAM is better with B; undecided in 1 of 2 settings (+1.000 to +2.000; A3, SAM); Sh" in two
     others = "; ".join(f"{name} {found[name][0]} with A" for name in names if name[:2] in ("A5", "D1", "D2", "U1"))
     assert f"table below {others.replace('; U1, paper undecided with A', '')}." in text
     choice = "The choice of rho and k and T_d, on some of the ensembles that are compared, favours SAM and SharpBalance"
