@@ -419,6 +419,8 @@ METHODS = {
     "ensemble of averages (EoA)": "eoa",
     "SharpBalance (released)": "sharpbalance",
     "SharpBalance (paper)": "sharpbalance_paper",
+    "SharpBalance (released) after a plain start": "plain_start",
+    "SharpBalance (released), late": "late_sharpbalance",
 }
 # By the head of a column: the value, its factor and digits.
 VALUES = {
@@ -432,17 +434,20 @@ VALUES = {
 
 
 @pytest.mark.parametrize(
-    ("document", "folder", "rows"),
+    ("document", "which", "folder", "rows"),
     [
-        ("README.md", "study/noise_0.2_images_1000", 4),
-        ("results/fashion_mnist/INTERPRETATION.md", "fashion_mnist/noisy_labels", 8),
+        ("README.md", 0, "study/noise_0.2_images_1000", 4),
+        ("results/fashion_mnist/INTERPRETATION.md", 0, "fashion_mnist/noisy_labels", 8),
+        ("results/fashion_mnist/INTERPRETATION.md", 1, "study/noise_0.4_images_1000", 9),
     ],
 )
-def test_tables_of_results_are_those_of_the_result_files(document, folder, rows):
+def test_tables_of_results_are_those_of_the_result_files(document, which, folder, rows):
     """Each row: mean ± standard deviation over five ensembles."""
     folder = ROOT / "results" / folder
     rho = json.loads((folder / "plan.json").read_text())["chosen"]["rho"]
-    (table,) = re.findall(r"^\| \| member \|.*?\n\n", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
+    tables = re.findall(r"^\| \| member \|.*?\n\n", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
+    assert len(tables) == (1 if document == "README.md" else 2)
+    table = tables[which]
     header, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line]
     assert len(lines) == rows
     for label, *cells in lines:
