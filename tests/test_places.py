@@ -53,8 +53,8 @@ def test_spellings_and_nested_folders(name, place, tmp_path):
 
 @pytest.mark.parametrize("name", WRITE)
 def test_a_folder_counts_only_with_all_its_files(name, tmp_path):
-    """The first place lacks one file; what has the same names as the set's files is something else."""
-    whole = WRITE[name](tmp_path / places.PLACES[name][2])
+    """The first place is empty; files of the same names in the folder itself are something else."""
+    whole = WRITE[name](tmp_path / places.PLACES[name][1])
     assert places.find(name, tmp_path) == whole
     if name == "tiny_imgnet":  # another set with train/ and val/
         touch(tmp_path, "train/cats/1.png", "train/dogs/1.png", "val/cats/1.png")
@@ -63,9 +63,18 @@ def test_a_folder_counts_only_with_all_its_files(name, tmp_path):
     else:
         lacking = WRITE[name](tmp_path)
         next(path for path in sorted(lacking.iterdir()) if path.is_file()).unlink()
-    (tmp_path / places.PLACES[name][1]).mkdir()
+    (tmp_path / places.PLACES[name][0]).mkdir()
     assert places.find(name, tmp_path) == whole
     assert len(load_data(name, tmp_path).train) == TRAIN[name]
+
+
+@pytest.mark.parametrize("name", WRITE)
+def test_usual_subfolders_are_tried_before_the_folder_itself(name, tmp_path):
+    """MNIST has files of the same names as Fashion-MNIST."""
+    WRITE[name](tmp_path)
+    assert places.find(name, tmp_path) == tmp_path
+    whole = WRITE[name](tmp_path / places.PLACES[name][1])
+    assert places.find(name, tmp_path) == whole
 
 
 def test_tiny_imagenet_without_a_list_of_classes(tmp_path):
@@ -152,8 +161,8 @@ def test_what_is_missing_and_what_is_there_is_named(tmp_path):
     assert "there is no such folder" in refusal("cifar100", tmp_path / "nowhere")
     touch(tmp_path / "x", *"abcdefg", ".hidden")
     line = refusal("cifar100", tmp_path / "x")
-    assert f"looked for train, test in {tmp_path / 'x'}, " in line
-    assert "found there: a, b, c, d, e and 2 more; give the folder" in line
+    assert f"looked for train, test in {tmp_path / 'x/cifar100'}, " in line
+    assert f", {tmp_path / 'x'}; found there: a, b, c, d, e and 2 more; give the folder" in line
     assert "it is a file" in refusal("cifar100", tmp_path / "x" / "a")
 
 

@@ -12,12 +12,13 @@ from tempfile import TemporaryDirectory
 from utils import InputError, first_line, some
 from utils.files import locked, refusing, visible
 
-# Below --data_path, in the order in which they are tried.
+# Below --data_path, in the order in which they are tried; the folder itself is last, as the files of another set, such
+# as MNIST, may lie in it under the same names.
 PLACES = {
-    "cifar10": ("", "cifar10", "cifar-10-batches-py", "cifar10/cifar-10-batches-py"),
-    "cifar100": ("", "cifar100", "cifar-100-python", "cifar100/cifar-100-python"),
-    "tiny_imgnet": ("", "tiny-imagenet-200", "tiny_imgnet", "tiny_imgnet/tiny-imagenet-200"),
-    "fashion_mnist": ("", "fashion-mnist", "fashion_mnist", "FashionMNIST/raw", "fashion_mnist/FashionMNIST/raw"),
+    "cifar10": ("cifar10", "cifar-10-batches-py", "cifar10/cifar-10-batches-py", ""),
+    "cifar100": ("cifar100", "cifar-100-python", "cifar100/cifar-100-python", ""),
+    "tiny_imgnet": ("tiny-imagenet-200", "tiny_imgnet", "tiny_imgnet/tiny-imagenet-200", ""),
+    "fashion_mnist": ("fashion-mnist", "fashion_mnist", "FashionMNIST/raw", "fashion_mnist/FashionMNIST/raw", ""),
 }
 # What a folder must hold to be the set; a name that ends in / is a folder.
 FILES = {
