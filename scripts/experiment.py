@@ -4,8 +4,8 @@
     python scripts/experiment.py cifar100 --rho 0.1 --jobs 2 --epochs 100 --initial_epochs 50
 
 The first word names one of `PRESETS`, the options that an experiment begins with. Options that follow replace them, and
-options that are not of this script go to main.py. Where --rho, --flat_ratio or --initial_epochs has several values, one
-is chosen on validation: rho by the ensemble accuracy of SAM over all seeds, then k and T_d by that of SharpBalance
+options that this script does not have go to main.py. Where --rho, --flat_ratio or --initial_epochs has several values,
+one is chosen on validation: rho by the ensemble accuracy of SAM over all seeds, then k and T_d by that of SharpBalance
 (released) on the first seeds, or all of them over the first --choose_on ensembles; --choices takes those of another
 experiment. `ENVIRONMENT` lists the options that a variable of the same name sets as well.
 
@@ -95,13 +95,13 @@ def build_parser() -> cli.Parser:
     cli.add_choice(parser, "data", "data set", NAMES, default="cifar100")
     cli.add_option(parser, "data_path", "folder of the data sets", cli.path, "DIR", default=Path("data"))
     parser.add_argument("--methods", action=cli.Choices, among=METHODS, help="what is compared")
-    cli.add_option(parser, "seeds", "of each ensemble, separated by commas", str, "LIST")
+    cli.add_option(parser, "seeds", "of the members of each ensemble; ensembles separated by commas", str, "LIST")
     cli.add_option(parser, "ensembles", "the first N of these (default: all)", cli.COUNT, "N")
     text = "members of each deep ensemble, of seeds that follow on the last (default: as many as the others have)"
     cli.add_option(parser, "plain_members", text, cli.COUNT, "N")
-    cli.add_option(parser, "rho", "of SAM", cli.POSITIVE, "R", nargs="+")
-    cli.add_option(parser, "flat_ratio", "of SharpBalance", cli.SHARE, "K", nargs="+")
-    text = "of SharpBalance (default: as main.py)"
+    cli.add_option(parser, "rho", "radius of SAM's perturbation", cli.POSITIVE, "R", nargs="+")
+    cli.add_option(parser, "flat_ratio", "share of the samples that each member picks", cli.SHARE, "K", nargs="+")
+    text = "T_d of SharpBalance (default: as main.py)"
     cli.add_option(parser, "initial_epochs", text, cli.NATURAL, "N", nargs="+", default=[None])
     cli.add_option(parser, "asam_rho", "rho of asam", cli.POSITIVE, "R", default=0.5)
     text = "ensembles that rho, k and T_d are chosen on; SAM is then measured at the rho that the methods have"

@@ -392,8 +392,8 @@ def advice(finished: list[Setting]) -> list[str]:
 
     rules, late = {name: rule for name, (rule, _) in READINGS.items()}, {"late SAM": "late_sam"}
     blocks = [
-        "In brackets: the mean difference, or the range of means over settings, above 0 where what is named first is "
-        "better, and the claim.",
+        "In brackets: the mean difference, or the range of means over settings, and the claim. Above 0, the method is "
+        "better than what is named after *against*.",
         "1. **SAM or plain training?** By accuracy, against a plain deep ensemble, "
         f"{each('A3', {'SAM': 'sam'} | rules)}. By calibrated NLL, {each('N3', rules)}.",
         f"2. **SharpBalance or SAM?** By accuracy, against SAM, {each('A1', rules, True)}. By calibrated NLL, "
