@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> None:
             "by_severity": {s: mean_of([found[part.name] for part in parts if part.severity == s]) for s in severities},
             "parts": found,
         }
-    path = measurement.write("variance.json", results, vars(args))
+    path = measurement.write("variance.json", results, vars(args) | {"split": splits})
     print(f"{'':24} variance of centred logits   of probabilities   squared bias   mean squared error")
     for split in splits:
         rows = {split: results[split]}

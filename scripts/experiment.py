@@ -24,12 +24,10 @@ import os
 import re
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +39,7 @@ import numpy as np
 import torch
 from tabulate import tabulate
 
-from utils import InputError, RunError, cli, processes, table_cell
+from utils import InputError, cli, table_cell
 from utils.data import Data
 from utils.datasets import NAMES, corrupted_name, find_corrupted, load_data
 from utils.distributed import cores
@@ -49,14 +47,16 @@ from utils.files import load_json, read_bytes, read_json, write_array, write_ato
 from utils.kept import VERSIONS, up_to_date
 from utils.places import PLACES, find
 from utils.presets import CHOICES, FOUR, LATE, METHODS, NEXT, PASSES, PRESETS
+from utils.processes import run_script
 from utils.results import copy_results, validation_of
 from utils.run import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 # --initial_method is that of plain_start and of LATE.
 SET_BY_METHOD = ("--initial_method", "--sam", "--sam_adaptive", "--partition")
-SET_BY_METHOD += ("--match_size", "--average_from", "--seed", "--save_path")
+SET_BY_METHOD += ("--match_size", "--average_from", "--seed", "--save_path", "--train_idx_path", "--val_idx_path")
 ENVIRONMENT = ("data", "data_path", "methods", "seeds", "rho", "flat_ratio", "initial_epochs", "asam_rho", "checkpoint")
+LISTS = ("methods", "rho", "flat_ratio", "initial_epochs")  # of which a variable may hold several
 ENVIRONMENT += ("nproc", "measure_flags", "sharpness_flags", "runs", "measurements", "results")
 PARTS = ("asked", "runs", "sets")  # of plan.json, by the name of a run: what was asked for, validation, and SAM sets
 
@@ -66,11 +66,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     words = list(sys.argv[1:] if argv is None else argv)
     preset = PRESETS.get(words[0] if words else "", "")
-    variables = [f"--{name}={os.environ[name.upper()]}" for name in ENVIRONMENT if os.environ.get(name.upper())]
-    args, args.train = parser.parse_known_args([*words[:1], *shlex.split(preset), *variables, *words[1:]])
+    given = shlex.split(preset)
+    for name in ENVIRONMENT:
+        if text := os.environ.get(name.upper()):
+            given += [f"--{name}", *text.split()] if name in LISTS else [f"--{name}={text}"]
+    args, args.train = parser.parse_known_args([*words[:1], *given, *words[1:]])
     own = next((word for word in args.train if word.split("=")[0] in SET_BY_METHOD), None)
     if own:
-        parser.error(f"{own.split('=')[0]}: set by --methods and --seeds; choose among these, or call main.py")
+        way_out = "set by --methods, --seeds and --images; choose among these, or call main.py"
+        parser.error(f"{own.split('=')[0]}: {way_out}")
     for name in ("runs", "measurements", "results"):
         place = (getattr(args, name) or f"{name}/{args.preset}").replace("{data}", args.data)
         try:
@@ -80,6 +84,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.seeds = [seeds.strip() for seeds in args.seeds.split(",")][: args.ensembles]
     if wrong := next((seeds for seeds in args.seeds if not re.fullmatch(r"\d+( +\d+)*", seeds)), None):
         parser.error(f"--seeds: expected whole numbers, ensembles separated by commas, got '{wrong}'")
+    for flag, use in (("folder", _place), ("measure_flags", shlex.split), ("sharpness_flags", shlex.split)):
+        try:
+            use(getattr(args, flag))
+        except (LookupError, ValueError) as error:
+            parser.error(f"--{flag}: '{getattr(args, flag)}' cannot be read ({error}); see --help")
     args.jobs = cores() if args.jobs == "auto" else args.jobs
     if args.images and not args.validation:
         parser.error("--images: given without --validation; say how many images to validate on")
@@ -92,7 +101,7 @@ def build_parser() -> cli.Parser:
     """All options."""
     parser = cli.Parser(__doc__)
     parser.add_argument("preset", choices=PRESETS, help="the experiment")
-    cli.add_choice(parser, "data", "data set", NAMES, default="cifar100")
+    parser.add_argument("--data", "--dataset", choices=NAMES, default="cifar100", help="data set")
     cli.add_option(parser, "data_path", "folder of the data sets", cli.path, "DIR", default=Path("data"))
     parser.add_argument("--methods", action=cli.Choices, among=METHODS, help="what is compared")
     cli.add_option(parser, "seeds", "of the members of each ensemble; ensembles separated by commas", str, "LIST")
@@ -125,7 +134,8 @@ def build_parser() -> cli.Parser:
     text = "commands side by side, of one thread; auto: one a core"
     cli.add_option(parser, "jobs", text, cli.job_count, "K", default=1)
     cli.add_option(parser, "nproc", "processes of a training", cli.COUNT, "K", default=1)
-    cli.add_option(parser, "folder", "of a run, below --runs", str, "NAME", default="{method}_{seed}")
+    text = "of a run, below --runs, of {method} and {seed}"
+    cli.add_option(parser, "folder", text, str, "NAME", default="{method}_{seed}")
     for name in ("runs", "measurements", "results"):
         cli.add_option(parser, name, f"folder (default: {name}/<preset>)", str, "DIR")
     return parser
@@ -176,12 +186,17 @@ class Experiment:
         self.places: list[Any] = [*args.train, "--data", args.data, "--data_path", args.data_path]
         self.split: dict[str, Path] = {}
         self.spent, self.started = 0.0, time.monotonic()
+        self.how = {"command": shlex.join(["python", *sys.argv]), "jobs": args.jobs}
+        self.how["environment"] = environment(torch.device("cpu"))
         self.grid = {"rho": args.rho, "k": args.flat_ratio, "T_d": args.initial_epochs}
         for name, values in self.grid.items():
             self.chosen[name] = values[len(values) // 2] if values else None
         self.average_from = self.chosen["T_d"]
         if "eoa" in args.methods and self.average_from is None:
             raise InputError("--initial_epochs: eoa averages from this epoch on; give one")
+        above = next((method for method in args.methods if method in NEXT), None)
+        if above and len(args.rho or []) < 2:
+            raise InputError(f"--rho: {above} has the next of several values; give more than one")
         late = next((method for method in args.methods if method in LATE), None)
         if late and not self.passed.epochs:
             raise InputError(f"--epochs: {late} begins after 7/8 of them; say how many")
@@ -299,7 +314,7 @@ class Experiment:
 
     def place(self, root: Path, name: str, seeds: str) -> Path:
         """The folder of a run or of its measurements."""
-        return root / self.args.folder.format(method=name, seed=seeds.split()[0])
+        return root / _place(self.args.folder, name, seeds.split()[0])
 
     def choose(self) -> None:
         """Take rho, k and T_d of another experiment, or choose each of which there are several on validation."""
@@ -345,7 +360,9 @@ class Experiment:
         """Train and measure all that is compared."""
         self.all_chosen = True
         self.write_plan()
-        cells = self.cells()
+        cells, without = self.cells(), set(NEXT) & set(self.args.methods)
+        if without and self.chosen["rho"] == max(self.args.rho):
+            print(f"rho {self.chosen['rho']:g} is the largest: without {', '.join(sorted(without))}")
         if (known := sum(job.done() for job in cells)) and not any(self.args.runs.glob("*/summary.json")):
             print(
                 f"{known} of {len(cells)} are in {self.args.results} and not made again; --results DIR makes all, there"
@@ -359,7 +376,7 @@ class Experiment:
         """The ensemble accuracy on validation at the end of training, mean over ensembles."""
         runs = [self.run_of(method, values, s) for s in seeds]
         known = self.before["runs"]
-        rows = [validation_of(run) if (run / "summary.json").is_file() else known[run.name] for run in runs]
+        rows = [validation_of(run) if run.name in self.made else known[run.name] for run in runs]
         return statistics.mean(row["ensemble accuracy"] for row in rows)
 
     def training(self, method: str, values: dict[str, Any], seeds: str) -> Job:
@@ -426,7 +443,8 @@ class Experiment:
         args, copy = self.args, self.args.results / "measurements" / folder.name
         how = ["averaged" if method == "eoa" else args.checkpoint, self.splits, args.corrupted]
         asked = _digest(self.asked[run.name], how, args.measure_flags, args.sharpness_flags)
-        about = {"name": args.preset, "asked": asked} | ({"plan": self.plan} if self.plan else {})
+        about = {"name": args.preset, "asked": asked, "by_image": args.by_image}
+        about |= {"plan": self.plan} if self.plan else {}
 
         def done() -> bool:
             try:
@@ -434,6 +452,8 @@ class Experiment:
                 same = {one["experiment"]["asked"] for one in found} == {asked}
             except (KeyError, OSError, TypeError, ValueError):
                 return False
+            if any(one["experiment"].get("by_image", args.by_image) != args.by_image for one in found) and job.done():
+                return False  # they are copied anew
             return same and up_to_date(found) and (not args.variance or job.done())
 
         def work() -> None:
@@ -495,7 +515,7 @@ class Experiment:
                 watched = self.args.jobs == 1 and "main.py" in command
                 # Not beside the measurements: whoever compares those names all that lies there.
                 log = self.args.runs / "logs" / f"{name.split()[0]}_{folder.name}.log"
-                call(command, None if watched else log, self.args.jobs)
+                run_script(command, None if watched else log, self.args.jobs)
             write_json(marker, state())
 
         return Job(name, cost, done, work)
@@ -542,7 +562,6 @@ class Experiment:
         # Of earlier calls, which asked for others; but not what this call asks for otherwise.
         asked = {name: one for name, one in before["asked"].items() if self.asked.get(name, one) == one}
         plan = {
-            "command": shlex.join(["python", *sys.argv]),
             "claims": args.claims,
             "plan": self.plan,
             "finished": finished,
@@ -550,9 +569,8 @@ class Experiment:
             "choices_of": args.choices and args.choices.name,
             "validation": self.tried,
             **{part: {name: before[part][name] for name in sorted(asked.keys() & before[part])} for part in PARTS},
-            "jobs": args.jobs,
-            "environment": environment(torch.device("cpu")),
         }
+        plan |= {name: before[name] if name in before and not self.spent else one for name, one in self.how.items()}
         if self.all_chosen:
             measured = [name for name, _, _ in self.measured()]
             plan |= {"chosen": self.chosen, "measured": measured, "mislabelled": self.mislabelled(plan["sets"])}
@@ -581,7 +599,7 @@ class Experiment:
         found = sorted(file.parent for file in root.glob("*/diversity.json"))
         folders += [folder for folder in found if folder not in folders]
         form = ["--format", "markdown", "--to", args.results / "tables.md"] if args.results else []
-        call(["scripts/summarize.py", *folders, *form])
+        run_script(["scripts/summarize.py", *folders, *form])
         measured = load_json(folders[0] / "diversity.json")["result"]
         parts = {"severity": "corrupted" in measured, "ood": "ood" in measured["test"]}
         # Of more than four curves, none could be told from the others.
@@ -590,30 +608,12 @@ class Experiment:
         for kind in args.figures:
             if parts.get(kind, True):
                 shown = few if kind not in ("tradeoff", "benchmark") and few else folders
-                call(["scripts/plot.py", kind, "--from", *shown, "--to", (args.results or args.runs) / kind])
+                run_script(["scripts/plot.py", kind, "--from", *shown, "--to", (args.results or args.runs) / kind])
 
 
-def call(words: list[Any], log: Path | None = None, jobs: int = 1) -> None:
-    """Run a command of this repository; its output goes to a log file, or to the terminal.
-
-    Raises:
-        InputError: if it ended with status 2.
-        RunError: if it ended with another status than 0.
-    """
-    script = next(str(word) for word in words if str(word).endswith(".py"))
-    if log:
-        log.parent.mkdir(parents=True, exist_ok=True)
-    # As one would type it, since the name goes into result files.
-    command = [sys.executable, *(os.path.relpath(ROOT / word) if word == script else str(word) for word in words)]
-    if jobs == 1 and words[0] == script and processes.may_fork():
-        status = processes.call(command[1:], log)  # without importing everything anew
-    else:
-        variables = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
-        with log.open("ab") if log else nullcontext() as file:
-            status = subprocess.run(command, env=variables, stdout=file, stderr=file).returncode
-    if status:
-        kind = InputError if status == 2 else RunError
-        raise kind(f"{script} ended with status {status}" + f"; see {log}" * bool(log))
+def _place(form: str, method: str = "sam", seed: str = "1") -> str:
+    """The name of a folder by --folder."""
+    return form.format(method=method, seed=seed)
 
 
 def _digest(*asked: Any) -> str:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import InputError, RunError, cli, first_line
-from utils.files import write_atomically
+from utils.files import refusing, write_atomically
 from utils.inference import Ensemble, load_ensemble
 from utils.run import find_checkpoints
 
@@ -90,13 +90,10 @@ def main(args: argparse.Namespace) -> None:
     }
     with quiet():
         program = traced(ensemble, args.to)
-        if args.to.suffix == ".pt2":
-            content = as_pt2(program, metadata)
-            run = run_pt2(content)
-        else:
-            content = as_onnx(program, metadata, args.to)
-            run = run_onnx(content)
-    difference = largest_difference(ensemble, run)
+        content = as_pt2(program, metadata) if args.to.suffix == ".pt2" else as_onnx(program, metadata, args.to)
+        with refusing(f"--to {args.to}: what was exported cannot be run", "write the other form, .pt2 or .onnx"):
+            run = run_pt2(content) if args.to.suffix == ".pt2" else run_onnx(content)
+            difference = largest_difference(ensemble, run)
     if not difference <= TOLERANCE:  # nan too
         problem = f"{args.to}: not written, since what it gives differs from the ensemble's by {difference:.1e}"
         raise RunError(f"{problem} (allowed: {TOLERANCE:g}); please report the network and the versions")

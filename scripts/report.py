@@ -40,7 +40,7 @@ from utils.claims import (
     slope,
 )
 from utils.cli import Parser, path, run
-from utils.files import read_json, write_atomically
+from utils.files import read_json, refusing, write_atomically
 from utils.presets import PRESETS
 from utils.results import Ensemble
 
@@ -150,24 +150,22 @@ def main(args: argparse.Namespace) -> None:
     folders = sorted((file.parent for file in args.results.glob("*/plan.json")), reverse=True)
     if not folders:
         raise InputError(f"{args.results}: expected folders with a plan.json; run scripts/experiment.py first")
-    plans = {folder: read_json(folder / "plan.json", "run scripts/experiment.py again") for folder in folders}
+    remedy = "run scripts/experiment.py again"
+    plans = {folder: read_json(folder / "plan.json", remedy) for folder in folders}
     of_study = {folder: isinstance(plan, dict) and plan.get("claims") == "study" for folder, plan in plans.items()}
     if len(set(of_study.values())) > 1:
         folder = next(folder for folder in folders if not of_study[folder])
         raise InputError(f"{folder}: made without --claims study, which others there were made with; move it elsewhere")
     blocks, settings = [] if of_study[folders[0]] else [*OPENING], []
     for folder, plan in plans.items():
-        try:
+        with refusing(f"{folder}: not an experiment with all methods of the claims", remedy):
             if of_study[folder]:
                 settings.append(read_setting(folder, plan))
             else:
                 blocks += section(folder, plan)
-        except InputError:
-            raise
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            what = f"not an experiment with all methods of the claims ({error!r})"
-            raise InputError(f"{folder}: {what}; run scripts/experiment.py again") from error
-    blocks = blocks or study(args.results, settings)
+    if settings:
+        with refusing(f"{args.results}: not experiments with the methods of the claims", remedy):
+            blocks = study(args.results, settings)
     write_atomically(args.results / "README.md", ("\n\n".join(blocks) + "\n").encode(errors="backslashreplace"))
     print(f"wrote {args.results / 'README.md'}")
 
@@ -225,7 +223,9 @@ def described(plan: dict[str, Any], measured: Measured) -> list[str]:
     trained, protocol, members = first["trained"], first["protocol"], {len(one.seeds) for one in ensembles}
     recipe = ", ".join(text.format(trained[name]) for name, text in RECIPE.items() if trained.get(name) is not None)
     machine = f"{plan['jobs']} single-thread processes" if plan["jobs"] > 1 else "One process at a time"
-    commits = sorted({one.content["environment"]["commit"] or "no clone" for one in ensembles})
+    made = [one.content["environment"] for one in ensembles]
+    commits = sorted({one["commit"] or "no clone" for one in made})
+    cores, torch = (" or ".join(map(str, sorted({one[name] for one in made}))) for name in ("cpus", "torch"))
     sam = next(iter(measured["sam"].values()))
     ball = results.sharpness_protocol(sam, "APGD_worst-l2")
     corrupted = ""
@@ -235,8 +235,8 @@ def described(plan: dict[str, Any], measured: Measured) -> list[str]:
     return [
         f"{len(measured['sam'])} ensembles of {' or '.join(map(str, sorted(members)))} members by each method: "
         f"{results.setting_of(first)}, {recipe}; {images} validation images, {first['data']['test']} test images"
-        f"{corrupted}; checkpoints '{protocol['checkpoint']}'. {machine} on {plan['environment']['cpus']} cores, torch "
-        f"{plan['environment']['torch']}. Measured by the code of {' and '.join(commits)}."
+        f"{corrupted}; checkpoints '{protocol['checkpoint']}'. {machine} on {cores} cores, torch {torch}. Measured by "
+        f"the code of {' and '.join(commits)}."
         + " (-dirty: with changes that no commit has.)"
         * any(commit.endswith("-dirty") for commit in commits),
         f"Ensemble accuracy on validation: {choices(plan)}.{chance(plan, images)}",
@@ -318,12 +318,14 @@ def study(place: Path, settings: list[Setting]) -> list[str]:
         }
         for panel, rows in MAP.items()
     }
+    shown = {panel: rows for panel, rows in shown.items() if rows}
     data = next(iter(finished[0].measured["sam"].values())).content["data"]
     counts = " or ".join(map(str, sorted({len(one.measured["sam"]) for one in finished})))
     note = f"{data['dataset']}; n = {counts} ensembles for each method, {data['test']} test images. "
     note += "Columns: share of wrong labels (or data), number of training images. "
     note += "Blue: better than what is named second. Marks:"
-    plots.save(uncertainty_plots.verdicts([one.label for one in finished], shown, note), place / "map")
+    if shown:
+        plots.save(uncertainty_plots.verdicts([one.label for one in finished], shown, note), place / "map")
     names = [name for name in (claim.name for claim in PRIMARY + SECONDARY) if any(name in s.judged for s in finished)]
     rows = [
         [name, next(s.judged[name] for s in finished if name in s.judged).claim.text]
@@ -334,7 +336,7 @@ def study(place: Path, settings: list[Setting]) -> list[str]:
     blocks = [
         *STUDY_OPENING,
         *([f"Not finished, and left out: {left_out}."] if left_out else []),
-        "![paired differences of SharpBalance, by setting](map.png)",
+        *(["![paired differences of SharpBalance, by setting](map.png)"] if shown else []),
         "## Advice",
         *advice(finished),
         "## Verdicts",
@@ -350,7 +352,7 @@ def study(place: Path, settings: list[Setting]) -> list[str]:
         text = "The claims about NLL before the temperature was fitted, described without verdicts:"
         blocks += [text, _table([judged.row[:4] for judged in one.before], HEADER[:4])] if one.before else []
         rules = [method for rule, _ in READINGS.values() for method in (rule, f"{rule}_next") if method in one.measured]
-        sides = {method: beyond_the_curve(one.measured, method) for method in rules}
+        sides = {method: beyond_the_curve(one.measured, method) for method in rules if "deep_ensemble" in one.measured}
         beyond = [f"{ALL_NAMES[method]} is {side} than all of it" for method, side in sides.items() if side]
         if beyond:
             blocks.append(f"Beyond its ends SAM's curve over rho is taken as constant: {'; '.join(beyond)}.")
@@ -480,6 +482,8 @@ def choices(plan: dict[str, Any]) -> str:
         ("T_d", "likewise"),
     ):
         values, chosen = tried.get(name, {}), plan["chosen"][name]
+        if chosen is None:
+            continue  # as main.py has it
         scores = ", ".join(f"{name} {value}: {100 * score:.2f} %" for value, score in values.items())
         edge = " (an end of what was tried)" if chosen in [f(map(float, values)) for f in (min, max) if values] else ""
         found.append(f"{of}, {scores}, chosen {chosen:g}{edge}" if scores else f"{name} {chosen:g}")

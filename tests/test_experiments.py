@@ -70,7 +70,7 @@ def run(words, monkeypatch):
             patch.setattr(sys, "argv", argv)
             call(argv[0], argv[1:])
 
-    monkeypatch.setattr(experiment, "call", call_here)
+    monkeypatch.setattr(experiment, "run_script", call_here)
     experiment.main(experiment.parse_args(words))
     return calls
 
@@ -297,6 +297,27 @@ def test_a_study(tmp_path, monkeypatch, capsys):
         ]
         assert calls[0][calls[0].index("--save_path") + 1] == f"runs/{first}/sharpbalance_0.2_0.5_1_21"
         assert contents(Path("results")) == before
+        # What is there: --runs may hold another experiment's run of the same name, and who draws is not who made it.
+        place, other = Path("results", first, "plan.json"), Path("runs", first, "deep_ensemble_11")
+        other.mkdir()
+        (other / "summary.json").write_text("{}")
+        old = json.loads(place.read_text())
+        for i in "12":
+            old["runs"][f"sam_0.1_{i}1"]["ensemble accuracy"] = 1.5  # is chosen
+        place.write_text(json.dumps(old))
+        patch.undo()
+        assert not set(STEPS) & {argv[0] for argv in run(study(first, *methods, "--jobs", "2"), patch)}
+        new = json.loads(place.read_text())
+        assert [new[name] for name in ("command", "jobs", "environment", "runs")] == [
+            old[name] for name in ("command", "jobs", "environment", "runs")
+        ]
+        plain = [old["runs"][f"deep_ensemble_{i}1"]["ensemble accuracy"] for i in "12"]
+        assert new["validation"]["deep ensemble"] == pytest.approx(np.mean(plain))
+        # Other values by image are copied from what was measured, where that is.
+        calls = run(study(first, *methods, "--by_image", "ensemble_nll"), patch)
+        copies = [json.loads(path.read_text()) for path in Path("results", first).glob("measurements/*/diversity.json")]
+        kept = [set(one["result"]["test"]["values_of_samples"]) == {"ensemble_nll"} for one in copies]
+        assert (kept.count(True), not set(STEPS) & {argv[0] for argv in calls}) == (1, True)
         # Another recipe is another experiment.
         words = study(first, "--methods", "deep_ensemble", "--lr", "0.05", "--runs", "runs/other", "--skip_measuring")
         assert [argv[0] for argv in run(words, patch)] == ["main.py"] * 2
@@ -394,6 +415,15 @@ def test_cheaper_forms(tmp_path):
     }
 
 
+def test_options_by_other_names_and_variables(monkeypatch):
+    """--dataset is --data, and a variable may hold a list."""
+    for name, text in (("RHO", "0.1 0.2"), ("METHODS", "sam eoa"), ("MEASURE_FLAGS", "--mode KL --bins 3")):
+        monkeypatch.setenv(name, text)
+    args = experiment.parse_args(["digits", "--dataset", "fashion_mnist"])
+    assert (args.data, args.train, args.rho, args.methods) == ("fashion_mnist", [], [0.1, 0.2], ["eoa", "sam"])
+    assert args.measure_flags == "--mode KL --bins 3"
+
+
 def test_passes_by_method(tmp_path):
     """They are those of what main.py is asked, with T_d at half of the epochs and sets of 0.8 of the images."""
     words, epochs = words_of(tmp_path, "digits", "--rho", "0.1"), ["--epochs", "32"]
@@ -413,7 +443,13 @@ def test_what_cannot_be(tmp_path, monkeypatch, capsys):
         (["nothing"], "preset: expected one of quickstart, digits"),
         (["digits", "--methods", "sgd"], "--methods: expected some of deep_ensemble"),
         (["digits", "--images", "50"], "--images: given without --validation"),
-        (["digits", "--match-size"], "--match_size: set by --methods and --seeds"),
+        (["digits", "--match-size"], "--match_size: set by --methods, --seeds and --images; choose"),
+        (
+            ["digits", "--train_idx_path", "train.npy"],
+            "--train_idx_path: set by --methods, --seeds and",
+        ),
+        (["digits", "--folder", "{x}"], "--folder: '{x}' cannot be read ('x'); see --help"),
+        (["digits", "--measure_flags", "--mode 'a"], "--measure_flags: '--mode 'a' cannot be read (No closing quot"),
         (["digits", "--seeds", "1 2,3 x"], "--seeds: expected whole numbers, ensembles separated by commas, got '3 x'"),
         (["digits", "--jobs", "none"], "--jobs: expected a whole number from 1 to 1024, or auto, got 'none'"),
     ):
@@ -434,6 +470,7 @@ def test_what_cannot_be(tmp_path, monkeypatch, capsys):
             "--flat_ratio: sharpbalance chooses among",
         ),
         (["--initial_epochs", "1", "2", "--methods", "sam,same"], "--initial_epochs: sharpbalance chooses"),
+        (["--methods", "sam,sharpbalance_next"], "--rho: sharpbalance_next has the next of several values; give more"),
         (["--seeds", "1 2,2 3"], "--seeds: seed 2 is in two ensembles, which would share a network; give others"),
         (["--seeds", "1 2,4 5", "--plain_members", "4"], "--plain_members: seed 4 is in two ensembles"),
     ):
@@ -452,11 +489,11 @@ def test_what_cannot_be(tmp_path, monkeypatch, capsys):
 def test_a_command_that_fails(tmp_path):
     log = tmp_path / "logs" / "a.log"
     with pytest.raises(InputError, match=r"main\.py ended with status 2; see .*a\.log"):
-        experiment.call(["main.py", "--seed", "x"], log)
+        experiment.run_script(["main.py", "--seed", "x"], log)
     assert log.read_text().count("error:") == 1
     (tmp_path / "x.py").write_text("raise SystemExit(1)")
     with pytest.raises(RunError, match=r"x\.py ended with status 1$"):
-        experiment.call([str(tmp_path / "x.py")])
+        experiment.run_script([str(tmp_path / "x.py")])
 
 
 SCRIPTS = sorted(path.relative_to(ROOT) for path in (ROOT / "scripts" / "experiments").glob("*.sh"))

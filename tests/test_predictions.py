@@ -412,7 +412,7 @@ def test_weights_and_versions_say_what_is_measured_not_times(tmp_path, monkeypat
     for file in (weights, folder / "diversity.json", folder / "sharpness.json"):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("first")
-    monkeypatch.setattr(experiment, "call", lambda *args: None)
+    monkeypatch.setattr(experiment, "run_script", lambda *args: None)
 
     def job():
         return place.measuring("sam", source, folder, "test")

@@ -215,7 +215,7 @@ def clone(tmp_path_factory, stub):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(
-            experiment, "call", lambda words, log=None, jobs=1: call(str(words[0]), list(map(str, words[1:])))
+            experiment, "run_script", lambda words, log=None, jobs=1: call(str(words[0]), list(map(str, words[1:])))
         )
         for script, *argv in calls_of("scripts/quickstart.sh", stub):
             call(script, [*argv, *SMALL_QUICKSTART])

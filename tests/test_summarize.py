@@ -62,7 +62,7 @@ def write(folder, settings, seeds, accuracy, sharpness=None, **change):
         "network": {"model": "resnet18", "width": 8},
         "data": {"dataset": "digits", "test": IMAGES, "sha256_of_arrays_and_split": "d"},
         "protocol": {"checkpoint": "best", "bins": 15, "corruptions": ["fog", "snow"], "severities": [1, 5]},
-        "environment": {"commit": "abc"},
+        "environment": {"commit": "abc", "cpus": 2, "torch": "2"},
         "trained": settings | {"seed": list(seeds)},
         "result": {"test": row},
     }

@@ -18,6 +18,11 @@ import numpy as np
 
 from utils import InputError, RunError, again, first_line
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 # Upper limits, well above what the published data sets and our own files need.
 MAX_JSON, MAX_FILE, MAX_TEXT = 2**28, 2**28, 2**24
 # What systems answer that cannot sync a folder: FUSE, network and Windows file systems, folders without read access.
@@ -41,7 +46,8 @@ NOT_FINITE = "not_finite"  # the key in our JSON files under which their infinit
 def open_atomically(path: str | Path, size: int, previous: Path | None = None) -> Iterator[BinaryIO]:
     """Open a file for writing so that at any moment its old or its new content is on the disk, whole.
 
-    Writes a temporary file in the same folder; fsync, rename and fsync of the folder follow when the block ends.
+    Writes a temporary file in the same folder; fsync, rename and fsync of the folder follow when the block ends. Of
+    several processes that write the same file each writes its own, and the last one's content stays.
 
     Args:
         path: the file.
@@ -54,23 +60,44 @@ def open_atomically(path: str | Path, size: int, previous: Path | None = None) -
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
+        file = _open_alone(temporary)
+        temporary = Path(file.name)
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if previous and path.exists():
-            previous.unlink(missing_ok=True)
-            try:
-                os.link(path, previous)  # `path` itself stays in place until the rename below
-            except OSError:  # a file system without hard links
-                os.replace(path, previous)
-        os.replace(temporary, path)
+            if fcntl is None:  # Windows renames no open file
+                file.close()
+            if previous and path.exists():
+                previous.unlink(missing_ok=True)
+                try:
+                    os.link(path, previous)  # `path` itself stays in place until the rename below
+                except OSError:  # a file system without hard links
+                    os.replace(path, previous)
+            os.replace(temporary, path)  # before the file is closed, which gives its lock back
         sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         problem = f"{path}: could not be written ({error.strerror}; {size / 2**20:.1f} MiB are needed)"
         way_out = f"the previous content is untouched: free some space and {again()}"
         raise RunError(f"{problem}; {way_out}") from error
+
+
+def _open_alone(path: Path) -> BinaryIO:
+    """Open a file for writing, or, while another process writes that, one of another name; empty in any case."""
+    file = open(path, "wb", opener=lambda name, flags: os.open(name, flags & ~os.O_TRUNC, 0o666))  # noqa: SIM115
+    try:
+        if fcntl is not None:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                raise BlockingIOError  # the other one has just renamed it
+    except (BlockingIOError, FileNotFoundError):
+        file.close()
+        return open(path.with_name(f"{path.name}.{os.getpid()}.tmp"), "wb")
+    except OSError:
+        pass  # a file system without locks
+    file.truncate(0)
+    return file
 
 
 def sync_folder(path: Path) -> None:
@@ -268,15 +295,23 @@ def refusing(problem: str, remedy: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[bool]:
-    """Hold a file, made if need be, waiting for who holds it; False where the system or file system has no locks."""
-    with ExitStack() as stack:
-        held = True
-        try:
-            import fcntl
+def exclusive(path: Path) -> Iterator[bool]:
+    """Hold a folder, or a file that is made if need be, waiting for who holds it.
 
-            fcntl.flock(stack.enter_context(open(path, "w")), fcntl.LOCK_EX)
-        except (ImportError, OSError):
+    Yields:
+        False where the system or the file system has no locks.
+    """
+    with ExitStack() as stack:
+        held = fcntl is not None
+        try:
+            if path.is_dir():
+                number = os.open(path, os.O_RDONLY)
+                stack.callback(os.close, number)
+            else:
+                number = stack.enter_context(open(path, "w")).fileno()
+            if held:
+                fcntl.flock(number, fcntl.LOCK_EX)
+        except OSError:
             held = False
         yield held
 

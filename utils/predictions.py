@@ -38,7 +38,7 @@ from utils.datasets import (
     read_corrupted,
 )
 from utils.distributed import default_jobs, default_threads, start_device
-from utils.files import array_of, parse_json, write_atomically, write_json
+from utils.files import array_of, exclusive, parse_json, write_atomically, write_json
 from utils.kept import Keep, keep_modes, made_by, read_entry, why_stale, with_earlier
 from utils.run import (
     CHECKPOINTS,
@@ -412,7 +412,7 @@ class Measurement:
         try:
             save.mkdir(parents=True, exist_ok=True)
             write_atomically(save / ".writable", b"")
-            (save / ".writable").unlink()
+            (save / ".writable").unlink(missing_ok=True)  # another program may have tried meanwhile
         except (OSError, RunError) as error:
             raise InputError(f"--save {save}: cannot be written ({first_line(error)}); name another") from error
         # Before processes are forked there is one thread; `share` takes the others.
@@ -544,7 +544,8 @@ class Measurement:
         }
         if made := {split: self._made_by(split, options["mode"]) for split in result if split in self._parts}:
             content["made_by"] = made
-        write_json(path, with_earlier(path, content, keep))
+        with exclusive(path.parent):  # a program with other modes may end meanwhile
+            write_json(path, with_earlier(path, content, keep))
         return path
 
     def _made_by(self, split: str, modes: list[str]) -> dict[str, Any]:

@@ -10,12 +10,14 @@ import os
 import runpy
 import selectors
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -27,6 +29,7 @@ from tqdm import tqdm
 
 from utils import InputError, RunError, again, control_groups, out_of_memory
 
+ROOT = Path(__file__).resolve().parent.parent
 # The variable that holds where a process that started the same command anew sends its messages.
 PIPE = "SHARPBALANCE_PIPE"
 MEMORY_SHARE = 0.8  # of the free memory is planned with
@@ -395,6 +398,34 @@ def call(command: list[str], log: Path | None) -> int:
     if interrupted:
         raise KeyboardInterrupt
     return os.waitstatus_to_exitcode(status)
+
+
+def run_script(words: list[Any], log: Path | None = None, jobs: int = 1) -> None:
+    """Run a command of this repository, forked where that is safe; its output goes to a log file, or to the terminal.
+
+    Args:
+        words: of the command, as python takes them.
+        log: the file.
+        jobs: how many run side by side; with several each has one thread.
+
+    Raises:
+        InputError: if it ended with status 2.
+        RunError: if it ended with another status than 0.
+    """
+    script = next(str(word) for word in words if str(word).endswith(".py"))
+    if log:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    # As one would type it, since the name goes into result files.
+    command = [sys.executable, *(os.path.relpath(ROOT / word) if word == script else str(word) for word in words)]
+    if jobs == 1 and words[0] == script and may_fork():
+        status = call(command[1:], log)  # without importing everything anew
+    else:
+        variables = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
+        with log.open("ab") if log else nullcontext() as file:
+            status = subprocess.run(command, env=variables, stdout=file, stderr=file).returncode
+    if status:
+        kind = InputError if status == 2 else RunError
+        raise kind(f"{script} ended with status {status}" + f"; see {log}" * bool(log))
 
 
 class Progress:

@@ -339,7 +339,7 @@ def beyond_linf(ensemble: Ensemble, part: str = "APGD_worst-linf") -> bool:
 def copy_results(
     folder: Path, target: Path, experiment: dict[str, Any] | None = None, by_image: list[str] | None = None
 ) -> None:
-    """Copy the result files of an ensemble; of each part of a corrupted set only the accuracies.
+    """Copy the result files of an ensemble; of each part of a corrupted set only the mean rates.
 
     Args:
         folder, target: from and to.
@@ -541,6 +541,8 @@ def _facts(ensemble: Ensemble, settings: dict[str, Any]) -> dict[str, Any]:
         facts["the number of corrupted images"] = corrupted["mean"].get("samples", UNKNOWN)
     if content["protocol"]:  # a run that was only trained has none
         facts |= {f"--{key}": protocol_of(ensemble, key) if key in content["protocol"] else UNKNOWN for key in SAME}
+        if isinstance(facts["--split"], list):  # in whatever order they were measured
+            facts["--split"] = sorted(facts["--split"])
         if facts["--checkpoint"] not in CHECKPOINTS:  # files of other names
             facts["--checkpoint"] = UNKNOWN
         # Earlier versions of the code recorded none.

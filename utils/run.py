@@ -28,7 +28,7 @@ import torch
 from utils import InputError, RunError, distributed, first_line, processes
 from utils.data import Data
 from utils.events import FILES as EVENTS
-from utils.files import broken_link, load_json, without_folder, write_atomically, write_json
+from utils.files import broken_link, exclusive, load_json, without_folder, write_atomically, write_json
 from utils.partition import DRAWS, SCORE_FREE
 
 try:
@@ -291,10 +291,10 @@ def keep_temperature(folder: Path, record: dict[str, Any]) -> None:
     Raises:
         RunError: if it cannot be written.
     """
-    others = [
-        one for one in kept_temperatures(folder) if any(one[key] != record[key] for key in ("weights", "average"))
-    ]
-    write_json(folder / TEMPERATURES, {"temperatures": [*others, record]})
+    with exclusive(folder):
+        kept = kept_temperatures(folder)
+        others = [one for one in kept if any(one[key] != record[key] for key in ("weights", "average"))]
+        write_json(folder / TEMPERATURES, {"temperatures": [*others, record]})
 
 
 def kept_temperatures(folder: Path) -> list[dict[str, Any]]:
