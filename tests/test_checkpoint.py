@@ -1,5 +1,7 @@
 import os
 import pickle
+import threading
+import time
 from argparse import Namespace
 from types import SimpleNamespace
 
@@ -12,7 +14,15 @@ import utils.files
 from models import create_model
 from utils import InputError, RunError
 from utils.checkpoint import DamagedError, load_checkpoint, load_model, pack_checkpoint, save_checkpoint
-from utils.files import digest, write_array, write_atomically, write_json
+from utils.files import (
+    digest,
+    exclusive,
+    load_json,
+    open_atomically,
+    write_array,
+    write_atomically,
+    write_json,
+)
 from utils.run import find_checkpoints
 
 
@@ -167,6 +177,40 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
                 write_atomically(path, b"new")
         assert path.read_bytes() == b"old"
         assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_that_write_one_file_at_once(tmp_path):
+    """Each writes a whole one, and that of the last to end stays; what a killed process left does not matter."""
+    path = tmp_path / "file"
+    path.with_name("file.tmp").write_bytes(b"of a killed process")
+    with open_atomically(path, 0) as first:
+        first.write(b"first, ")
+        first.flush()
+        with open_atomically(path, 0) as second:
+            second.write(b"2nd")
+        assert path.read_bytes() == b"2nd"
+        first.write(b"whole")
+    assert path.read_bytes() == b"first, whole"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_held_by_one_at_a_time(tmp_path):
+    """The other one waits, and reads what the first has written."""
+    seen, path = [], tmp_path / "numbers.json"
+
+    def add(number):
+        with exclusive(tmp_path) as held:
+            found = [*load_json(path), number] if path.exists() else [number]
+            time.sleep(0.05)
+            write_json(path, found)
+            seen.append(held)
+
+    threads = [threading.Thread(target=add, args=(number,)) for number in range(4)]
+    for function in ("start", "join"):
+        for thread in threads:
+            getattr(thread, function)()
+    assert seen == [True] * 4
+    assert sorted(load_json(path)) == [0, 1, 2, 3]
 
 
 def test_every_flipped_byte_and_every_cut_is_noticed(tmp_path):

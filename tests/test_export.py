@@ -163,6 +163,18 @@ def test_a_network_that_fixes_the_number_of_images(tmp_path, capsys):
     assert not (tmp_path / "ensemble.pt2").exists()
 
 
+def test_a_file_that_cannot_be_run(tmp_path, monkeypatch, capsys):
+    def fails(content):
+        raise NotImplementedError("no kernel for\nComplex")
+
+    monkeypatch.setattr(export, "run_pt2", fails)
+    with pytest.raises(SystemExit, match="2"):
+        exported(tmp_path / "ensemble.pt2", members_of(tmp_path, "resnet18", 1))
+    line = "what was exported cannot be run (no kernel for); write the other form, .pt2 or .onnx\n"
+    assert capsys.readouterr().err.endswith(line)
+    assert not (tmp_path / "ensemble.pt2").exists()
+
+
 @pytest.mark.parametrize(
     ("to", "words"),
     [

@@ -376,9 +376,9 @@ def test_corrupted_by_part_severity_and_mean(saved, tmp_path):
 def test_variance_equals_numpy(saved, tmp_path):
     folder, paths = saved
     modes = "variance,variance_mse,variance_mse_c"
-    result = call("variance", "--resume", *paths, "--mode", modes, "--save", tmp_path, "--data_path", folder / "data")[
-        "result"
-    ]
+    content = call("variance", "--resume", *paths, "--mode", modes, "--save", tmp_path, "--data_path", folder / "data")
+    assert content["protocol"]["split"] == ["test", "corrupted"]  # what was measured
+    result = content["result"]
     images = load_data("digits", tmp_path).test
     probs = outputs(paths, images).numpy()
     test = result["test"]

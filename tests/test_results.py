@@ -241,6 +241,14 @@ def checked(folders, capsys):
     return capsys.readouterr().err
 
 
+def test_splits_may_be_measured_in_any_order(tmp_path, capsys):
+    folders = three_alike(tmp_path)
+    for folder, splits in zip(folders, (["test", "corrupted"], ["corrupted", "test"], ["test"]), strict=True):
+        change(folder, "diversity.json", "protocol", "split", splits)
+    assert checked(folders[:2], capsys) == ""
+    assert "--split differs" in checked(folders, capsys)
+
+
 @pytest.mark.parametrize("name", [*RECIPE, "a_setting_of_tomorrow"])
 def test_what_is_compared_was_trained_alike(name, tmp_path, capsys):
     folders = three_alike(tmp_path)
