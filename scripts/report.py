@@ -251,13 +251,13 @@ def sam_sets(plan: dict[str, Any]) -> list[str]:
     shares, found = plan["mislabelled"], []
     for name in ("sharpbalance", *CHEAPER.values(), "sharpbalance_paper", "random", "random_paper"):
         if f"{name}_size" in shares:
-            wrong = f", {100 * shares[name]:.1f} % of them with a wrong label" * (name in shares)
+            wrong = f", {100 * shares[name]:.1f} % of them with a wrong label" if name in shares else ""
             found.append(f"{ALL_NAMES[name]} {100 * shares[f'{name}_size']:.0f} %{wrong}")
     if not found:
         return []
     every = f"Of all, {100 * shares['all']:.1f} % have one." if "all" in shares else ""
     return [
-        f"Training images that a member trains with SAM once samples are assigned: {'; '.join(found)}. {every}".strip()
+        f"Training images that a member trains with SAM once samples are assigned: {'; '.join(found)}. {every}".rstrip()
     ]
 
 
@@ -385,7 +385,7 @@ def advice(finished: list[Setting]) -> list[str]:
         low, high = (key(those, key=lambda one: one.judged[name].mean).judged[name].row[2] for key in (min, max))
         about = [low if low == high else f"{low.split()[0]} to {high}", name]
         if sizes := [f"{100 * one.plan['mislabelled'][rule]:.0f}" for one in those if rule in one.plan["mislabelled"]]:
-            about.append(f"SAM on {' and '.join(sizes)} % of the images")
+            about.append(f"SAM on {', '.join(sizes[:-1])}{' and ' * (len(sizes) > 1)}{sizes[-1]} % of the images")
         return f"{'; '.join(parts)} ({'; '.join(about)})"
 
     def each(claim: str, methods: dict[str, str], sizes: bool = False) -> str:
@@ -414,9 +414,10 @@ def advice(finished: list[Setting]) -> list[str]:
         for name, judged in one.judged.items()
         if name not in told and judged.word != "undecided"
     ]
+    decided = f"these are decided: {'; '.join(others)}" if others else "none is decided"
     text = (
-        f"Of the other claims in the table below {'; '.join(others) or 'none is decided'}. Each setting is a question "
-        "of its own: if nothing differed anywhere, one in 20 would still have a primary finding."
+        f"Of the other claims in the table below {decided}. Each setting is a question of its own: if nothing differed "
+        "anywhere, one in 20 would still have a primary finding."
     )
     return [*blocks, text + chosen_on(finished)]
 

@@ -339,7 +339,9 @@ def test_a_study(tmp_path, capsys):
     """All settings on one page: the map, verdicts by family, advice with its cells, and what it would take."""
     fewer = {name: gain for name, gain in STUDY_METHODS.items() if name[:6] in ("deep_e", "sam_0.", "sharpb")}
     write_setting(tmp_path / "b", 0.2, 1000, STUDY_METHODS)
-    write_setting(tmp_path / "a", 0, 4000, {name: gain for name, gain in fewer.items() if "next" not in name})
+    clean = {"sharpbalance_size": 0.25, "sharpbalance_paper_size": 0.25}
+    fewer = {name: gain for name, gain in fewer.items() if "next" not in name}
+    write_setting(tmp_path / "a", 0, 4000, fewer, mislabelled=clean)
     write_setting(tmp_path / "c", 0.4, 1000, {}, finished=False)
     call(tmp_path)
     text = squeezed((tmp_path / "README.md").read_text())
@@ -422,7 +424,7 @@ def test_advice():
     two = "\n".join(report.advice([setting_of(found), other]))
     assert "deep ensemble, SAM is better with B; undecided in 1 of 2 settings (+1.000 to +2.000; A3, SAM); Sh" in two
     others = "; ".join(f"{name} {found[name][0]} with A" for name in names if name[:2] in ("A5", "D1", "D2", "U1"))
-    assert f"table below {others.replace('; U1, paper undecided with A', '')}." in text
+    assert f"table below these are decided: {others.replace('; U1, paper undecided with A', '')}." in text
     choice = "The choice of rho and k and T_d, on some of the ensembles that are compared, favours SAM and SharpBalance"
     assert f"{choice} (released) a little; the plan says how much." in text
 
