@@ -14,6 +14,12 @@ def pytest_configure(config):
     """Runs are compared with what the CPU computes here: only the tests of a GPU (-m gpu) see one."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    config.option.loadscopereorder = False  # of pytest-xdist, which begins with the files of most tests
+
+
+def pytest_collection_modifyitems(items):
+    """First the file whose last test takes minutes, during which the other processes of pytest-xdist have work."""
+    items.sort(key=lambda item: item.path.name != "test_simulated_device.py")
 
 
 @pytest.fixture(autouse=True)
