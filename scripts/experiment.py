@@ -36,7 +36,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("GOMP_SPINCOUNT", "4000")  # before torch is loaded, whose threads otherwise wait at full speed
 
 import numpy as np
-import torch
 from tabulate import tabulate
 
 from utils import InputError, cli, table_cell
@@ -49,15 +48,13 @@ from utils.places import PLACES, find
 from utils.presets import CHOICES, FOUR, LATE, METHODS, NEXT, PASSES, PRESETS
 from utils.processes import run_script
 from utils.results import copy_results, validation_of
-from utils.run import environment
 
-ROOT = Path(__file__).resolve().parent.parent
 # --initial_method is that of plain_start and of LATE.
 SET_BY_METHOD = ("--initial_method", "--sam", "--sam_adaptive", "--partition")
 SET_BY_METHOD += ("--match_size", "--average_from", "--seed", "--save_path", "--train_idx_path", "--val_idx_path")
 ENVIRONMENT = ("data", "data_path", "methods", "seeds", "rho", "flat_ratio", "initial_epochs", "asam_rho", "checkpoint")
-LISTS = ("methods", "rho", "flat_ratio", "initial_epochs")  # of which a variable may hold several
 ENVIRONMENT += ("nproc", "measure_flags", "sharpness_flags", "runs", "measurements", "results")
+LISTS = ("methods", "rho", "flat_ratio", "initial_epochs")  # of these, whose variables may hold several
 PARTS = ("asked", "runs", "sets")  # of plan.json, by the name of a run: what was asked for, validation, and SAM sets
 
 
@@ -84,10 +81,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.seeds = [seeds.strip() for seeds in args.seeds.split(",")][: args.ensembles]
     if wrong := next((seeds for seeds in args.seeds if not re.fullmatch(r"\d+( +\d+)*", seeds)), None):
         parser.error(f"--seeds: expected whole numbers, ensembles separated by commas, got '{wrong}'")
-    for flag, use in (("folder", _place), ("measure_flags", shlex.split), ("sharpness_flags", shlex.split)):
+    texts = {"folder": _filled, "measure_flags": shlex.split, "sharpness_flags": shlex.split}
+    for flag, read in texts.items():
         try:
-            use(getattr(args, flag))
-        except (LookupError, ValueError) as error:
+            read(getattr(args, flag))
+        except (AttributeError, LookupError, ValueError) as error:
             parser.error(f"--{flag}: '{getattr(args, flag)}' cannot be read ({error}); see --help")
     args.jobs = cores() if args.jobs == "auto" else args.jobs
     if args.images and not args.validation:
@@ -186,8 +184,6 @@ class Experiment:
         self.places: list[Any] = [*args.train, "--data", args.data, "--data_path", args.data_path]
         self.split: dict[str, Path] = {}
         self.spent, self.started = 0.0, time.monotonic()
-        self.how = {"command": shlex.join(["python", *sys.argv]), "jobs": args.jobs}
-        self.how["environment"] = environment(torch.device("cpu"))
         self.grid = {"rho": args.rho, "k": args.flat_ratio, "T_d": args.initial_epochs}
         for name, values in self.grid.items():
             self.chosen[name] = values[len(values) // 2] if values else None
@@ -314,7 +310,7 @@ class Experiment:
 
     def place(self, root: Path, name: str, seeds: str) -> Path:
         """The folder of a run or of its measurements."""
-        return root / _place(self.args.folder, name, seeds.split()[0])
+        return root / _filled(self.args.folder, name, seeds.split()[0])
 
     def choose(self) -> None:
         """Take rho, k and T_d of another experiment, or choose each of which there are several on validation."""
@@ -570,7 +566,8 @@ class Experiment:
             "validation": self.tried,
             **{part: {name: before[part][name] for name in sorted(asked.keys() & before[part])} for part in PARTS},
         }
-        plan |= {name: before[name] if name in before and not self.spent else one for name, one in self.how.items()}
+        how = {"command": shlex.join(["python", *sys.argv]), "jobs": args.jobs}
+        plan |= how if self.spent else how | {name: before[name] for name in how if name in before}  # of who made it
         if self.all_chosen:
             measured = [name for name, _, _ in self.measured()]
             plan |= {"chosen": self.chosen, "measured": measured, "mislabelled": self.mislabelled(plan["sets"])}
@@ -611,9 +608,9 @@ class Experiment:
                 run_script(["scripts/plot.py", kind, "--from", *shown, "--to", (args.results or args.runs) / kind])
 
 
-def _place(form: str, method: str = "sam", seed: str = "1") -> str:
-    """The name of a folder by --folder."""
-    return form.format(method=method, seed=seed)
+def _filled(folder: str, method: str = "", seed: str = "") -> str:
+    """The value of --folder for a run."""
+    return folder.format(method=method, seed=seed)
 
 
 def _digest(*asked: Any) -> str:

@@ -39,16 +39,7 @@ from utils.cli import Choices, Parser, add_flag, add_image_size, fail, image_siz
 from utils.corruptions import SIZES, corrupt
 from utils.data import ImageSet
 from utils.datasets import CORRUPTIONS, NAMES, SEVERITIES, corrupted_name, load_data
-from utils.files import (
-    exclusive,
-    load_json,
-    open_atomically,
-    refusing,
-    visible,
-    write_array,
-    write_atomically,
-    write_json,
-)
+from utils.files import hold, load_json, open_atomically, refusing, visible, write_array, write_atomically, write_json
 
 PUBLISHED = {"cifar10": 2535967, "cifar100": 3555552, "tiny_imgnet": 8206060}  # records at zenodo.org
 CHUNK = 256  # images of one task
@@ -97,7 +88,7 @@ def main(args: argparse.Namespace) -> None:
     with refusing(f"--to: {folder} cannot be created"):
         folder.mkdir(parents=True, exist_ok=True)
     shape = (len(SEVERITIES) * count, test.height, test.width, test.channels)
-    with exclusive(args.to / f".{name}.lock"):  # the same command that is started meanwhile waits
+    with hold(args.to / f".{name}.lock"):  # the same command that is started meanwhile waits
         _check_origin(folder, test, count)
         todo = [corruption for corruption in args.corruptions if not _is_done(folder / f"{corruption}.npy", shape)]
         started = time.monotonic()

@@ -40,7 +40,7 @@ from utils.claims import (
     slope,
 )
 from utils.cli import Parser, path, run
-from utils.files import read_json, refusing, write_atomically
+from utils.files import OTHERWISE, read_json, refusing, write_atomically
 from utils.presets import PRESETS
 from utils.results import Ensemble
 
@@ -158,13 +158,13 @@ def main(args: argparse.Namespace) -> None:
         raise InputError(f"{folder}: made without --claims study, which others there were made with; move it elsewhere")
     blocks, settings = [] if of_study[folders[0]] else [*OPENING], []
     for folder, plan in plans.items():
-        with refusing(f"{folder}: not an experiment with all methods of the claims", remedy):
+        with refusing(f"{folder}: not an experiment with all methods of the claims", remedy, OTHERWISE):
             if of_study[folder]:
                 settings.append(read_setting(folder, plan))
             else:
                 blocks += section(folder, plan)
     if settings:
-        with refusing(f"{args.results}: not experiments with the methods of the claims", remedy):
+        with refusing(f"{args.results}: not experiments with the methods of the claims", remedy, OTHERWISE):
             blocks = study(args.results, settings)
     write_atomically(args.results / "README.md", ("\n\n".join(blocks) + "\n").encode(errors="backslashreplace"))
     print(f"wrote {args.results / 'README.md'}")

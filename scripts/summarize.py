@@ -25,7 +25,7 @@ from tabulate import tabulate
 from utils import InputError, first_line, printable, results, table_cell
 from utils.cli import Parser, path, run
 from utils.equivalent import Equivalent, plain_group, training_cost, worth
-from utils.files import write_atomically
+from utils.files import OTHERWISE, write_atomically
 from utils.results import Ensemble, Value
 from utils.run import OLD_DEFAULTS
 
@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> None:
         text = tables(ensembles, args.format)
     except InputError:
         raise
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except OTHERWISE as error:
         folders = ", ".join(map(str, args.folders))
         raise InputError(f"{folders}: a result file is damaged ({first_line(error)}); measure it again") from error
     if args.to is None:

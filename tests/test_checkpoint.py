@@ -16,7 +16,7 @@ from utils import InputError, RunError
 from utils.checkpoint import DamagedError, load_checkpoint, load_model, pack_checkpoint, save_checkpoint
 from utils.files import (
     digest,
-    exclusive,
+    hold,
     load_json,
     open_atomically,
     write_array,
@@ -199,7 +199,7 @@ def test_a_folder_is_held_by_one_at_a_time(tmp_path):
     seen, path = [], tmp_path / "numbers.json"
 
     def add(number):
-        with exclusive(tmp_path) as held:
+        with hold(tmp_path) as held:
             found = [*load_json(path), number] if path.exists() else [number]
             time.sleep(0.05)
             write_json(path, found)

@@ -308,8 +308,8 @@ def test_a_study(tmp_path, monkeypatch, capsys):
         patch.undo()
         assert not set(STEPS) & {argv[0] for argv in run(study(first, *methods, "--jobs", "2"), patch)}
         new = json.loads(place.read_text())
-        assert [new[name] for name in ("command", "jobs", "environment", "runs")] == [
-            old[name] for name in ("command", "jobs", "environment", "runs")
+        assert [new[name] for name in ("command", "jobs", "runs")] == [
+            old[name] for name in ("command", "jobs", "runs")
         ]
         plain = [old["runs"][f"deep_ensemble_{i}1"]["ensemble accuracy"] for i in "12"]
         assert new["validation"]["deep ensemble"] == pytest.approx(np.mean(plain))
@@ -319,8 +319,10 @@ def test_a_study(tmp_path, monkeypatch, capsys):
         kept = [set(one["result"]["test"]["values_of_samples"]) == {"ensemble_nll"} for one in copies]
         assert (kept.count(True), not set(STEPS) & {argv[0] for argv in calls}) == (1, True)
         # Another recipe is another experiment.
-        words = study(first, "--methods", "deep_ensemble", "--lr", "0.05", "--runs", "runs/other", "--skip_measuring")
+        words = ["--lr", "0.05", "--runs", "runs/other", "--skip_measuring", "--choices", f"results/{first}"]
+        words = study(first, "--methods", "deep_ensemble,sharpbalance_next", *words, "--rho", "0.05", "0.1")
         assert [argv[0] for argv in run(words, patch)] == ["main.py"] * 2
+        assert "rho 0.1 is the largest: without sharpbalance_next\n" in capsys.readouterr().out
 
     for name, content in before.items():  # as it was before that
         Path("results", name).write_bytes(content)

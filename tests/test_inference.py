@@ -1,7 +1,9 @@
 """The ensemble in use: load_ensemble against measured probabilities, images of any form, temperature, predict.py."""
 
 import csv
+import fcntl
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,8 @@ import torch
 from PIL import Image
 
 import measure_diversity
+import utils.predictions
+import utils.run
 from scripts import predict
 from tests import files
 from tests.test_measure import call, save_member
@@ -140,6 +144,30 @@ def test_temperature(run, measured, capsys):
     without = ensemble(pixels)
     torch.testing.assert_close(without.probs.double(), mean, rtol=0, atol=1e-6)
     assert torch.equal(without.mutual_information, found.mutual_information)
+
+
+def test_what_a_file_holds_is_kept_by_one_program_at_a_time(run, measured, tmp_path, monkeypatch):
+    """From reading a result file, or the temperatures, to writing it."""
+    held = []
+
+    def watched(module, name):
+        function = getattr(module, name)
+
+        def call_it(path, *rest):
+            number = os.open(path if path.is_dir() else path.parent, os.O_RDONLY)
+            try:
+                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                held.append(name)
+            os.close(number)
+            return function(path, *rest)
+
+        monkeypatch.setattr(module, name, call_it)
+
+    watched(utils.predictions, "with_earlier")
+    watched(utils.run, "kept_temperatures")
+    call("diversity", "--resume", run, "--mode", "predict", "--bootstrap", 0, "--save", tmp_path)
+    assert set(held) == {"with_earlier", "kept_temperatures"}
 
 
 def test_temperatures_are_kept_beside_each_other(run, measured, tmp_path):

@@ -20,7 +20,7 @@ from utils import InputError, RunError, again, first_line
 
 try:
     import fcntl
-except ImportError:  # Windows
+except ImportError:  # Windows: what only measures runs there
     fcntl = None
 
 # Upper limits, well above what the published data sets and our own files need.
@@ -39,6 +39,7 @@ JUNK = re.compile(
     r"|__MACOSX|__pycache__|Thumbs\.db|desktop\.ini|lost\+found|System Volume Information",
     re.IGNORECASE,
 )
+OTHERWISE = (AttributeError, LookupError, TypeError, ValueError)  # of who reads a JSON file that is built otherwise
 NOT_FINITE = "not_finite"  # the key in our JSON files under which their infinities and nans are named
 
 
@@ -178,7 +179,7 @@ def parse_json(text: str) -> Any:
             if target[last] is not None or word not in ("inf", "-inf", "nan"):
                 raise ValueError
             target[last] = float(word)
-    except (AttributeError, LookupError, TypeError, ValueError):
+    except OTHERWISE:
         raise ValueError(f"its {NOT_FINITE} does not fit its numbers") from None
     return content
 
@@ -283,19 +284,19 @@ def without_folder(value: Any) -> Any:
 
 
 @contextmanager
-def refusing(problem: str, remedy: str = "") -> Iterator[None]:
-    """Turn any error into an InputError "<problem> (<reason>); <remedy>": a damaged file raises nearly anything."""
+def refusing(problem: str, remedy: str = "", kinds: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
+    """Turn errors into an InputError "<problem> (<reason>); <remedy>": a damaged file raises nearly anything."""
     try:
         yield
     except InputError:
         raise
-    except Exception as error:
+    except kinds as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"{problem} ({reason})" + (f"; {remedy}" if remedy else "")) from error
 
 
 @contextmanager
-def exclusive(path: Path) -> Iterator[bool]:
+def hold(path: Path) -> Iterator[bool]:
     """Hold a folder, or a file that is made if need be, waiting for who holds it.
 
     Yields:

@@ -33,7 +33,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from utils import InputError, RunError, first_line
-from utils.files import JUNK, exclusive, load_array, load_json, refusing, sync_folder, visible, write_json
+from utils.files import JUNK, hold, load_array, load_json, refusing, sync_folder, visible, write_json
 
 PARTS = ("train", "val", "test")
 OTHER_PARTS = {*PARTS, "training", "valid", "validation", "dev", "testing"}  # in any case
@@ -272,7 +272,7 @@ def _decoded(path: Path, files: list[tuple[str, int, int]], size: int, processes
         if found:
             return found
     place = _writable(path, math.prod(shape))
-    with exclusive(place / "lock") as held:
+    with hold(place / "lock") as held:
         cache = place / name
         found = _read_cache(cache, shape)
         if not found:  # else another process has done it meanwhile

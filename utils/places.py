@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from utils import InputError, first_line, some
-from utils.files import exclusive, refusing, visible
+from utils.files import hold, refusing, visible
 
 # Below --data_path, in the order in which they are tried; the folder itself is last, as the files of another set, such
 # as MNIST, may lie in it under the same names.
@@ -210,7 +210,7 @@ def fetch(name: str, data_path: Path, damaged: bool = False) -> Path:
     with refusing(f"--download: {data_path} cannot be written"), ExitStack() as stack:
         data_path.mkdir(parents=True, exist_ok=True)
         # Without locks each of several processes that fetch it moves whole files.
-        if stack.enter_context(exclusive(data_path / ".download.lock")):
+        if stack.enter_context(hold(data_path / ".download.lock")):
             for left in data_path.glob(".download-*"):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
         whole = find(name, data_path)

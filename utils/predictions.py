@@ -38,7 +38,7 @@ from utils.datasets import (
     read_corrupted,
 )
 from utils.distributed import default_jobs, default_threads, start_device
-from utils.files import array_of, exclusive, parse_json, write_atomically, write_json
+from utils.files import array_of, hold, parse_json, write_atomically, write_json
 from utils.kept import Keep, keep_modes, made_by, read_entry, why_stale, with_earlier
 from utils.run import (
     CHECKPOINTS,
@@ -544,7 +544,7 @@ class Measurement:
         }
         if made := {split: self._made_by(split, options["mode"]) for split in result if split in self._parts}:
             content["made_by"] = made
-        with exclusive(path.parent):  # a program with other modes may end meanwhile
+        with hold(path.parent):  # a program with other modes may end meanwhile
             write_json(path, with_earlier(path, content, keep))
         return path
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from utils import InputError, first_line, metrics, printable, some
-from utils.files import load_json, read_json, write_json
+from utils.files import OTHERWISE, load_json, read_json, write_json
 from utils.metrics import (
     OOD_METRICS,
     OOD_SCORES,
@@ -222,7 +222,7 @@ def read_ensemble(folder: Path) -> Ensemble:
             _add_sharpness(ensemble)
         except InputError:
             raise
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
+        except OTHERWISE as error:
             raise InputError(f"{path}: not a result of measure_sharpness.py ({error}); measure again") from error
     return ensemble
 
@@ -491,7 +491,7 @@ def check_alike(ensembles: list[Ensemble]) -> None:
     for ensemble in ensembles:
         try:
             facts.append((ensemble.folder, _facts(ensemble, settings)))
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
+        except OTHERWISE as error:
             problem = f"{ensemble.folder}: a result file is damaged ({first_line(error)}); measure it again"
             raise InputError(problem) from error
     for name in dict.fromkeys(["data", *UNVERIFIED, *(name for _, found in facts for name in found)]):

@@ -28,13 +28,8 @@ import torch
 from utils import InputError, RunError, distributed, first_line, processes
 from utils.data import Data
 from utils.events import FILES as EVENTS
-from utils.files import broken_link, exclusive, load_json, without_folder, write_atomically, write_json
+from utils.files import broken_link, fcntl, hold, load_json, without_folder, write_atomically, write_json
 from utils.partition import DRAWS, SCORE_FREE
-
-try:
-    import fcntl
-except ImportError:  # Windows: what only measures runs there
-    fcntl = None
 
 TEMPERATURES = "temperatures.json"
 RUN_FILES = ("args.json", "environment.json", "command.txt", "summary.json", TEMPERATURES)
@@ -291,7 +286,7 @@ def keep_temperature(folder: Path, record: dict[str, Any]) -> None:
     Raises:
         RunError: if it cannot be written.
     """
-    with exclusive(folder):
+    with hold(folder):
         kept = kept_temperatures(folder)
         others = [one for one in kept if any(one[key] != record[key] for key in ("weights", "average"))]
         write_json(folder / TEMPERATURES, {"temperatures": [*others, record]})
