@@ -449,7 +449,8 @@ class Experiment:
             except (KeyError, OSError, TypeError, ValueError):
                 return False
             if any(one["experiment"].get("by_image", args.by_image) != args.by_image for one in found) and job.done():
-                return False  # they are copied anew
+                about["plan"] = found[0]["experiment"].get("plan", {})  # measured after this one, and copied anew
+                return False
             return same and up_to_date(found) and (not args.variance or job.done())
 
         def work() -> None:
@@ -558,6 +559,7 @@ class Experiment:
         # Of earlier calls, which asked for others; but not what this call asks for otherwise.
         asked = {name: one for name, one in before["asked"].items() if self.asked.get(name, one) == one}
         plan = {
+            "command": shlex.join(["python", *sys.argv]),
             "claims": args.claims,
             "plan": self.plan,
             "finished": finished,
@@ -565,9 +567,10 @@ class Experiment:
             "choices_of": args.choices and args.choices.name,
             "validation": self.tried,
             **{part: {name: before[part][name] for name in sorted(asked.keys() & before[part])} for part in PARTS},
+            "jobs": args.jobs,
         }
-        how = {"command": shlex.join(["python", *sys.argv]), "jobs": args.jobs}
-        plan |= how if self.spent else how | {name: before[name] for name in how if name in before}  # of who made it
+        if not self.spent:  # who only draws is not who made it
+            plan |= {name: before[name] for name in ("command", "plan", "jobs") if name in before}
         if self.all_chosen:
             measured = [name for name, _, _ in self.measured()]
             plan |= {"chosen": self.chosen, "measured": measured, "mislabelled": self.mislabelled(plan["sets"])}

@@ -14,6 +14,7 @@ import math
 import os
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -195,8 +196,9 @@ def section(folder: Path, plan: dict[str, Any]) -> list[str]:
     results.require(measured["sam"][seeds[0]], "corrupted", "mean", "samples")
     made = f"`{plan['command']}`"
     if plan.get("plan"):
-        made += f", after {plan['plan']['file']} (SHA-256 {plan['plan']['sha256']}) had been written, which has the "
-        made += "claims, their margins and what had been looked at before"
+        digests = " and ".join(digests_of(measured))
+        made += f", after {plan['plan']['file']} (SHA-256 {digests}) had been written, which has the claims, their "
+        made += "margins and what had been looked at before"
     blocks = [
         f"## {table_cell(folder.name.replace('_', ' ').capitalize())}",
         f"{made}.",
@@ -209,6 +211,12 @@ def section(folder: Path, plan: dict[str, Any]) -> list[str]:
     drawn = {kind: text for kind, text in FIGURES.items() if (folder / f"{kind}.png").is_file()}
     figures = [f"![{text}]({place}/{kind}.png)" for kind, text in drawn.items()]
     return [*blocks, f"All methods: {tables_of(folder)}.", *uncertain, *by_corruption(measured), *figures]
+
+
+def digests_of(measured: Measured) -> list[str]:
+    """The SHA-256 of the plans that the measurements name; none: of those that name no plan."""
+    found = [one.content.get("experiment", {}) for by_seeds in measured.values() for one in by_seeds.values()]
+    return sorted({one.get("plan", {}).get("sha256", "none") for one in found})
 
 
 def tables_of(folder: Path) -> str:
@@ -275,7 +283,7 @@ class Setting(NamedTuple):
     title: str = ""
     label: str = ""
     key: tuple[int, float] = (0, 0)
-    digests: tuple[str, ...] = ()
+    digests: Sequence[str] = ()
     before: tuple[Judged, ...] = ()
 
 
@@ -290,15 +298,13 @@ def read_setting(folder: Path, plan: dict[str, Any]) -> Setting:
         claims = [claim for claim in family if planned.issuperset(claim.methods)]
         judged |= {one.claim.name: one for one in judge(claims, measured, seeds)}
     before = judge([claim for claim in BEFORE if planned.issuperset(claim.methods)], measured, seeds)
-    contents = [one.content for by_seeds in measured.values() for one in by_seeds.values()]
-    digests = sorted({content["experiment"].get("plan", {}).get("sha256", "none") for content in contents})
-    data = contents[0]["data"]
+    data = measured["sam"][seeds[0]].content["data"]
     images, noise = data["train"], data.get("label_noise") or 0
     own = data["dataset"] == "folder"  # whose labels may be wrong, too
     title, label = f"{100 * noise:g} % wrong labels, {images} images", f"{100 * noise:g} %\n{images}"
     if own:
         title, label = f"{table_cell(folder.name)}, {images} images", f"{folder.name}\n{images}"
-    return Setting(folder, plan, measured, judged, title, label, (images, noise), tuple(digests), tuple(before))
+    return Setting(folder, plan, measured, judged, title, label, (images, noise), digests_of(measured), tuple(before))
 
 
 def study(place: Path, settings: list[Setting]) -> list[str]:

@@ -305,12 +305,13 @@ def test_a_study(tmp_path, monkeypatch, capsys):
         for i in "12":
             old["runs"][f"sam_0.1_{i}1"]["ensemble accuracy"] = 1.5  # is chosen
         place.write_text(json.dumps(old))
+        Path("PLAN.md").write_text("changed since")
         patch.undo()
         assert not set(STEPS) & {argv[0] for argv in run(study(first, *methods, "--jobs", "2"), patch)}
         new = json.loads(place.read_text())
-        assert [new[name] for name in ("command", "jobs", "runs")] == [
-            old[name] for name in ("command", "jobs", "runs")
-        ]
+        kept = ("command", "plan", "jobs", "runs")
+        assert [new[name] for name in kept] == [old[name] for name in kept]
+        assert list(new) == list(old)
         plain = [old["runs"][f"deep_ensemble_{i}1"]["ensemble accuracy"] for i in "12"]
         assert new["validation"]["deep ensemble"] == pytest.approx(np.mean(plain))
         # Other values by image are copied from what was measured, where that is.
@@ -318,6 +319,7 @@ def test_a_study(tmp_path, monkeypatch, capsys):
         copies = [json.loads(path.read_text()) for path in Path("results", first).glob("measurements/*/diversity.json")]
         kept = [set(one["result"]["test"]["values_of_samples"]) == {"ensemble_nll"} for one in copies]
         assert (kept.count(True), not set(STEPS) & {argv[0] for argv in calls}) == (1, True)
+        assert {one["experiment"]["plan"]["sha256"] for one in copies} == {digest}  # of the plan before the change
         # Another recipe is another experiment.
         words = ["--lr", "0.05", "--runs", "runs/other", "--skip_measuring", "--choices", f"results/{first}"]
         words = study(first, "--methods", "deep_ensemble,sharpbalance_next", *words, "--rho", "0.05", "0.1")

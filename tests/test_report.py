@@ -183,6 +183,7 @@ def results(tmp_path):
             content = json.loads((place / "diversity.json").read_text())
             content["data"] |= {"train": 100, "val": 10, "sha256_of_corrupted": "c"}
             content["result"]["corrupted"] = {"mean": content["result"]["test"] | {"samples": 10.0}}
+            content["experiment"] = {"plan": {"sha256": "digest in the measurements"}}
             (place / "diversity.json").write_text(json.dumps(content))
     return tmp_path
 
@@ -235,7 +236,7 @@ def test_report(results, capsys):
         "within an adaptive l2 ball of radius 0.5, mean over 20 batches of 5 training images, by 'tight' in 7" in text
     )
     assert "SAM on random samples 25 %, 25.0 % of them with a wrong label. Of all, 20.0 % have one." in text
-    assert "`python scripts/experiment.py nothing`, after PLAN.md (SHA-256 digest of the plan) had been" in text
+    assert "`python scripts/experiment.py nothing`, after PLAN.md (SHA-256 digest in the measurements) had been" in text
     assert "3 ensembles of 2 members by each method: digits, " in text
     assert ", 9 epochs, " in text
     assert "(2 corruptions at 2 severities); checkpoints 'best'. 2 single-thread processes on 2 cores" in text
