@@ -222,9 +222,10 @@ def test_tradeoff(three, tmp_path):
     assert axis.get_xscale() == "log"
     expected = [pytest.approx([x, 20 * a]) for x, a in ((9, 0.7), (3, 0.8), (2, 0.9))]
     assert at(axis, 3) == expected
-    # The mean of the only one; SAM, which others are compared with, is above all of them.
-    assert at(axis, 4) == [expected[0], expected[2]]
-    assert at(axis, 5) == expected[1:2]
+    # The mean of the only one: SharpBalance above SAM, which it is compared with, and SAM above others; each smaller.
+    assert [at(axis, zorder) for zorder in (4, 5, 6)] == [expected[:1], expected[1:2], expected[2:]]
+    sizes = [line.get_markersize() for line in sorted(axis.get_lines(), key=lambda line: line.get_zorder())]
+    assert sizes[-3:] == sorted(sizes[-3:], reverse=True)
     colours = [plots.to_rgb(METHODS[key].colour) for key in ("deep_ensemble", "sam", "released")]
     means = [line for line in axis.get_lines() if line.get_zorder() >= 4]
     assert [plots.to_rgb(line.get_markerfacecolor()) for line in means] == colours
@@ -249,6 +250,18 @@ def test_tradeoff(three, tmp_path):
     handles = one.legends[0].get_lines()
     assert [handle.get_marker() for handle in handles] == ["s", "s"]
     assert handles[0].get_markerfacecolor() != handles[1].get_markerfacecolor() == "white"
+
+
+def test_captions_are_wrapped_by_what_shows():
+    words = [r"$\rho$ = 0.1, $k$ = 0.2, $T_d$ = 15", "5 % of their labels", "12345 "] * 20
+    one = plots.Figure()
+    lines = plots.caption(one, " ".join(words))
+    text = one._supxlabel.get_text()
+    assert text.count("\n") + 1 == lines
+    assert " ".join(text.replace("\N{NO-BREAK SPACE}", " ").split()) == " ".join(" ".join(words).split())
+    shown = text.replace(r"$\rho$", "x").replace("$k$", "x").replace("$T_d$", "xx").splitlines()
+    assert all(60 < len(line) <= 74 for line in shown[:-1])
+    assert not any(line.startswith(("=", "%")) or line.endswith("=") for line in shown)
 
 
 def test_labels_say_what_tables_say(tmp_path):

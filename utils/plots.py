@@ -61,6 +61,7 @@ LINES = ("-", (0, (6, 2)), (0, (3, 2)), (0, (1, 1)))
 SYMBOLS = {"rho": r"$\rho$", "k": "$k$", "T_d": "$T_d$"}
 # From dark to light. Those of other methods go from dark to the colour.
 SHADES = {"sam": ("#710000", "#D67822", "#AA8856")}
+MATH = r"\$([^$]*)\$"  # in a label or a caption
 MAX_LEGEND = 58  # characters of both columns of a legend that are as wide as half a page
 WIDTH = 3.4  # inches, in print: half a page. All sizes of text are those of print.
 STYLE = {
@@ -324,9 +325,11 @@ def tradeoff(ensembles: list[Ensemble]) -> Figure:
             x, y = (_estimate(group.ensembles, name) for name in TRADEOFF)
             _bar(axis, x.mean, y, 100, ecolor=group.colour, zorder=3.5)
             _bar(axis, 100 * y.mean, x, 1, across=True, ecolor=group.colour, zorder=3.5)
-            # What others are compared with would else be hidden under those that are like it.
-            front = {"markersize": 5, "markeredgecolor": "white", "zorder": 5} if _is_reference(group) else {}
-            axis.plot(x.mean, 100 * y.mean, **{"markersize": 6, "zorder": 4, **style, **front})
+            # Of marks at one place each shows: the smaller, the nearer. SharpBalance lies on what it is compared with.
+            rule = group.key in ("released", "paper") and group.nth == 0 and not group.late
+            near = 2 if rule else int(_is_reference(group))
+            edge = {"markeredgecolor": "white"} if near else {}
+            axis.plot(x.mean, 100 * y.mean, **{**style, "markersize": 7 - 1.5 * near, "zorder": 4 + near, **edge})
             shown += [x, y]
             one = group.ensembles[0]
             later = (one.content.get("trained") or {}).get("average_from")
@@ -559,9 +562,12 @@ def panels(height: float, *shape: int, **options: Any) -> tuple[Figure, Any]:
 
 
 def caption(figure: Any, text: str) -> int:
-    """Write a caption below the panels, and return its number of lines."""
-    lines = textwrap.wrap(text.replace(" %", "\N{NO-BREAK SPACE}%"), 74)
-    figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=6, color="0.25")
+    """Write a caption below the panels, and return its number of lines. Of $ $ counts what shows: a name, a letter."""
+    formulas, formula = iter(re.findall(MATH, text)), "\N{REPLACEMENT CHARACTER}"
+    shown = re.sub(MATH, lambda found: formula * len(re.sub(r"\\\w+", "x", found[1]).replace("_", "")), text)
+    lines = textwrap.wrap(re.sub(r" (?=%)| (?==)|(?<==) ", "\N{NO-BREAK SPACE}", shown), 74)
+    drawn = re.sub(f"{formula}+", lambda _: f"${next(formulas)}$", "\n".join(lines))
+    figure.supxlabel(drawn, x=0.01, ha="left", fontsize=6, color="0.25")
     return len(lines)
 
 
