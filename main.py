@@ -427,10 +427,12 @@ def read_data(args: argparse.Namespace, device: torch.device) -> Data:
 
 
 def announce(args: argparse.Namespace, count: int) -> None:
-    """Say what is trained, and where."""
+    """Say what is trained, and where; or that it was."""
     size = "" if is_external(args.model) else f" (width {args.width})"
     what = f"{len(args.seed)} x {args.model}{size} on {args.data}, in {args.save_path}"
-    print(f"{settings_of(args).method} of {what}" + f", by {count} processes" * (count > 1), flush=True)
+    finished = not args.overwrite and (args.save_path / "summary.json").is_file()
+    how = ", finished before (--overwrite trains it anew)" if finished else f", by {count} processes" * (count > 1)
+    print(f"{settings_of(args).method} of {what}{how}", flush=True)
 
 
 def report(args: argparse.Namespace, summary: dict) -> None:

@@ -406,7 +406,7 @@ class Experiment:
             self.splits = "test,corrupted"
             if find_corrupted(args.data, self.measured_on, image_size=size) is None:
                 self.splits, where = "test", f"{self.measured_on} or beside the data set"
-                print(f"no {corrupted_name(args.data, size)} in {where}: clean images only")
+                print(f"measuring clean images; with {corrupted_name(args.data, size)} in {where}, corrupted ones, too")
         by_run: dict[Path, tuple[Job, list[Job]]] = {}
         for seeds in args.seeds:
             for name, method, values in self.measured():

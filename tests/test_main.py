@@ -225,9 +225,12 @@ def test_resume_by_the_folder(tmp_path, monkeypatch, capsys):
     """By the run's own settings, without its command; a flag that contradicts it is refused."""
     flags = ["--width", "2", "--epochs", "2", "--seed", "1 2", "--batch_size", "200", "--save_path", tmp_path / "run"]
     call(flags)
-    table = capsys.readouterr().out.partition("checkpoints")[2]
+    output, said = capsys.readouterr().out, ", finished before (--overwrite trains it anew)\n"
+    table = output.partition("checkpoints")[2]
+    assert said not in output
     call(["--resume", tmp_path / "run"])
-    assert capsys.readouterr().out.partition("checkpoints")[2] == table
+    output = capsys.readouterr().out
+    assert (output.partition("checkpoints")[2], said in output) == (table, True)
     assert "--epochs 3 here, 2 there" in refused(["--resume", tmp_path / "run", "--epochs", "3"], capsys)
     assert "--overwrite: given with --resume" in refused(["--resume", tmp_path / "run", "--overwrite"], capsys)
     line = refused(["--resume", tmp_path / "run", "--save_path", tmp_path / "other"], capsys)

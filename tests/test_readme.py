@@ -209,8 +209,10 @@ def clone(tmp_path_factory, stub):
         files.write_image_folder(folder / name, {"ape": 12, "bee": 12, "cat": 12}, size=30)
     shutil.copytree(ROOT / "results", folder / "results")
     made = "from models import create_model\n\n\ndef make(num_classes):\n"
+    (folder / "figures").mkdir()
+    Image.linear_gradient("L").save(folder / "figures/ramp.png")
     for i, image in enumerate(load_data("digits").test.pixels(slice(3)).numpy()):
-        Image.fromarray(image[:, :, 0]).save(folder / f"digit_{i}.png")
+        Image.fromarray(image[:, :, 0]).save(folder / f"figures/digit_{i}.png")
     (folder / "net.py").write_text(f"{made}    return create_model('resnet18', num_classes, 2, in_channels=1)\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -18,6 +18,7 @@ while [ $# -gt 0 ]; do
     case $1 in
         --settings) settings=$2 && shift 2 ;;
         --to) to=$2 && shift 2 ;;
+        -h | --help) sed -n '2,/^\[/s/^# //p' "$0" && exit ;;
         *) rest+=("$1") && shift ;;
     esac
 done
