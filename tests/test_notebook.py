@@ -118,6 +118,21 @@ def test_tables_of_the_notebook_are_those_of_the_result_file(monkeypatch):
     assert tables >= 5
 
 
+def test_the_result_file_is_what_the_code_gives(monkeypatch):
+    """Not what it gave before a change: a row of each method as it is trained, and the first of the grids."""
+    kept = json.loads((ROOT / "results/theory/theory.json").read_text())["grids"]
+    name, (method, values, steps) = next(iter(verification.GRIDS.items()))
+    monkeypatch.setattr(verification, "GRIDS", {name: (method, values[:1], steps[:1])})
+    monkeypatch.setattr(verification, "TRAINED_RHO", verification.TRAINED_RHO[1:2])
+    found = verification.simulate_all()
+    assert len(found["trained"]) == 4
+    for place in ("trained", name):
+        for row in found[place]:
+            (same,) = (one for one in kept[place] if all(one[key] == row[key] for key in ("method", "rho", "k")))
+            numbers = [key for key in row if key not in ("method", "gap")]  # the gap is that of two roundings
+            assert [row[key] for key in numbers] == pytest.approx([same[key] for key in numbers], rel=1e-6)
+
+
 @pytest.mark.parametrize("method", ["random", "paper", "released"])
 def test_sizes_of_sets_are_those_of_the_simulation(method):
     text = "".join(line for cell in json.loads(NOTEBOOK.read_text())["cells"] for line in cell["source"])
