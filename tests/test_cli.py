@@ -15,7 +15,7 @@ import main
 import measure_diversity
 from models import create_model, full_name
 from tests.test_ensemble import ROOT
-from utils import InputError, cli, distributed, ood, processes, some
+from utils import InputError, cli, distributed, first_line, ood, processes, some
 from utils.inference import load_ensemble
 
 HOME = "/home/of/a/user"
@@ -263,3 +263,8 @@ def test_ctrl_c_says_what_is_true_of_the_script(known, said, capsys):
         cli.run(interrupted, argparse.Namespace(**known))
     assert end.value.code == 130
     assert capsys.readouterr().err.strip().endswith(f"error: {said}")
+
+
+def test_the_first_line_of_an_error_has_no_colours():
+    assert first_line(ValueError("\x1b[96mno\x1b[0m room\nsee the log")) == "no room"
+    assert first_line(MemoryError()) == "MemoryError"

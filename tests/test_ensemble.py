@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,8 @@ import utils.member
 import utils.run
 import utils.training
 from tests import reference
-from utils import InputError, RunError
+from tests.faults.faulty import arm
+from utils import InputError, RunError, cli
 from utils.checkpoint import load_model
 from utils.datasets import load_data
 from utils.fisher import per_sample_fisher
@@ -176,7 +179,7 @@ def test_label_noise_is_of_the_training_labels(tmp_path):
         run(tmp_path / "run", [*TINY, "--epochs", "1"])
 
 
-# Where a run is killed: before or after the n-th call of a function, each in a process of its own.
+# Where a run is killed: before or after the n-th call of a function.
 KILLS = {
     "in warm-up, within an epoch": ("utils.training.sharpbalance_step", 10, "before"),
     "after the first epoch of the first member": ("utils.member.train_epoch", 2, "before"),
@@ -193,39 +196,36 @@ KILLS = {
     "between the averages": ("utils.member.Member.save_average", 2, "before"),
     "before the summary": ("utils.ensemble.evaluate_members", 1, "before"),
 }
-KILLER = """
-import os, pkgutil, signal, sys
-name, count, when, number = sys.argv.pop(1), int(sys.argv.pop(1)), sys.argv.pop(1), int(sys.argv.pop(1))
-owner, attribute = name.rsplit(".", 1)
-owner = pkgutil.resolve_name(owner)
-original, calls = getattr(owner, attribute), 0
-def deadly(*args, **kwargs):
-    global calls
-    calls += 1
-    if calls == count and when == "before":
-        os.kill(os.getpid(), number)
-    result = original(*args, **kwargs)
-    if calls == count:
-        os.kill(os.getpid(), number)
-    return result
-setattr(owner, attribute, deadly)
-import main
-from utils.cli import run
-run(main.main, main.parse_args(sys.argv[1:]))
-"""
 
 
-def killed(folder, name, count, when, number=signal.SIGKILL, flags=()):
-    """A run in a process of its own that gets a signal before or after the n-th call of a function."""
-    command = [sys.executable, "-c", KILLER, name, str(count), when, str(int(number)), *SHARPBALANCE, *flags]
-    command += ["--save_path", str(folder)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def killed(folder, name, count, when, number=signal.SIGKILL):
+    """A run in a forked process that gets a signal before or after the n-th call of a function: exit status, errors."""
+    with tempfile.TemporaryFile() as errors:
+        child = os.fork()
+        if not child:  # which has imported torch already
+            status = 99
+            try:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                os.dup2(errors.fileno(), 2)
+                sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+                sys.argv = ["main.py", *SHARPBALANCE, "--save_path", str(folder)]
+                arm(name, str(count), when, str(int(number)))
+                cli.run(main.main, main.parse_args())
+                status = 0
+            except SystemExit as end:
+                status = end.code
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        _, status = os.waitpid(child, 0)
+        errors.seek(0)
+        return os.waitstatus_to_exitcode(status), errors.read().decode()
 
 
 @pytest.mark.parametrize("moment", KILLS)
 def test_a_killed_run_ends_as_if_it_was_not(moment, whole, tmp_path):
-    done = killed(tmp_path / "run", *KILLS[moment])
-    assert done.returncode == -9, done.stderr
+    status, errors = killed(tmp_path / "run", *KILLS[moment])
+    assert status == -9, errors
     assert not (tmp_path / "run" / "summary.json").exists()
     assert results(run(tmp_path / "run")) == results(whole)
 
@@ -250,10 +250,10 @@ def partial(folder, seed=13):
 def test_signals(number, status, name, count, steps, whole, tmp_path):
     """A signal during a call ends the run after the step in hand, which is saved: only what is left is done again."""
     folder = tmp_path / "run"
-    done = killed(folder, name, count, "before", number)
-    assert done.returncode == status, done.stderr
-    assert done.stderr.count("\n") == 1
-    assert "re-run the same command to resume" in done.stderr
+    ended, errors = killed(folder, name, count, "before", number)
+    assert ended == status, errors
+    assert errors.count("\n") == 1
+    assert "re-run the same command to resume" in errors
     assert not (folder / "lock").exists()
     if steps is not None:
         seed = 13 if count in (3, 45) else 17

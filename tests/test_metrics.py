@@ -283,6 +283,7 @@ def test_entropy_and_mutual_information_equal_those_of_scipy():
 def test_entropy_and_mutual_information_at_their_ends():
     sure = torch.eye(3)
     assert predictive_entropy(sure).tolist() == [0, 0, 0]
+    assert not predictive_entropy(sure).signbit().any()  # -0.0000 in a table
     assert mutual_information(sure[None]).tolist() == [0, 0, 0]  # of one member
     apart = mutual_information(torch.stack([sure[:1], sure[1:2]]))
     assert apart.item() == pytest.approx(math.log(2), rel=1e-6)

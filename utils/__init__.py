@@ -21,8 +21,8 @@ def again() -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    lines = str(error).splitlines()
+    """The first line of an error's message, without colours, or its type where it has none."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines()
     return lines[0] if lines else type(error).__name__
 
 

@@ -40,7 +40,8 @@ def ensemble_log_probs(log_probs: Tensor, average: str = "probs") -> Tensor:
 
 def predictive_entropy(probs: Tensor) -> Tensor:
     """H(p) = -sum_c p_c log p_c of each sample, in nats: [..., N, C] -> [..., N]. 0 log 0 counts 0."""
-    return torch.special.entr(probs).sum(dim=-1)
+    # Not torch.special.entr, which torch 2.11 cannot write as ONNX; 0 less the sum, since -0.0 would be printed so.
+    return 0 - torch.xlogy(probs, probs).sum(dim=-1)
 
 
 def mutual_information(member_probs: Tensor) -> Tensor:
