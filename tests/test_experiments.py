@@ -26,6 +26,7 @@ from utils import InputError, RunError, presets
 STEPS = ["main.py", "measure_diversity.py", "measure_diversity_variance.py", "measure_sharpness.py"]
 TINY = ["--width", "2", "--epochs", "2", "--initial_epochs", "1", "--batch_size", "16"]
 SHARPNESS = "--batch_num 1 --n_iters 1 --n_draws 4 --hessian_samples 4 --probes 2 --top_k 1 --ntk_samples 4"
+PARTS = "--corruptions fog snow --severities 1 2"
 FEWER = f"{SHARPNESS} --mode APGD_worst --norms l2"
 
 
@@ -52,7 +53,7 @@ def write_data(folder, data, corrupted=True):
 def words_of(folder, preset, *words):
     """A command line that works in a folder."""
     places = [word for name in ("runs", "measurements", "results") for word in (f"--{name}", str(folder / name))]
-    small = ["--measure_flags", "--corruptions fog snow --severities 1 2", "--sharpness_flags", SHARPNESS]
+    small = ["--measure_flags", PARTS, "--sharpness_flags", SHARPNESS]
     return [preset, *TINY, *places, "--data_path", str(folder / "data"), *small, *words]
 
 
@@ -183,7 +184,7 @@ def test_choices_on_validation(tmp_path, monkeypatch):
     """Rho by SAM over all seeds, then k and T_d by SharpBalance on the first seeds; what was chosen is measured."""
     files.write_fashion_mnist(tmp_path / "data" / "fashion-mnist", train=130)
     words = ["--images", "40", "--validation", "10", "--corrupted", "2", "--ensembles", "2", "--jobs", "1"]
-    words += ["--rho", "0.1", "0.2", "--flat_ratio", "0.3", "0.5", "--initial_epochs", "0", "1", "--measure_flags="]
+    words += ["--rho", "0.1", "0.2", "--flat_ratio", "0.3", "0.5", "--initial_epochs", "0", "1"]
     words += ["--sharpness_flags", FEWER, "--methods", "deep_ensemble,eoa,sam,sharpbalance"]
     words += ["--data", "fashion_mnist", "--label_noise", "0.2"]
     calls = run(words_of(tmp_path, "digits", *words), monkeypatch)
@@ -231,7 +232,7 @@ def test_members(tmp_path, monkeypatch):
     assert row[5] == "new ensembles, new images"
     assert {path.name for path in (tmp_path / "members").glob("*.png")} == {"ensemble_size.png"}
 
-    words += ["--corrupted", "2", "--measure_flags", "--mode predict,disagreement,ood --ood digits corrupted"]
+    words += ["--corrupted", "2", "--measure_flags", f"--mode predict,disagreement,ood --ood digits corrupted {PARTS}"]
     calls = run(["fashion_mnist/noisy_labels", *words, *places("noisy_labels")], monkeypatch)
     trained = {Path(argv[argv.index("--save_path") + 1]).name for argv in calls if argv[0] == "main.py"}
     assert trained == {f"{name}_{seed}" for name in ("deep_ensemble", "sam_0.1") for seed in (11, 21)}
