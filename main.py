@@ -431,7 +431,8 @@ def announce(args: argparse.Namespace, count: int) -> None:
     size = "" if is_external(args.model) else f" (width {args.width})"
     what = f"{len(args.seed)} x {args.model}{size} on {args.data}, in {args.save_path}"
     finished = not args.overwrite and (args.save_path / "summary.json").is_file()
-    how = ", finished before (--overwrite trains it anew)" if finished else f", by {count} processes" * (count > 1)
+    anew = "" if args.resume else " (--overwrite trains it anew)"
+    how = f", finished before{anew}" if finished else f", by {count} processes" * (count > 1)
     print(f"{settings_of(args).method} of {what}{how}", flush=True)
 
 

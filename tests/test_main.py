@@ -225,12 +225,14 @@ def test_resume_by_the_folder(tmp_path, monkeypatch, capsys):
     """By the run's own settings, without its command; a flag that contradicts it is refused."""
     flags = ["--width", "2", "--epochs", "2", "--seed", "1 2", "--batch_size", "200", "--save_path", tmp_path / "run"]
     call(flags)
-    output, said = capsys.readouterr().out, ", finished before (--overwrite trains it anew)\n"
+    output = capsys.readouterr().out
     table = output.partition("checkpoints")[2]
-    assert said not in output
+    assert "finished before" not in output
+    call(flags)
+    assert ", finished before (--overwrite trains it anew)\n" in capsys.readouterr().out
     call(["--resume", tmp_path / "run"])
     output = capsys.readouterr().out
-    assert (output.partition("checkpoints")[2], said in output) == (table, True)
+    assert (output.partition("checkpoints")[2], ", finished before\n" in output) == (table, True)
     assert "--epochs 3 here, 2 there" in refused(["--resume", tmp_path / "run", "--epochs", "3"], capsys)
     assert "--overwrite: given with --resume" in refused(["--resume", tmp_path / "run", "--overwrite"], capsys)
     line = refused(["--resume", tmp_path / "run", "--save_path", tmp_path / "other"], capsys)
