@@ -439,19 +439,19 @@ class Experiment:
         args, copy = self.args, self.args.results / "measurements" / folder.name
         how = ["averaged" if method == "eoa" else args.checkpoint, self.splits, args.corrupted]
         asked = _digest(self.asked[run.name], how, args.measure_flags, args.sharpness_flags)
-        about = {"name": args.preset, "asked": asked, "by_image": args.by_image}
-        about |= {"plan": self.plan} if self.plan else {}
+        about = {"name": args.preset, "asked": asked, "by_image": args.by_image, "plan": self.plan}
 
         def done() -> bool:
             try:
                 found = [load_json(copy / f"{name}.json") for name in ("diversity", "sharpness")]
-                same = {one["experiment"]["asked"] for one in found} == {asked}
+                same = {one["experiment"]["asked"] for one in found} == {asked} and up_to_date(found)
             except (KeyError, OSError, TypeError, ValueError):
                 return False
-            if any(one["experiment"].get("by_image", args.by_image) != args.by_image for one in found) and job.done():
-                about["plan"] = found[0]["experiment"].get("plan", {})  # measured after this one, and copied anew
+            anew = any(one["experiment"].get("by_image", args.by_image) != args.by_image for one in found)
+            if same and anew and job.done():  # copied anew, but measured under the plan that the copy names
+                about["plan"] = found[0]["experiment"].get("plan", {})
                 return False
-            return same and up_to_date(found) and (not args.variance or job.done())
+            return same and (not args.variance or job.done())
 
         def work() -> None:
             if not job.done():

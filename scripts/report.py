@@ -14,7 +14,6 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -213,10 +212,10 @@ def section(folder: Path, plan: dict[str, Any]) -> list[str]:
     return [*blocks, f"All methods: {tables_of(folder)}.", *uncertain, *by_corruption(measured), *figures]
 
 
-def digests_of(measured: Measured) -> list[str]:
+def digests_of(measured: Measured) -> tuple[str, ...]:
     """The SHA-256 of the plans that the measurements name; none: of those that name no plan."""
     found = [one.content.get("experiment", {}) for by_seeds in measured.values() for one in by_seeds.values()]
-    return sorted({one.get("plan", {}).get("sha256", "none") for one in found})
+    return tuple(sorted({one.get("plan", {}).get("sha256", "none") for one in found}))
 
 
 def tables_of(folder: Path) -> str:
@@ -283,7 +282,7 @@ class Setting(NamedTuple):
     title: str = ""
     label: str = ""
     key: tuple[int, float] = (0, 0)
-    digests: Sequence[str] = ()
+    digests: tuple[str, ...] = ()
     before: tuple[Judged, ...] = ()
 
 

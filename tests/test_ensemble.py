@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -214,6 +215,8 @@ def killed(folder, name, count, when, number=signal.SIGKILL):
                 status = 0
             except SystemExit as end:
                 status = end.code
+            except BaseException:  # said, since the process ends here
+                traceback.print_exc()
             finally:
                 sys.stderr.flush()
                 os._exit(status)

@@ -61,7 +61,7 @@ LINES = ("-", (0, (6, 2)), (0, (3, 2)), (0, (1, 1)))
 SYMBOLS = {"rho": r"$\rho$", "k": "$k$", "T_d": "$T_d$"}
 # From dark to light. Those of other methods go from dark to the colour.
 SHADES = {"sam": ("#710000", "#D67822", "#AA8856")}
-MATH = r"\$([^$]*)\$"  # in a label or a caption
+MATH, SIGN = r"\$[^$]*\$", "\N{REPLACEMENT CHARACTER}"  # a formula, and what stands for a letter of one
 MAX_LEGEND = 58  # characters of both columns of a legend that are as wide as half a page
 WIDTH = 3.4  # inches, in print: half a page. All sizes of text are those of print.
 STYLE = {
@@ -561,19 +561,23 @@ def panels(height: float, *shape: int, **options: Any) -> tuple[Figure, Any]:
     return figure, figure.subplots(*shape, **options)
 
 
+def _letters(text: str) -> str:
+    """A text as long as it is drawn: a sign for each letter of its formulas."""
+    return re.sub(MATH, lambda found: SIGN * len(re.sub(r"[$_{}^]", "", re.sub(r"\\\w+", "x", found[0]))), text)
+
+
 def caption(figure: Any, text: str) -> int:
-    """Write a caption below the panels, and return its number of lines. Of $ $ counts what shows: a name, a letter."""
-    formulas, formula = iter(re.findall(MATH, text)), "\N{REPLACEMENT CHARACTER}"
-    shown = re.sub(MATH, lambda found: formula * len(re.sub(r"\\\w+", "x", found[1]).replace("_", "")), text)
-    lines = textwrap.wrap(re.sub(r" (?=%)| (?==)|(?<==) ", "\N{NO-BREAK SPACE}", shown), 74)
-    drawn = re.sub(f"{formula}+", lambda _: f"${next(formulas)}$", "\n".join(lines))
+    """Write a caption below the panels, and return its number of lines."""
+    formulas = iter(re.findall(MATH, text))
+    lines = textwrap.wrap(re.sub(r" (?=%)| (?==)|(?<==) ", "\N{NO-BREAK SPACE}", _letters(text)), 74)
+    drawn = re.sub(f"{SIGN}+", lambda _: next(formulas), "\n".join(lines))
     figure.supxlabel(drawn, x=0.01, ha="left", fontsize=6, color="0.25")
     return len(lines)
 
 
 def finished(figure: Figure, handles: list[Any], note: str) -> Figure:
     """Add a legend above the panels and a note below them, without taking the panels' height."""
-    widths = [len(re.sub(r"[$\\]", "", handle.get_label())) for handle in handles]
+    widths = [len(_letters(handle.get_label())) for handle in handles]
     columns = 2 if len(handles) > 1 and max(widths[::2]) + max(widths[1::2]) <= MAX_LEGEND else 1
     rows = -(-len(handles) // columns)
     # matplotlib fills columns first; this order fills rows first.
