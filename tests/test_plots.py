@@ -225,7 +225,7 @@ def test_tradeoff(three, tmp_path):
     # The mean of the only one: SharpBalance above SAM, which it is compared with, and SAM above others; each smaller.
     assert [at(axis, zorder) for zorder in (4, 5, 6)] == [expected[:1], expected[1:2], expected[2:]]
     sizes = [line.get_markersize() for line in sorted(axis.get_lines(), key=lambda line: line.get_zorder())]
-    assert sizes[-3:] == sorted(sizes[-3:], reverse=True)
+    assert sizes[-3] > sizes[-2] > sizes[-1]
     colours = [plots.to_rgb(METHODS[key].colour) for key in ("deep_ensemble", "sam", "released")]
     means = [line for line in axis.get_lines() if line.get_zorder() >= 4]
     assert [plots.to_rgb(line.get_markerfacecolor()) for line in means] == colours

@@ -280,6 +280,10 @@ def test_shell_scripts_call_python_with_options_that_it_has(script, inside, stub
         parse(name, argv)
 
 
+def test_help_of_the_study_begins_no_setting(stub):
+    assert calls_of("scripts/experiments/study.sh", stub, ["--help"]) == []
+
+
 @pytest.mark.parametrize(("document", "language", "code"), SNIPPETS)
 def test_snippets(document, language, code, inside):
     """Python as printed, and examples with their output."""
