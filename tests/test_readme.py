@@ -166,7 +166,7 @@ def calls_of(script, folder, argv=()):
         (folder / "bin" / name).write_text('#!/bin/sh\nprintf "%s\\0" "$@" "" >>"$CALLS"\n')
         (folder / "bin" / name).chmod(0o755)
     calls = folder / "calls"
-    calls.unlink(missing_ok=True)
+    calls.write_text("")  # a script may call no python
     environment = os.environ | {
         "CALLS": str(calls),
         "VENV": os.path.relpath(folder, ROOT),

@@ -580,8 +580,7 @@ def finished(figure: Figure, handles: list[Any], note: str) -> Figure:
     widths = [len(_letters(handle.get_label())) for handle in handles]
     columns = 2 if len(handles) > 1 and max(widths[::2]) + max(widths[1::2]) <= MAX_LEGEND else 1
     rows = -(-len(handles) // columns)
-    # matplotlib fills columns first; this order fills rows first.
-    ordered = [handle for i in range(columns) for handle in handles[i::columns]]
+    ordered = [handle for i in range(columns) for handle in handles[i::columns]]  # legends fill columns first
     narrow = {"handlelength": 1.8, "handletextpad": 0.5, "columnspacing": 1, "labelspacing": 0.3}
     figure.legend(handles=ordered, loc="outside upper center", ncols=columns, **narrow)
     figure.set_figheight(figure.get_figheight() + 0.14 * rows + 0.1 * caption(figure, note))
