@@ -18,8 +18,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """First the file whose last test takes minutes, during which the other processes of pytest-xdist have work."""
-    items.sort(key=lambda item: item.path.name != "test_simulated_device.py")
+    """First the file that takes minutes, during which the other processes of pytest-xdist have work."""
+    items.sort(key=lambda item: item.path.name != "test_distributed.py")
 
 
 @pytest.fixture(autouse=True)

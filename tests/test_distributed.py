@@ -15,18 +15,24 @@ import pytest
 import torch
 
 import main
-from tests.test_ensemble import ROOT, TINY, results, run
+from tests.test_ensemble import ROOT, TINY, Forked, results, run
 from utils import RunError, distributed, processes
 from utils.files import load_json
 
 FLAGS = [*TINY, "--seed", "13 17 27", "--sam", "--rho", "0.1", "--flat_ratio", "0.4", "--initial_epochs", "2"]
 FLAGS += ["--threads", "1"]
+RESNET = [*FLAGS, "--model", "resnet18", "--width", "2"]  # main.py forks processes for networks of this repository only
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run of one process."""
     return run(tmp_path_factory.mktemp("whole") / "run", FLAGS)
+
+
+@pytest.fixture(scope="module")
+def whole_resnet(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("whole") / "run", RESNET)
 
 
 def start(folder, options, fault=None, flags=FLAGS):
@@ -61,31 +67,36 @@ def test_any_number_of_processes_gives_the_same_bytes(count, whole, tmp_path):
     assert results(tmp_path / "run") == results(whole)
 
 
-def jobs(folder, *options, fault="", begin=False, environment=None):
-    """main.py with a fault in one of its processes, where one is given; begun only, or exit status and output."""
-    program = "tests/faults/faulty.py" if fault else "main.py"
-    command = [sys.executable, program, *FLAGS, "--save_path", str(folder), *options]
-    variables = os.environ | {"FAULT": fault} | (environment or {})
+def begin(folder, *options, fault=""):
+    """main.py with processes that are forked, and a fault in one of them where one is given."""
+    return Forked([*RESNET, "--save_path", str(folder), *options], fault.split(), main.launch)
+
+
+def jobs(forked, folder, *options, fault=""):
+    """The same, or one whose processes start the command anew, from its start to its end: exit status and output."""
+    if forked:
+        status, output, errors = begin(folder, *options, fault=fault).end()
+        return status, output + errors
+    command = [sys.executable, "tests/faults/faulty.py", *FLAGS, "--save_path", str(folder), *options]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, cwd=ROOT, env=variables, **streams)
-    return process if begin else end(process)
+    return end(subprocess.Popen(command, cwd=ROOT, env=os.environ | {"FAULT": fault}, **streams))
 
 
-@pytest.mark.parametrize("spawn", [False, True])
-def test_jobs_give_the_same_bytes(spawn, whole, tmp_path):
+@pytest.mark.parametrize("forked", [False, True])
+def test_jobs_give_the_same_bytes(forked, whole, whole_resnet, tmp_path):
     """More than there are members are not started; one is enough to go on; so it is where processes are not forked."""
-    folder, environment = tmp_path / "run", {"FAULT": "spawn"} if spawn else {}
-    status, output = jobs(folder, "--jobs", "8", fault="spawn" if spawn else "", environment=environment)
+    folder, wanted = tmp_path / "run", results(whole_resnet if forked else whole)
+    status, output = jobs(forked, folder, "--jobs", "8")
     assert status == 0, output
     assert output.count("epoch   seed") == output.count("deep") + output.count("sharpbalance of") == 1
     assert ", by 3 processes\n" in output
-    assert results(folder) == results(whole)
-    assert results(run(folder, [*FLAGS, "--jobs", "1"])) == results(whole)
-    status, output = jobs(folder, "--rho", "0.2", fault="spawn" if spawn else "", environment=environment)
+    assert results(folder) == wanted
+    assert results(run(folder, [*(RESNET if forked else FLAGS), "--jobs", "1"])) == wanted
+    status, output = jobs(forked, folder, "--rho", "0.2")
     assert status == 2
     assert output.count(": error: --save_path ") == 1
     assert "Traceback" not in output
-    assert results(folder) == results(whole)
+    assert results(folder) == wanted
 
 
 def test_one_process_jobs_and_torchrun_agree_by_default(tmp_path):
@@ -301,10 +312,10 @@ def test_the_gpu_of_a_rank(gpus, name, backend, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("moment", FATAL)
-@pytest.mark.parametrize("spawn", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_dead_process_of_jobs_ends_the_others(moment, spawn, whole, tmp_path):
+@pytest.mark.parametrize("forked", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_dead_process_of_jobs_ends_the_others(moment, forked, whole, whole_resnet, tmp_path):
     folder, started = tmp_path / "run", time.monotonic()
-    status, output = jobs(folder, "--jobs", "2", fault=FATAL[moment] + " " + "- spawn" * spawn)
+    status, output = jobs(forked, folder, "--jobs", "2", fault=FATAL[moment])
     assert status == 1, output
     assert time.monotonic() - started < 60
     who = "rank 1 (seed 17: " if FATAL[moment][-1] == "1" else "rank 0 (seed 13: "
@@ -313,27 +324,27 @@ def test_a_dead_process_of_jobs_ends_the_others(moment, spawn, whole, tmp_path):
     assert output.count("re-run the same command to resume") == 1
     assert "Traceback" not in output
     assert not (folder / "lock").exists() or who.startswith("rank 0")
-    assert results(run(folder, FLAGS)) == results(whole)
+    assert results(run(folder, RESNET if forked else FLAGS)) == results(whole_resnet if forked else whole)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_a_signal_to_jobs_stops_all(number, status, whole, tmp_path):
+def test_a_signal_to_jobs_stops_all(number, status, whole_resnet, tmp_path):
     """Also one that ends the first process without a word: the others see that it does not listen."""
     folder = tmp_path / "run"
-    process = jobs(folder, begin=True)
+    program = begin(folder)
     while not (folder / "seed_13" / "log.jsonl").exists():
         time.sleep(0.05)
-    process.send_signal(number)
-    ended, output = end(process, 30)
-    assert ended == status, output
+    os.kill(program.process.pid, number)
+    ended, _, errors = program.end(30)
+    assert ended == status, errors
     name = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}.get(number)
-    assert output.count(f"stopped by {name}; all work is saved") == (name is not None)
+    assert errors.count(f"stopped by {name}; all work is saved") == (name is not None)
     until = time.monotonic() + 20
     while (folder / "lock").exists():
         assert time.monotonic() < until
         time.sleep(0.05)
     assert not (folder / "summary.json").exists()
-    assert results(run(folder, FLAGS)) == results(whole)
+    assert results(run(folder, RESNET)) == results(whole_resnet)
 
 
 def test_a_rank_that_is_not_training_yet_ends_with_a_status(monkeypatch, capsys):

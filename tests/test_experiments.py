@@ -15,8 +15,10 @@ import pytest
 from PIL import Image
 
 import main
+from models import full_name
 from scripts import experiment, report
 from tests import files
+from tests.small import NETWORK
 from tests.test_ensemble import ROOT
 from tests.test_measure import save_corrupted
 from tests.test_readme import call, calls_of
@@ -24,7 +26,7 @@ from tests.test_report import squeezed
 from utils import InputError, RunError, presets
 
 STEPS = ["main.py", "measure_diversity.py", "measure_diversity_variance.py", "measure_sharpness.py"]
-TINY = ["--width", "2", "--epochs", "2", "--initial_epochs", "1", "--batch_size", "16"]
+TINY = ["--model", NETWORK, "--width", "64", "--epochs", "2", "--initial_epochs", "1", "--batch_size", "16"]
 SHARPNESS = "--batch_num 1 --n_iters 1 --n_draws 4 --hessian_samples 4 --probes 2 --top_k 1 --ntk_samples 4"
 PARTS = "--corruptions fog snow --severities 1 2"
 FEWER = f"{SHARPNESS} --mode APGD_worst --norms l2"
@@ -129,7 +131,7 @@ def test_all_of_it(data, seeds, methods, tmp_path, monkeypatch):
     assert [argv[0] for argv in calls] == expected
     for name, group in zip(names, [group for group in seeds for _ in methods], strict=True):
         settings = json.loads((tmp_path / "runs" / name / "args.json").read_text())
-        assert (settings["data"], settings["model"], settings["width"]) == (data, "resnet18", 2)
+        assert (settings["data"], settings["model"]) == (data, full_name(NETWORK))
         assert settings["seed"] == list(map(int, group))
         assert (settings["sam"], settings["rho"]) == ((False, 0) if "deep" in name else (True, 0.2))
         assert settings["flat_ratio"] == (0.5 if "sharpbalance" in name else 0)

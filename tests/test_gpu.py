@@ -30,6 +30,7 @@ from utils.sharpness import average_sharpness, worst_case_sharpness
 from utils.training import sharpbalance_step, train_epoch
 
 DEVICE = "cuda"
+RESNET = [*SHARPBALANCE, "--model", "resnet18", "--width", "8", "--lr", "0.01"]
 MEASURES = {
     "scores": lambda model, batches: per_sample_fisher(model, *batches[0]).sum().item(),
     "APGD_worst": lambda model, batches: worst_case_sharpness(model, batches, 0.1, n_iters=3)["loss"],
@@ -145,7 +146,7 @@ def weights_of(path):
 @pytest.mark.parametrize("amp", ["none", "bf16"])
 def test_resuming(amp, tmp_path, monkeypatch):
     """Bit for bit: cuDNN is asked for kernels that add in the same order at each call."""
-    flags = [*SHARPBALANCE, "--amp", amp, "--lr", "0.01", "--device", DEVICE, "--seed", "13 17"]
+    flags = [*RESNET, "--amp", amp, "--device", DEVICE]
     whole, steps, advance = run(tmp_path / "whole", flags), 0, Progress.advance
 
     def stop_once(progress, passes):
@@ -167,10 +168,9 @@ def test_resuming(amp, tmp_path, monkeypatch):
 @needs_a_gpu
 def test_processes_that_share_the_gpu(tmp_path):
     """Two members in two processes are, bit for bit, those of one process."""
-    flags = [*SHARPBALANCE, "--width", "8", "--lr", "0.01", "--seed", "13 17"]
-    folder = run(tmp_path / "one", [*flags, "--device", DEVICE])
+    folder = run(tmp_path / "one", [*RESNET, "--device", DEVICE])
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "main.py"]
-    words += [*flags, "--device", DEVICE, "--save_path", str(tmp_path / "two")]
+    words += [*RESNET, "--device", DEVICE, "--save_path", str(tmp_path / "two")]
     subprocess.run(words, cwd=gpu.ROOT, check=True)
     for seed in (13, 17):
         wanted, got = (weights_of(one / f"seed_{seed}" / "checkpoint.pth.tar") for one in (folder, tmp_path / "two"))

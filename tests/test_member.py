@@ -12,6 +12,7 @@ import utils.member
 import utils.training
 from models import create_model
 from tests import reference
+from tests.small import NETWORK
 from tests.test_ensemble import TINY, results, run
 from utils import InputError
 from utils.checkpoint import load_checkpoint, save_checkpoint
@@ -224,7 +225,7 @@ def test_no_more_images_at_once_than_a_step(tmp_path, monkeypatch):
     assert max(seen) == 20
     for seed in (13, 17):
         torch.manual_seed(seed)
-        model = create("resnet18", 10, 2, 8, 1).eval()
+        model = create(NETWORK, 10, 64, 8, 1).eval()
         everything = next(load_data("digits").train.in_order(999))
         scores = torch.from_numpy(np.load(folder / f"seed_{seed}" / "fisher.npy"))
         torch.testing.assert_close(scores, per_sample_fisher(model, *everything), rtol=1e-3, atol=1e-6)
@@ -273,7 +274,7 @@ def test_a_start_without_sam(flat_ratio, tmp_path, monkeypatch):
     scores = []
     for member, seed in enumerate((13, 17)):
         saved = np.load(folder / f"seed_{seed}" / "fisher.npy")
-        model = create_model("resnet18", width=2, **load_data("digits").network)
+        model = create_model(NETWORK, **load_data("digits").network)
         model.load_state_dict(deep[4 + member])
         batches = load_data("digits").train.in_order(809)
         expected = [reference.fisher_by_samples(model.double().eval(), x[:20].double(), y[:20]) for x, y in batches]

@@ -28,6 +28,7 @@ import utils.predictions
 from models import create_model
 from sam import SAM
 from scripts import benchmark
+from tests.small import NETWORK
 from tests.test_ensemble import results
 from utils.data import ImageSet, Preprocessing
 from utils.fisher import per_sample_fisher
@@ -68,7 +69,7 @@ def on(monkeypatch):
 
 
 def train(folder, flags):
-    tiny = ["--width", 2, "--epochs", 2, "--initial_epochs", 1, "--batch_size", 16, "--seed", "13 17"]
+    tiny = ["--model", NETWORK, "--epochs", 2, "--initial_epochs", 1, "--batch_size", 16, "--seed", "13 17"]
     main.main(main.parse_args([str(word) for word in [*tiny, *flags, "--save_path", folder]]))
     return folder
 

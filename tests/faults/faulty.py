@@ -1,7 +1,7 @@
 """main.py that gets a signal at a named point: FAULT="<function> <n> <before|after> <signal> [<rank> <file>]".
 
 The signal comes before or after the n-th call of the function, on one rank if it is given, and not where the file is:
-it is made then, so that a restarted process goes on. "spawn" at the end: no process is forked.
+it is made then, so that a restarted process goes on.
 """
 
 import os
@@ -39,13 +39,10 @@ def arm(name: str, count: str, when: str, number: str, rank: str = "0", marker: 
 
 
 if __name__ == "__main__":
-    fault = os.environ["FAULT"].removesuffix("spawn").split()
+    fault = os.environ["FAULT"].split()
     if fault:
         arm(*fault)
     import main
-    from utils import processes
     from utils.cli import run
 
-    if os.environ["FAULT"].endswith("spawn"):  # as on a system on which nothing is forked
-        processes.may_fork = lambda: False
     run(main.launch, main.parse_args())
