@@ -446,6 +446,7 @@ VALUES = {
         ("results/fashion_mnist/INTERPRETATION.md", 0, "fashion_mnist/noisy_labels", 8),
         ("results/fashion_mnist/INTERPRETATION.md", 1, "study/noise_0.4_images_1000", 9),
         ("results/fashion_mnist/INTERPRETATION.md", 2, "study/noise_0_images_1000", 6),
+        ("results/fashion_mnist/INTERPRETATION.md", 3, "study/noise_0.2_images_4000", 6),
     ],
 )
 def test_tables_of_results_are_those_of_the_result_files(document, which, folder, rows):
@@ -453,7 +454,7 @@ def test_tables_of_results_are_those_of_the_result_files(document, which, folder
     folder = ROOT / "results" / folder
     rho = json.loads((folder / "plan.json").read_text())["chosen"]["rho"]
     tables = re.findall(r"^\| \| member \|.*?\n\n", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
-    assert len(tables) == (1 if document == "README.md" else 3)
+    assert len(tables) == (1 if document == "README.md" else 4)
     table = tables[which]
     header, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line]
     assert len(lines) == rows
