@@ -57,9 +57,8 @@ def torchrun(folder, options, fault=None, flags=FLAGS):
     return end(start(folder, ["--standalone", *options.split()], fault, flags))
 
 
-@pytest.mark.parametrize(
-    "count", [2, 4, pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
-)
+# The test of --overwrite below has two, to their end.
+@pytest.mark.parametrize("count", [4, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 2, 3))])
 def test_any_number_of_processes_gives_the_same_bytes(count, whole, tmp_path):
     status, output = torchrun(tmp_path / "run", f"--nproc-per-node {count}")
     assert status == 0, output
@@ -192,6 +191,7 @@ def test_a_dead_rank_ends_the_others_and_another_number_goes_on(moment, whole, t
     assert results(run(folder, FLAGS)) == results(whole)
 
 
+@pytest.mark.slow  # the next one has a restart, too
 def test_max_restarts_goes_on_by_itself(whole, tmp_path):
     fault = f"utils.training.sharpbalance_step 24 before 9 1 {tmp_path / 'marker'}"
     status, output = torchrun(tmp_path / "run", "--nproc-per-node 2 --max-restarts 1", fault)
