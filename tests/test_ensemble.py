@@ -218,9 +218,10 @@ class Forked:
         for number, file in ((1, self.output), (2, self.errors)):
             os.dup2(file.fileno(), number)
         sys.stdout, sys.stderr, sys.argv = sys.__stdout__, sys.__stderr__, ["main.py", *words]
+        sys.orig_argv = [sys.executable, *sys.argv]  # what starts anew is not pytest
         if fault:
             arm(*(str(word) for word in fault))
-        processes._may_fork = True
+        processes._may_fork = True  # as a script says that begins
         cli.run(start, main.parse_args())
 
     def end(self, seconds=240):
