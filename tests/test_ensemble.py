@@ -227,12 +227,14 @@ class Forked:
     def end(self, seconds=240):
         """Exit status, output and errors."""
         self.process.join(seconds)
-        assert self.process.exitcode is not None
+        ended = self.process.exitcode
+        self.process.kill()  # pytest waits for it at its end
+        assert ended is not None, f"no end after {seconds} s"
         texts = []
         for file in (self.output, self.errors):
             file.seek(0)
             texts.append(file.read().decode())
-        return self.process.exitcode, *texts
+        return ended, *texts
 
 
 def killed(folder, name, count, when, number=signal.SIGKILL):

@@ -127,6 +127,8 @@ def test_all_of_it(data, seeds, methods, tmp_path, monkeypatch):
     calls = run(words, monkeypatch)
     check_results(tmp_path, len(seeds), len(methods))
     names = [f"{method}_{group[0]}" for group in seeds for method in methods]
+    models = [argv[argv.index("--model") + 1] for argv in calls if argv[0] == "main.py"]
+    assert models == ["resnet18"] * len(names)  # those of the experiment, before those that are given here
     expected = STEPS * len(names) + ["scripts/summarize.py"] + ["scripts/plot.py"] * 4
     assert [argv[0] for argv in calls] == expected
     for name, group in zip(names, [group for group in seeds for _ in methods], strict=True):
