@@ -334,6 +334,7 @@ def test_the_map_says_what_its_columns_are(tmp_path, monkeypatch):
     call(tmp_path)
     text = " ".join(saved[0].texts[-1].get_text().split())
     assert "Columns: share of wrong labels (or data), number of training images. Blue: better" in text
+    assert text.endswith("? undecided; empty: not compared.")
 
 
 def test_a_study(tmp_path, capsys):

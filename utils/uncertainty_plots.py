@@ -131,6 +131,7 @@ def _interval(accuracy: np.ndarray, correct: np.ndarray, share: np.ndarray, samp
 MARKS = {"supported": "\u25b2", "contradicted": "\u25bc", "supported, within the margin": "\u25b3"}
 MARKS |= {"contradicted, within the margin": "\u25bd", "equivalent": "=", "undecided": "?"}
 LEGEND = "\u25b2 \u25bc better, worse; \u25b3 \u25bd so within the margin; = equivalent within the margin; ? undecided"
+LEGEND += "; empty: not compared"
 # From worse to better: the colours of SAM and SharpBalance, which all readers can tell apart.
 BETTER = LinearSegmentedColormap.from_list("better", [METHODS["sam"].colour, "#ffffff", METHODS["released"].colour])
 
