@@ -40,6 +40,7 @@ from utils.claims import (
     slope,
 )
 from utils.cli import Parser, path, run
+from utils.equivalent import training_cost
 from utils.files import OTHERWISE, read_json, refusing, write_atomically
 from utils.presets import PRESETS
 from utils.results import Ensemble
@@ -99,6 +100,19 @@ SECONDARY = (
 )
 # Described without verdicts: N1 to N4 before the temperature.
 BEFORE = tuple(compare(claim.name, *claim.methods, "nll", NATS) for claim in SECONDARY if claim.name.startswith("N"))
+# What PLAN.md says of outcomes, by the verdicts on the claims of a reading, or on the claim that is named.
+OUTCOMES = (
+    ({"A1": "supported"}, "use this rule instead of SAM"),
+    ({"A1": "supported", "A2": "supported"}, "it helps because of which samples it picks"),
+    ({"A1": "supported", "A2": "equivalent"}, "fewer samples with SAM help, whichever they are"),
+    ({"A1": "equivalent", "N1": "supported"}, "the same accuracy with better probabilities"),
+    ({"A1": "equivalent", "N1": "equivalent"}, "the rule changes nothing of interest"),
+    ({"A1": "contradicted"}, "use SAM"),
+    ({"A5": "supported"}, "rho has to be chosen for SharpBalance on its own"),
+    ({"D1": "supported"}, "the rule moves members off SAM's trade-off"),
+    ({"U1": "supported"}, "other data are told from test images more reliably"),
+    ({"A3, SAM": "contradicted or equivalent"}, "neither SAM nor SharpBalance is worth its passes"),
+)
 # The panels of the map: by what a claim of each kind compares with, its rows, where a setting has them.
 AGAINST = {
     "gain in ensemble accuracy  [% points]": {"A1": "SAM", "A2": "random", "A3": "plain", "A6": "released"},
@@ -343,6 +357,7 @@ def study(place: Path, settings: list[Setting]) -> list[str]:
         *([f"Not finished, and left out: {left_out}."] if left_out else []),
         *(["![paired differences of SharpBalance, by setting](map.png)"] if shown else []),
         "## Advice",
+        *trained(finished),
         *advice(finished),
         "## Verdicts",
         _table(rows, ["claim", "", *(one.title for one in finished)]),
@@ -366,11 +381,35 @@ def study(place: Path, settings: list[Setting]) -> list[str]:
     return blocks
 
 
+def trained(finished: list[Setting]) -> list[str]:
+    """What was compared in each setting: the chosen values, the images that have SAM, and the cost of training."""
+    rules, rows = {rule: name for name, (rule, _) in READINGS.items()}, []
+    for one in finished:
+        chosen = ", ".join(f"{name} {value:g}" for name, value in one.plan["chosen"].items() if value is not None)
+        shares = [one.plan["mislabelled"].get(f"{rule}_size") for rule in rules]
+        costs = []
+        for method in ("sam", *rules):
+            group = list(one.measured.get(method, {}).values())
+            cost = training_cost(group) if group else None
+            costs.append("-" if cost is None else f"{cost / len(group[0].seeds):.1f}")
+        rows.append([one.title, chosen, *("-" if x is None else f"{100 * x:.0f} %" for x in shares), *costs])
+    text = (
+        "What was trained: the chosen values, the share of images that a member trains with SAM by each reading of "
+        "SharpBalance after epoch T_d (before it, all), and passes of training, in those of a plain member:"
+    )
+    shares, costs = ([f"{what}, {name}" for name in rules.values()] for what in ("images with SAM", "passes"))
+    return [text, _table(rows, ["setting", "chosen", *shares, "passes, SAM", *costs])]
+
+
 def advice(finished: list[Setting]) -> list[str]:
     """What to use when, each sentence from the verdicts that it names: in how many settings, and the range of means."""
     told: set[str] = set()
 
-    def where(name: str, rule: str = "") -> str:
+    def means(found: list[Judged]) -> str:
+        low, high = (key(found, key=lambda one: one.mean).row[2] for key in (min, max))
+        return low if low == high else f"{low.split()[0]} to {high}"
+
+    def where(name: str) -> str:
         told.add(name)
         those, found = [one for one in finished if name in one.judged], {}
         if not those:
@@ -381,38 +420,34 @@ def advice(finished: list[Setting]) -> list[str]:
         for verdict in sorted(found, key=lambda verdict: (list(WORDS).index(verdict.split(",")[0]), verdict)):
             word, _, small = verdict.partition(",")
             named = len(those) == 1 or word in ("supported", "contradicted")
-            place = (
-                f"with {' and with '.join(found[verdict])}"
-                if named
-                else f"in {len(found[verdict])} of {len(those)} settings"
-            )
+            titles = found[verdict]
+            place = f"with {' and with '.join(titles)}" if named else f"in {len(titles)} of {len(those)} settings"
             parts.append(f"{WORDS[word]}{' by less than the margin' * bool(small)} {place}")
-        low, high = (key(those, key=lambda one: one.judged[name].mean).judged[name].row[2] for key in (min, max))
-        about = [low if low == high else f"{low.split()[0]} to {high}", name]
-        if sizes := [f"{100 * one.plan['mislabelled'][rule]:.0f}" for one in those if rule in one.plan["mislabelled"]]:
-            about.append(f"SAM on {', '.join(sizes[:-1])}{' and ' * (len(sizes) > 1)}{sizes[-1]} % of the images")
+        about = [means([one.judged[name] for one in those]), name]
+        if before := [judged for one in those for judged in one.before if judged.claim.name == name]:
+            about.append(f"before the temperature {means(before)}")
         return f"{'; '.join(parts)} ({'; '.join(about)})"
 
-    def each(claim: str, methods: dict[str, str], sizes: bool = False) -> str:
-        found = {method: where(f"{claim}, {name}", sizes * f"{method}_size") for name, method in methods.items()}
-        return "; ".join(f"{ALL_NAMES[method]} is {text}" for method, text in found.items())
+    def asked(question: str, against: str, *claims: tuple[str, dict[str, str]]) -> str:
+        lines = [
+            f"{MEASURES[claim[0]]}, {ALL_NAMES[method]}: {where(f'{claim}, {name}')}"
+            for claim, methods in claims
+            for name, method in methods.items()
+        ]
+        return "\n".join([f"**{question}** Against {against}:\n", *(f"- {line}" for line in lines)])
 
     rules, late = {name: rule for name, (rule, _) in READINGS.items()}, {"late SAM": "late_sam"}
     blocks = [
-        "In brackets: the mean difference, or the range of means over settings, and the claim. Above 0, the method is "
-        "better than what is named after *against*.",
-        "1. **SAM or plain training?** By accuracy, against a plain deep ensemble, "
-        f"{each('A3', {'SAM': 'sam'} | rules)}. By calibrated NLL, {each('N3', rules)}.",
-        f"2. **SharpBalance or SAM?** By accuracy, against SAM, {each('A1', rules, True)}. By calibrated NLL, "
-        f"{each('N1', rules)}.",
-        "3. **Does the choice of samples matter?** By accuracy, against random sets of the same size, "
-        f"{each('A2', rules, True)}. By calibrated NLL, {each('N2', rules)}.",
+        "In brackets: the mean difference, or the range of means over settings, and the claim. Above 0 is better. "
+        "NLL before the temperature is described, without a verdict.",
+        asked("SAM or plain training?", "a plain deep ensemble", ("A3", {"SAM": "sam"} | rules), ("N3", rules)),
+        asked("SharpBalance or SAM?", "SAM", ("A1", rules), ("N1", rules)),
+        asked("Does the choice of samples matter?", "random sets of the same size", ("A2", rules), ("N2", rules)),
     ]
     if any(f"A6, {name}" in one.judged for one in finished for name in CHEAPER):
-        blocks.append(
-            f"4. **Are fewer passes as good?** By accuracy, against {NAMES['sharpbalance']}, {each('A6', CHEAPER)}. By "
-            f"calibrated NLL, {each('N4', CHEAPER)}. By accuracy, against SAM, {each('A4', late)}."
-        )
+        cheaper = (("A6", CHEAPER), ("N4", CHEAPER), ("A4", late))
+        whole = f"the same with all of its passes ({NAMES['sharpbalance']}, or SAM)"
+        blocks.append(asked("Are fewer passes as good?", whole, *cheaper))
     others = [
         f"{name} {judged.verdict} with {one.title}"
         for one in finished
@@ -420,11 +455,30 @@ def advice(finished: list[Setting]) -> list[str]:
         if name not in told and judged.word != "undecided"
     ]
     decided = f"these are decided: {'; '.join(others)}" if others else "none is decided"
+    differ = [
+        name for one in finished for name, judged in one.judged.items() if judged.word in ("supported", "contradicted")
+    ]
+    primary = sum(name in [claim.name for claim in PRIMARY] for name in differ)
     text = (
-        f"Of the other claims in the table below {decided}. Each setting is a question of its own: if nothing differed "
-        "anywhere, one in 20 would still have a primary finding."
+        f"Of the other claims in the table below {decided}. Supported or contradicted are {primary} primary and "
+        f"{len(differ) - primary} secondary claims. Each setting is a question of its own: if nothing differed, one "
+        "in 20 would still have a primary finding, and one in 20 a secondary one."
     )
-    return [*blocks, text + chosen_on(finished)]
+    return [*blocks, outcomes(finished), text + chosen_on(finished)]
+
+
+def outcomes(finished: list[Setting]) -> str:
+    """What was written down before of the outcomes that are there."""
+    found: dict[str, list[str]] = {}
+    for one in finished:
+        for name in READINGS:
+            for verdicts, meaning in OUTCOMES:
+                by_claim = {key if "," in key else f"{key}, {name}": word for key, word in verdicts.items()}
+                if all(key in one.judged and one.judged[key].word in word for key, word in by_claim.items()):
+                    named = " and ".join(f"{key} {one.judged[key].word}" for key in by_claim)
+                    found.setdefault(f"{meaning} ({named})", []).append(one.title)
+    told = [f"with {' and with '.join(dict.fromkeys(titles))}, {text}" for text, titles in found.items()]
+    return f"**What was said before of such outcomes:** {'; '.join(told) or 'none of those named is there'}."
 
 
 def chosen_on(finished: list[Setting]) -> str:
@@ -444,6 +498,7 @@ def chosen_on(finished: list[Setting]) -> str:
     return text
 
 
+MEASURES = {"A": "accuracy", "N": "calibrated NLL"}  # by the first letter of a claim's name
 WORDS = {"supported": "better", "contradicted": "worse", "equivalent": "equivalent", "undecided": "undecided"}
 
 
@@ -468,7 +523,8 @@ def undecided(finished: list[Setting]) -> list[str]:
         "Ensembles by each method with which a true difference as large as the margin would be found with a "
         f"probability of {100 * POWER:g} %, by the spread seen here, at {100 * LEVEL:g} % over the number of claims of "
         "the family (`ensembles_needed` in utils/claims.py). A spread of five ensembles is known to a factor of 0.6 to "
-        "2.9 (95 %), and the number to its square. Ensembles that are added to these would be a second look."
+        "2.9 (95 %), and the number to its square. Where the mean is far beyond the margin, fewer would do if the true "
+        "difference is as large as the mean. Ensembles that are added to these would be a second look."
     )
     return [text, _table(rows, ["setting", "claim", "mean", "95 % interval", "margin", "ensembles"])]
 

@@ -460,7 +460,8 @@ def test_tables_of_results_are_those_of_the_result_files(document, which, folder
     assert len(lines) == rows
     for label, *cells in lines:
         name, _, value = label.removesuffix(" (chosen on validation)").partition(", rho ")
-        assert label.endswith("(chosen on validation)") == (name == "SAM" and value == f"{rho:g}")
+        chosen = name == "SAM" and value == f"{rho:g}" and folder.name[-5:] != "_4000"  # which has them from 1,000
+        assert label.endswith("(chosen on validation)") == chosen
         method = f"sam_{value or f'{rho:g}'}" if name == "SAM" else METHODS[name]
         places = [p for p in folder.glob(f"measurements/{method}_*") if p.name[len(method) + 1 :].isdigit()]
         values = [read_ensemble(place).values for place in places]

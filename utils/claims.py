@@ -88,8 +88,13 @@ class Judged(NamedTuple):
         edges = "[{:.{d}f}, {:.{d}f}]".format(*self.interval, d=digits) if self.interval else "-"
         edges += f" ({self.population})" * (self.interval is not None and self.population != results.BOTH)
         mean = f"{self.mean:+.{digits}f} {claim.unit}".strip() if math.isfinite(self.mean) else "none"
-        found = [claim.name, claim.text, mean, edges, f"{self.p:.4f}", f"{self.corrected:.3f}"]
+        found = [claim.name, claim.text, mean, edges, _p(self.p, 4), _p(self.corrected, 3)]
         return [*found, f"{claim.margin:g} {claim.unit}".strip(), f"**{self.verdict}**"]
+
+
+def _p(value: float, digits: int) -> str:
+    least = 10.0**-digits
+    return f"<{least:.{digits}f}" if 0 < value < least else f"{value:.{digits}f}"
 
 
 HEADER = ["claim", "", "mean", "95 % interval", "p", "p, Holm", "margin", "verdict"]
