@@ -219,7 +219,7 @@ def name_of(number: int, count: int, seeds: list[int], folder: Path) -> str:
 
 
 def finish() -> None:
-    """Wait until every rank calls this."""
+    """Wait until every rank calls this, under torchrun; else return at once."""
     if _watch is not None:
         _watch.finish()
 

@@ -33,7 +33,7 @@ SETTINGS = {
     "noise_0.4_images_1000": f"{RULES},random_paper,{','.join(NEXT)},{','.join(LATE)},plain_start",
     **{f"noise_{noise}_images_4000": RULES for noise in ("0", "0.2", "0.4")},
 }
-# With the networks of the study's first setting, which are trained where they are missing, and its rho, k and T_d.
+# With the networks of one of these settings, which are trained where they are missing, and its rho, k and T_d.
 NOISY = f"{SMALL} --width 8 --label_noise 0.2 --images 1000 --ensembles 5 --rho 0.05 0.1 0.2 --flat_ratio 0.5 "
 NOISY += "--initial_epochs 15 --choices results/study/noise_0.2_images_1000 --runs runs/study/noise_0.2_images_1000"
 # By the name of an experiment, the words of its command line.

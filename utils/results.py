@@ -100,7 +100,7 @@ COMPARED = {"sam", "rho", "sam_adaptive", "flat_ratio", "initial_epochs", "parti
 COMPARED |= {"average_from", "bn_perturbed", "initial_method", "seed"}
 UNKNOWN = object()  # what a file does not record, and which therefore is equal to nothing
 UNVERIFIED = ("the corrupted set", "how it was trained")  # worth a line also where no file records them
-# Those of them that matter to some parts only.
+# Those of `SAME_SHARPNESS` that matter to some parts only.
 PARTS_OF = {"hessian_samples": {"hessian_t", "hessian_e"}, "ntk_samples": {"NTK"}, "top_k": {"hessian_e"}}
 PARTS_OF |= {
     "n_draws": {"APGD_average-l2", "APGD_average-linf"},
@@ -280,11 +280,11 @@ def ood_name(of: str, score: str, metric: str) -> str:
     return f"{metric} {score} {of}"
 
 
-def ood_values(ensembles: list[Ensemble], metric: str = "auroc") -> dict[str, Value]:
-    """The columns of tables of all sets of other data that were measured, by their names in `Ensemble.values`."""
+def ood_values(ensembles: list[Ensemble]) -> dict[str, Value]:
+    """The AUROC columns of tables of all sets of other data that were measured, by their names in `Ensemble.values`."""
     sets = dict.fromkeys(of for one in ensembles for of in one.content["result"]["test"].get("ood", {}))
     return {
-        ood_name(of, score, metric): Value("", f"{OOD_METRICS[metric]} %, {of}, {text}", 100, 2)
+        ood_name(of, score, "auroc"): Value("", f"{OOD_METRICS['auroc']} %, {of}, {text}", 100, 2)
         for of in sets
         for score, text in OOD_SCORES.items()
     }

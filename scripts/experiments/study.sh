@@ -23,7 +23,8 @@ while [ $# -gt 0 ]; do
     esac
 done
 [ -n "$to" ] || { [ "$settings" = mine ] && to=mine || to=study; }
-settings=${settings//,/ } number=0 count=$(wc -w <<<"${settings//,/ }")
+settings=${settings//,/ } number=0
+count=$(wc -w <<<"$settings")
 for setting in $settings; do
     number=$((number + 1)) more=()
     # rho, k and T_d of 4,000 images are those that were chosen with 1,000.

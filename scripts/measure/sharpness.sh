@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sharpness of the members of a saved ensemble, on as many images and in balls of the radius of the authors' protocol.
+# Sharpness of the members of a saved ensemble, on as many images as the authors' protocol has.
 # RESUME and DATA_PATH may be set in the environment; further arguments go to measure_sharpness.py.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by sh
 set -euo pipefail
