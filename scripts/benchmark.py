@@ -84,19 +84,20 @@ def batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return images, torch.randint(0, 10, (size,))
 
 
+def training_pass(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
+    """One pass in train mode of a network that is in eval mode before and afterwards."""
+    model.train()
+    forward_backward(model, images, labels)
+    model.eval()
+
+
 def fisher(width: int, size: int = 128) -> Timed:
     """Scores of one batch, against one forward-backward pass of it and against chunked vmap."""
     model, (images, labels) = network(width), batch(size)
     model.eval()
-
-    def training_pass() -> None:
-        model.train()
-        forward_backward(model, images, labels)
-        model.eval()
-
     return {
         "per_sample_fisher": lambda: per_sample_fisher(model, images, labels),
-        "forward-backward": training_pass,
+        "forward-backward": lambda: training_pass(model, images, labels),
         "vmap": lambda: fisher_by_vmap(model, images, labels),
     }
 
@@ -108,11 +109,6 @@ def scores_of(name: str, size: int = 16) -> Timed:
     images = torch.randn(size, 3, 64, 64).to(memory_format=torch.channels_last)
     labels = torch.randint(0, 10, (size,))
 
-    def training_pass() -> None:
-        model.train()
-        forward_backward(model, images, labels)
-        model.eval()
-
     def one_by_one() -> torch.Tensor:
         return fisher_by_samples(model, images, labels)
 
@@ -120,7 +116,7 @@ def scores_of(name: str, size: int = 16) -> Timed:
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{name:38} {parameters / 1e6:8.1f} {error:10.1e}", end="  ", flush=True)
     return {
-        "forward-backward": training_pass,
+        "forward-backward": lambda: training_pass(model, images, labels),
         "per_sample_fisher": lambda: per_sample_fisher(model, images, labels),
         "one by one": one_by_one,
     }
@@ -204,10 +200,10 @@ def mapped() -> Timed:
     return {"memory-mapped": lambda: run(ours), "in memory": lambda: run(memory)}
 
 
-def decoding(images: int = 4800) -> Timed:
+def decoding() -> Timed:
     """A folder of JPEG and PNG of 400x300 to 64x64 pixels, against a bare loop, with Pillow, over one core's share."""
     place, random = tempfile.TemporaryDirectory(), np.random.RandomState(0)
-    paths = [Path(place.name, "ab"[i % 2], f"{i:05d}.{('jpg', 'png')[i // 2 % 2]}") for i in range(images)]
+    paths = [Path(place.name, "ab"[i % 2], f"{i:05d}.{('jpg', 'png')[i // 2 % 2]}") for i in range(4800)]
     for i, path in enumerate(paths):
         path.parent.mkdir(exist_ok=True)
         if i < 240:
@@ -222,7 +218,7 @@ def decoding(images: int = 4800) -> Timed:
             read_images(Path(place.name), 64, cores())
 
     def bare() -> None:
-        for path in paths[: images // cores()]:
+        for path in paths[: len(paths) // cores()]:
             with Image.open(path) as picture:
                 np.asarray(picture.crop((50, 0, 350, 300)).resize((64, 64), Image.Resampling.BILINEAR))
 

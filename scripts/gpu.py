@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ import main as main_script
 import measure_sharpness
 from models import create_model
 from sam import SAM
+from scripts.passes import seconds_of
 from tests.files import write_cifar
 from utils import InputError, RunError, cli
 from utils.capture import CapturedPasses
@@ -138,7 +138,7 @@ def epochs(data: Data, width: int) -> dict[str, dict[str, float]]:
         mask = torch.rand(samples, generator=torch.Generator().manual_seed(0)) < share
         makers = {}
         for how in ("graphs", "graphs of any kernels", "single kernels"):
-            model = create_model("resnet18", width=width, **data.network)
+            model = create_model("resnet18", width=width, **data.info.network)
             model.to(data.train.device, memory_format=torch.channels_last)
             optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.01, momentum=0.9, weight_decay=5e-4)
             makers[how] = model, optimizer, None if how == "single kernels" else CapturedPasses(model, 129)
@@ -155,26 +155,17 @@ def epochs(data: Data, width: int) -> dict[str, dict[str, float]]:
     return found
 
 
-def rate(function: Callable[[], object], images: int, device: torch.device) -> float:
-    """Images a second of a function that takes so many of them."""
-    for calls in (1, 3):  # the first warms up
-        started = time.perf_counter()
-        for _ in range(calls):
-            function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    return 3 * images / (time.perf_counter() - started)
-
-
 def speeds(folder: Path, data: Data) -> dict[str, float]:
     """Images a second of scores and predictions, and the seconds of measure_sharpness.py, of one member."""
     device = data.train.device
     model = load_model(folder / "seed_13" / "checkpoint.pth.tar")[0].to(device, memory_format=torch.channels_last)
     images, labels = next(data.train.in_order(128))
-    found = {
-        "scores_per_second": rate(lambda: per_sample_fisher(model, images, labels), len(images), device),
-        "predictions_per_second": rate(lambda: predict(model, data.val), len(data.val), device),
+    functions = {
+        "scores": (lambda: per_sample_fisher(model, images, labels), len(images)),
+        "predictions": (lambda: predict(model, data.val), len(data.val)),
     }
+    seconds = seconds_of({name: function for name, (function, _) in functions.items()}, 3, device)
+    found = {f"{name}_per_second": 3 * count / sum(seconds[name]) for name, (_, count) in functions.items()}
     started, save = time.perf_counter(), folder / "measured"
     words = ["--resume", folder / "seed_13", "--data_path", folder.parent, "--device", device.type, "--save", save]
     measure_sharpness.main(measure_sharpness.parse_args([*map(str, words), *MEASURE]))

@@ -99,10 +99,10 @@ def on_one_core(function: Callable[[], None]) -> None:
         move(cores)
 
 
-def shares(function: Callable[[], object], count: int = 9) -> None:
+def shares(function: Callable[[], object]) -> None:
     """Print which share of its time each operator takes."""
     with profile(activities=[ProfilerActivity.CPU]) as found:
-        for _ in range(count):
+        for _ in range(9):
             function()
     operators = sorted(found.key_averages(), key=lambda one: -one.self_cpu_time_total)
     total = sum(one.self_cpu_time_total for one in operators)

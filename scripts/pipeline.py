@@ -136,7 +136,7 @@ def first_member(args: argparse.Namespace) -> None:
     """One member of the plain program; the scores of all meet as files in a folder."""
     data, seed, folder = data_of(args), args.member, args.place
     torch.manual_seed(seed)
-    model = create_model("resnet18", width=args.width, **data.network)
+    model = create_model("resnet18", width=args.width, **data.info.network)
     optimizer = SAM(model.parameters(), rho=0.1, lr=0.1, momentum=0.9, weight_decay=5e-4)
     steps = [args.epochs // 2, args.epochs * 3 // 4]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer.base_optimizer, steps)

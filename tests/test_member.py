@@ -274,7 +274,7 @@ def test_a_start_without_sam(flat_ratio, tmp_path, monkeypatch):
     scores = []
     for member, seed in enumerate((13, 17)):
         saved = np.load(folder / f"seed_{seed}" / "fisher.npy")
-        model = create_model(NETWORK, **load_data("digits").network)
+        model = create_model(NETWORK, **load_data("digits").info.network)
         model.load_state_dict(deep[4 + member])
         batches = load_data("digits").train.in_order(809)
         expected = [reference.fisher_by_samples(model.double().eval(), x[:20].double(), y[:20]) for x, y in batches]

@@ -215,10 +215,10 @@ def judge(claims: Sequence[Claim], measured: Measured, seeds: list[str]) -> list
     return found
 
 
-def ensembles_needed(gaps: list[Gap], margin: float, level: float, power: float = POWER) -> int | None:
-    """The smallest number E of ensembles that shows a true difference of the margin with the given power.
+def ensembles_needed(gaps: list[Gap], margin: float, level: float) -> int | None:
+    """The smallest number E of ensembles that shows a true difference of the margin with a power of `POWER`.
 
-    The smallest E with (t(1 - level/2) + t(power)) SE(E) <= margin, quantiles t of Student's distribution of E - 1
+    The smallest E with (t(1 - level/2) + t(POWER)) SE(E) <= margin, quantiles t of Student's distribution of E - 1
     degrees of freedom, and SE(E)^2 = F + R/E, from the n ensembles that there are as `crossed_interval` finds it: R is
     the larger of the variances of the ensembles' means, s^2, and of the residuals of N images, s_residual^2/N. F is
     what more ensembles do not lessen, the images' own part, s_image^2/N - s_residual^2/(n N) of the means by image, or
@@ -228,7 +228,6 @@ def ensembles_needed(gaps: list[Gap], margin: float, level: float, power: float 
         gaps: differences of the ensembles that there are, 2 or more.
         margin: the difference that is of interest, above 0, in their unit.
         level: of the two-sided test: for the smallest p value of m claims by Holm's rule, the level over m.
-        power: the probability of finding it, above 0.5.
 
     Returns:
         The number, 2 or more; None where even `MAX_ENSEMBLES` do not do, or a difference is not finite.
@@ -246,7 +245,7 @@ def ensembles_needed(gaps: list[Gap], margin: float, level: float, power: float 
         fixed = max((columns.var() / table.shape[1] - residuals / table.numel()).item(), 0.0)
         lessening = max(lessening, residuals.item() / table.shape[1])
     for number in range(2, MAX_ENSEMBLES + 1):
-        quantiles = scipy.special.stdtrit(number - 1, [1 - level / 2, power]).sum()
+        quantiles = scipy.special.stdtrit(number - 1, [1 - level / 2, POWER]).sum()
         if quantiles * math.sqrt(fixed + lessening / number) <= margin:
             return number
     return None

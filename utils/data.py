@@ -58,6 +58,11 @@ class DatasetInfo:
         """1 for grey images, 3 for colour."""
         return len(self.preprocessing.mean)
 
+    @property
+    def network(self) -> dict[str, int]:
+        """What a network has to fit, by the argument names of `models.create_model`."""
+        return {"num_classes": self.num_classes, "image_size": self.image_size, "in_channels": self.channels}
+
 
 class ImageSet:
     """Images with labels, read as normalised float32 batches on one device.
@@ -359,9 +364,3 @@ class Data:
         """What turns images into inputs and outputs into classes, as checkpoints hold it."""
         p = self.info.preprocessing
         return {"classes": list(self.info.classes), "mean": list(p.mean), "std": list(p.std)}
-
-    @property
-    def network(self) -> dict[str, int]:
-        """What a network has to fit, by the argument names of `models.create_model`."""
-        info = self.info
-        return {"num_classes": info.num_classes, "image_size": info.image_size, "in_channels": info.channels}

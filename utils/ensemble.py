@@ -179,7 +179,7 @@ def _same_bytes(path: Path, other: Path) -> bool:
 def saved_log_probs(path: Path, run: Run) -> list[np.ndarray]:
     """Of a saved member its epoch, and its log-probabilities float32 [N, C] on validation and on test."""
     data, at_once = run.data, run.settings.batch_size
-    model, checkpoint = load_model(path, model=run.settings.model, dataset=data.name, **data.network)
+    model, checkpoint = load_model(path, model=run.settings.model, dataset=data.name, **data.info.network)
     model = model.to(data.train.device, memory_format=torch.channels_last)
     logits = (predict(model, images, at_once=at_once)[0] for images in (data.val, data.test))
     return [np.array(checkpoint["epoch"]), *(F.log_softmax(one, dim=1).numpy() for one in logits)]

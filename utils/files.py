@@ -206,6 +206,17 @@ def load_json(path: str | Path) -> Any:
     return parse_json(path.read_text("utf-8"))
 
 
+def read_entry(path: Path, *keys: str | int) -> Any:
+    """What a JSON file holds at these keys; None where it is missing, damaged or holds nothing there."""
+    try:
+        content = load_json(path)
+        for key in keys:
+            content = content[key]
+        return content
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
 def read_json(path: str | Path, remedy: str) -> dict[str, Any]:
     """A JSON file that holds a dict.
 

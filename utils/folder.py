@@ -32,7 +32,7 @@ import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from utils import InputError, RunError, first_line
+from utils import InputError, RunError, first_line, some
 from utils.files import JUNK, hold, load_array, load_json, refusing, sync_folder, visible, write_json
 
 PARTS = ("train", "val", "test")
@@ -157,9 +157,9 @@ def read_unlabelled(path: Path, size: int, processes: int) -> tuple[np.ndarray, 
     pixels, records, unreadable = _decoded(path, files, size, processes) if files else (None, None, {})
     rows = np.flatnonzero(records["done"] == 1) if files else np.zeros(0)
     if not len(rows):
-        some = next(iter(unreadable.items()), ("", "it holds no such files"))
+        example = next(iter(unreadable.items()), ("", "it holds no such files"))
         raise InputError(
-            f"--data_path {path}: expected images, found none that can be read ({': '.join(some).strip(': ')})"
+            f"--data_path {path}: expected images, found none that can be read ({': '.join(example).strip(': ')})"
         )
     return pixels, rows, unreadable
 
@@ -225,9 +225,8 @@ def find_classes(path: Path) -> tuple[list[str], list[str]]:
         others = _folders(path / part)
         if others != names:
             differ = sorted(set(names) ^ set(others))
-            rest = f" and {len(differ) - 3} more" if differ[3:] else ""
             where = f"{parts[0]}/ or in {part}/"
-            raise InputError(f"--data_path {path}: {', '.join(differ[:3])}{rest}: only in {where}, expected in both")
+            raise InputError(f"--data_path {path}: {some(differ)}: only in {where}, expected in both")
     if len(names) < 2:
         found = f"{names[0]} alone" if names else "no folder"
         problem = f"--data_path {path / parts[0]}: expected a folder for each of 2 or more classes, got {found}"

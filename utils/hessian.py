@@ -309,11 +309,9 @@ def hessian_trace(
     return {"trace": trace, "standard_error": error, "probes": probes, "samples": operator.samples}
 
 
-def top_eigenvalues(
-    model: nn.Module, batches: Batches, k: int = 1, params: str | None = None, tolerance: float = 1e-3
-) -> Tensor:
+def top_eigenvalues(model: nn.Module, batches: Batches, k: int = 1, params: str | None = None) -> Tensor:
     """The k algebraically largest eigenvalues of the Hessian, largest first, float64 [k]. See `top_eigenpairs`."""
-    return top_eigenpairs(model, batches, k, params, tolerance)[0]
+    return top_eigenpairs(model, batches, k, params)[0]
 
 
 def top_eigenpairs(

@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from models import expand_user
 from utils import InputError
 from utils.data import DatasetInfo, coloured, scaled
 from utils.datasets import DATASETS, NAMES, PICTURE_SIZE, folder_info, note
-from utils.files import load_json
+from utils.files import read_entry
 from utils.folder import stored_size
 from utils.kept import VERSIONS
 from utils.metrics import ensemble_log_probs, mutual_information, predictive_entropy
@@ -226,7 +225,7 @@ def _info(member: SavedMember) -> tuple[str, DatasetInfo]:
     name, network, inputs = member.network["dataset"], member.network, member.inputs
     facts = {key: network[key] for key in ("num_classes", "image_size", "in_channels")}
     form = "{num_classes} classes, {in_channels} channels, {image_size}x{image_size} pixels"
-    known = {one: _facts(info) for one, info in DATASETS.items()}
+    known = {one: info.network for one, info in DATASETS.items()}
     if name is None:
         names = [one for one, other in known.items() if other == facts]
         if len(names) != 1:
@@ -252,17 +251,10 @@ def _info(member: SavedMember) -> tuple[str, DatasetInfo]:
     return name, folder_info(facts["image_size"], classes, mean, std)
 
 
-def _facts(info: DatasetInfo) -> dict[str, int]:
-    return {"num_classes": info.num_classes, "image_size": info.image_size, "in_channels": info.channels}
-
-
 def _folder_names(path: Path) -> list[str]:
     """The names of TinyImageNet's folders, which its run has recorded; none where they are not known."""
     run = run_of(path)
-    try:
-        names: Any = load_json(run / "environment.json")["data"]["files"][0]["classes"] if run else []
-    except (OSError, ValueError, LookupError, TypeError):
-        return []
+    names = read_entry(run / "environment.json", "data", "files", 0, "classes") if run else None
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
 
 

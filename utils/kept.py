@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from utils.files import json_text, load_json, parse_json
+from utils.files import json_text, parse_json, read_entry
 
 # The result with what an earlier content of its file has beside it, from both contents; or why it replaces that.
 Keep = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any] | str]
@@ -50,17 +50,6 @@ def why_stale(kind: str, record: Any, environment: dict[str, Any]) -> str | None
         if record["versions"].get(name) != version:
             return f"by version {record['versions'].get(name)!s:.20} of {name}, which is now {version}"
     return None if record["device"] == here["device"] else f"on another device ({record['device']!s:.40})"
-
-
-def read_entry(path: Path, *keys: str) -> Any:
-    """What a JSON file holds at these keys; None where it is missing, damaged or holds nothing there."""
-    try:
-        content = load_json(path)
-        for key in keys:
-            content = content[key]
-        return content
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
 
 
 def keep_modes(before: dict[str, Any], content: dict[str, Any]) -> dict[str, Any] | str:

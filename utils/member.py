@@ -65,7 +65,7 @@ class Member:
         settings, device = run.settings, run.data.train.device
         self.run, self.seed, self.folder = run, seed, run.folder / f"seed_{seed}"
         torch.manual_seed(seed)  # the network is drawn on the CPU, so that its start does not depend on the device
-        self.model = create_model(settings.model, width=settings.width, **run.data.network)
+        self.model = create_model(settings.model, width=settings.width, **run.data.info.network)
         self.epoch, self.position = 0, None
         self.best_acc, self.best_epoch = -1.0, 0  # best_epoch: epochs that were finished then
         self.scores: np.ndarray | None = None
@@ -83,7 +83,7 @@ class Member:
         if checkpoint is None and settings.init_from is not None:
             path = unpinned(settings.init_from)
             found = load_checkpoint(path, names=self.model.state_dict())
-            loaded = start_from(self.model, found["state_dict"], run.data.network["num_classes"], path)
+            loaded = start_from(self.model, found["state_dict"], run.data.info.network["num_classes"], path)
             if found["unread"]:
                 loaded += f"; also there, and not read: {', '.join(found['unread'])}"
             if seed == settings.seed[0]:  # it is the same for all
@@ -289,7 +289,7 @@ class Member:
             "model": settings.model,
             "dataset": data.name,
             "width": settings.width,
-            **data.network,
+            **data.info.network,
             **data.inputs,
         }
 

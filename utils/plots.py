@@ -275,7 +275,7 @@ def _samples(ensemble: Ensemble, *place: str) -> int | None:
     return round(count) if count else None
 
 
-def _intervals(shown: Iterable[Shown]) -> str:
+def intervals(shown: Iterable[Shown]) -> str:
     """The sentence that says what the intervals of a figure are over."""
     found = {one.over for one in shown if one.interval}
     texts = [text for over, text in POPULATIONS.items() if over in found]
@@ -323,8 +323,8 @@ def tradeoff(ensembles: list[Ensemble]) -> Figure:
             axis.plot(x, y, markersize=2.5, markeredgewidth=0.5, alpha=0.45, zorder=3, **style)
         if all(drawn):
             x, y = (_estimate(group.ensembles, name) for name in TRADEOFF)
-            _bar(axis, x.mean, y, 100, ecolor=group.colour, zorder=3.5)
-            _bar(axis, 100 * y.mean, x, 1, across=True, ecolor=group.colour, zorder=3.5)
+            bar(axis, x.mean, y, 100, ecolor=group.colour, zorder=3.5)
+            bar(axis, 100 * y.mean, x, 1, across=True, ecolor=group.colour, zorder=3.5)
             # Of marks at one place each shows: the smaller, the nearer. SharpBalance lies on what it is compared with.
             rule = group.key in ("released", "paper") and group.nth == 0 and not group.late
             near = 2 if rule else int(_is_reference(group))
@@ -355,8 +355,8 @@ def tradeoff(ensembles: list[Ensemble]) -> Figure:
     if "batch_num" in protocol:
         batches = batches_of(ensembles[0], "APGD_worst-l2")
         note += f", mean over members and {batches} batches of {protocol['eval_batch_size']} {protocol['split']} images"
-    note += f".{_intervals(shown)}{left_out}"
-    return finished(figure, _markers(groups, linestyle="", markersize=5), note)
+    note += f".{intervals(shown)}{left_out}"
+    return finished(figure, markers(groups, linestyle="", markersize=5), note)
 
 
 TRADEOFF = ("sharpness", "disagreement")
@@ -385,7 +385,7 @@ def benchmark(ensembles: list[Ensemble]) -> Figure:
             if group.label in pairs:
                 values.append(_shown([gap_between(a, b, name_of) for a, b in pairs[group.label]]))
             for axis, value in zip(line, values, strict=False):
-                _bar(axis, place, value, 100, across=True, ecolor=group.colour)
+                bar(axis, place, value, 100, across=True, ecolor=group.colour)
                 axis.plot(100 * value.mean, place, linestyle="", zorder=3, **group.mark)
                 shown.append(value)
         centres = [-(j * (len(groups) + 1) + (len(groups) - 1) / 2) for j in range(len(kinds))]
@@ -397,8 +397,8 @@ def benchmark(ensembles: list[Ensemble]) -> Figure:
         if pairs:
             line[1].axvline(0, color="black", linewidth=0.8)
             line[1].set(title=f"minus {reference.label}", xlabel="accuracy  [% points]")
-    note = f"{about(groups, True)}.{_pairing(pairs)}{_intervals(shown)}"
-    return finished(figure, _markers(groups, linestyle=""), note)
+    note = f"{about(groups, True)}.{_pairing(pairs)}{intervals(shown)}"
+    return finished(figure, markers(groups, linestyle=""), note)
 
 
 def _is_reference(group: Group) -> bool:
@@ -497,7 +497,7 @@ def severity(ensembles: list[Ensemble]) -> Figure:
         images = {f"the same {corrupted}": [name for key, name in names.items() if key in same]}
         images[f"all {clean}"] = [name for key, name in names.items() if key not in same]
         note += " Clean: " + ", ".join(f"{' and '.join(of)} of {n} images" for n, of in images.items() if of) + "."
-    return finished(figure, _markers(groups), f"{note}{_pairing(pairs)}{_intervals(shown)}")
+    return finished(figure, markers(groups), f"{note}{_pairing(pairs)}{intervals(shown)}")
 
 
 def _name(key: str, kind: str = "ensemble") -> str:
@@ -528,8 +528,8 @@ def ensemble_size(ensembles: list[Ensemble]) -> Figure:
             axis.set_ylabel(label if axis is left or left.get_ylabel() != label else "")
         column[0].set_title(title)
     whole_numbers(axes[-1], "members  [1]")
-    note = f"{about(groups, True)}. Points: means over subsets of members.{calibrated}{_intervals(shown)}"
-    return finished(figure, _markers(groups), note)
+    note = f"{about(groups, True)}. Points: means over subsets of members.{calibrated}{intervals(shown)}"
+    return finished(figure, markers(groups), note)
 
 
 def _by_size(group: Group, place: tuple[str, ...], prefix: str, key: str) -> dict[int, Shown]:
@@ -592,7 +592,7 @@ def grey(label: str, **style: Any) -> Line2D:
     return Line2D([], [], color="grey", label=label, **style)
 
 
-def _markers(groups: list[Group], **style: Any) -> list[Line2D]:
+def markers(groups: list[Group], **style: Any) -> list[Line2D]:
     """The entries of a legend of curves with markers."""
     return [Line2D([], [], label=group.label, **group.mark, **style) for group in groups]
 
@@ -604,7 +604,7 @@ def whole_numbers(axes: np.ndarray, label: str) -> None:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _bar(axis: Axes, x: float, shown: Shown, factor: float, across: bool = False, **style: Any) -> None:
+def bar(axis: Axes, x: float, shown: Shown, factor: float, across: bool = False, **style: Any) -> None:
     """An interval, vertical or across, with caps if it is crossed.
 
     It is drawn without its value, which a bootstrap interval need not contain.
@@ -620,7 +620,7 @@ def _curve(axis: Axes, x: list[float], values: list[Shown], group: Group, factor
     """Means with their intervals."""
     axis.plot(x, [factor * value.mean for value in values], linewidth=0.8, zorder=3, **group.mark)
     for place, value in zip(x, values, strict=True):
-        _bar(axis, place, value, factor, ecolor=group.colour)
+        bar(axis, place, value, factor, ecolor=group.colour)
 
 
 def decimal_ticks(axis: Axis, digits: tuple[float, ...] = (1, 2, 5)) -> None:

@@ -38,8 +38,8 @@ from utils.datasets import (
     read_corrupted,
 )
 from utils.distributed import default_jobs, default_threads, start_device
-from utils.files import array_of, hold, parse_json, write_atomically, write_json
-from utils.kept import Keep, keep_modes, made_by, read_entry, why_stale, with_earlier
+from utils.files import array_of, hold, parse_json, read_entry, write_atomically, write_json
+from utils.kept import Keep, keep_modes, made_by, why_stale, with_earlier
 from utils.run import (
     CHECKPOINTS,
     FREE_SETTINGS,
@@ -423,7 +423,7 @@ class Measurement:
         with relative_paths(run, **places):
             more = {"image_size": self.members[0].network["image_size"], "inputs": self.members[0].inputs}
             self.data = load_data(data, device=device, download=settings.download, label_noise=noise, **places, **more)
-        for name, value in self.data.network.items():
+        for name, value in self.data.info.network.items():
             other = self.members[0].network[name]
             if other != value:
                 raise InputError(f"--data {data}: its {name} is {value}, the network of {paths[0]} has {other}")

@@ -28,7 +28,7 @@ import torch
 from utils import InputError, RunError, distributed, first_line, processes
 from utils.data import Data
 from utils.events import FILES as EVENTS
-from utils.files import broken_link, fcntl, hold, load_json, without_folder, write_atomically, write_json
+from utils.files import broken_link, fcntl, hold, load_json, read_entry, without_folder, write_atomically, write_json
 from utils.partition import DRAWS, SCORE_FREE
 
 TEMPERATURES = "temperatures.json"
@@ -177,19 +177,13 @@ def check_known(folder: Path, recorded: dict[str, Any]) -> None:
 
 def commit_of(folder: Path) -> str:
     """The commit that a run was begun with, as the end of a sentence; empty where it is not known."""
-    try:
-        commit = load_json(folder / "environment.json")["commit"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+    commit = read_entry(folder / "environment.json", "commit")
     return f", commit {commit}" if isinstance(commit, str) else ""
 
 
 def begun_by_this_job(folder: Path) -> bool:
     """Whether --overwrite began this run in the job, or under the torchrun, that now starts the same command again."""
-    try:
-        job = load_json(folder / "environment.json")["overwritten_by"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    job = read_entry(folder / "environment.json", "overwritten_by")
     return isinstance(job, list) and any(name in job for name in distributed.job())
 
 
@@ -294,10 +288,7 @@ def keep_temperature(folder: Path, record: dict[str, Any]) -> None:
 
 def kept_temperatures(folder: Path) -> list[dict[str, Any]]:
     """The records of a run's temperatures.json; those that are not what `keep_temperature` writes are left out."""
-    try:
-        records = load_json(folder / TEMPERATURES)["temperatures"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return []
+    records = read_entry(folder / TEMPERATURES, "temperatures")
     kinds = {"weights": list, "average": str, "temperature": float}
     records = [one for one in records if isinstance(one, dict)] if isinstance(records, list) else []
     records = [one for one in records if all(type(one.get(key)) is kind for key, kind in kinds.items())]
@@ -538,9 +529,9 @@ class Signals:
                 self.check()
 
 
-def _appears(path: Path, seconds: float = LATE_SECONDS) -> bool:
+def _appears(path: Path) -> bool:
     """Whether a file is there, or is seen within some seconds: another machine may have written it."""
-    for _ in range(int(seconds)):
+    for _ in range(int(LATE_SECONDS)):
         if path.is_file():
             return True
         time.sleep(1)

@@ -14,10 +14,9 @@ from scipy import stats
 
 from utils import InputError
 from utils.metrics import OOD_SCORES, t_interval
-from utils.plots import POPULATIONS, Group, about, caption, finished, line_styles, panels, styled
+from utils.plots import Group, Shown, about, bar, caption, finished, intervals, line_styles, markers, panels, styled
 from utils.results import METHODS, Ensemble, Interval, require
 
-PARTS = ("share", "correct", "confidence")  # of a reliability curve
 MIN_IMAGES = 10  # of a bin whose accuracy is drawn
 
 
@@ -77,7 +76,7 @@ def reliability(ensembles: list[Ensemble]) -> Figure:
 
     A calibrated ensemble is on the diagonal. Bins of fewer than 10 images, mean over ensembles, have no accuracy.
     """
-    groups, populations = line_styles(ensembles), set()
+    groups, bins = line_styles(ensembles), []
     samples = min(round(require(one, "test", "samples")) for one in ensembles)
     figure, axes = panels(2.7, 2, 2, sharex=True, sharey="row", height_ratios=[2, 1])
     for column, (when, title) in zip(axes.T, (("before", "as trained"), ("after", "with a temperature")), strict=True):
@@ -93,12 +92,8 @@ def reliability(ensembles: list[Ensemble]) -> Figure:
             x = 100 * confidence.sum(axis=0)[shown] / share.sum(axis=0)[shown]
             column[0].plot(x, 100 * means, linewidth=0.8, zorder=3, **group.mark)
             for place, b in zip(x, np.flatnonzero(shown), strict=True):
-                edges, over = _interval(accuracy[:, b], correct[:, b], share[:, b], samples)
-                if edges:
-                    populations.add(over)
-                    low, high = (100 * edge for edge in edges)
-                    bar = {"fmt": "none", "elinewidth": 0.9, "ecolor": group.colour}
-                    column[0].errorbar(place, (low + high) / 2, yerr=(high - low) / 2, **bar)
+                bins.append(Shown(math.nan, *_interval(accuracy[:, b], correct[:, b], share[:, b], samples)))
+                bar(column[0], place, bins[-1], 100, ecolor=group.colour)
             borders = np.linspace(0, 100, share.shape[1] + 1)
             column[1].stairs(100 * share.mean(axis=0), borders, **_line(group))
         _diagonal(column[0])
@@ -112,11 +107,8 @@ def reliability(ensembles: list[Ensemble]) -> Figure:
     axes[1, 0].set_ylabel("images  [%]")
     note = f"{about(groups)}. Bins of confidence of the ensemble, on the clean test images; one temperature, fitted on "
     note += "validation; the dotted line is perfect calibration. "
-    note += f"Bins of fewer than {MIN_IMAGES} images have no accuracy."
-    texts = [POPULATIONS[over] for over in ("ensembles", "images") if over in populations]
-    note += f" 95 % intervals: {'; of a single ensemble '.join(texts)}." if texts else ""
-    handles = [Line2D([], [], label=group.label, linewidth=0.8, **group.mark) for group in groups]
-    return finished(figure, handles, note)
+    note += f"Bins of fewer than {MIN_IMAGES} images have no accuracy.{intervals(bins)}"
+    return finished(figure, markers(groups, linewidth=0.8), note)
 
 
 def _interval(accuracy: np.ndarray, correct: np.ndarray, share: np.ndarray, samples: int) -> tuple[Interval, str]:
