@@ -7,6 +7,16 @@ import numpy as np
 from PIL import Image
 
 
+class Call:
+    """Pickles as the call of a function."""
+
+    def __init__(self, function, *arguments):
+        self.reduced = function, arguments
+
+    def __reduce__(self):
+        return self.reduced
+
+
 def write_cifar(folder, name="cifar10", images=20, old_numpy=True, seed=0):
     """CIFAR batches as the official archives hold them: pickled dicts with uint8 [N, 3072] and label lists."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -91,7 +91,7 @@ def test_on_a_gpu_there_are_fewer_cases(capsys):
         assert problem in capsys.readouterr().err
 
 
-def test_whole_commands_by_turns(tmp_path, monkeypatch, capsys):
+def test_whole_commands_by_turns(tmp_path, monkeypatch):
     monkeypatch.setitem(pipeline.SETTINGS, "digits", (None, 2, "--data digits --width 4 --batch_size 64 --seed 12 14"))
     for arms, busy in ((["first_version_shared"], False), (["passes"], True)):
         pipeline.run("digits", arms, 1, busy, tmp_path, tmp_path / "saved")

@@ -12,6 +12,7 @@ import torch
 import utils.checkpoint
 import utils.files
 from models import create_model
+from tests.files import Call
 from utils import InputError, RunError
 from utils.checkpoint import DamagedError, load_checkpoint, load_model, pack_checkpoint, save_checkpoint
 from utils.files import (
@@ -92,19 +93,11 @@ def test_the_authors_form(name, size, classes, width, tmp_path):
         load_model(tmp_path / "seed_13.pth.tar", width=width + 4)
 
 
-class Payload:
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.marker}",)
-
-
 def test_nothing_is_executed(tmp_path):
     marker = tmp_path / "executed"
     for i, write in enumerate((torch.save, lambda o, p: p.write_bytes(pickle.dumps(o)))):
         path = tmp_path / f"{i}.pth"
-        write({"state_dict": {"a": torch.ones(1)}, "mask": Payload(marker)}, path)
+        write({"state_dict": {"a": torch.ones(1)}, "mask": Call(os.system, f"touch {marker}")}, path)
         with pytest.raises(InputError, match=r"only tensors.*and nothing was executed"):
             load_checkpoint(path)
     torch.save({"state_dict": {"a": torch.ones(1)}, "args": Namespace(lr=SimpleNamespace())}, tmp_path / "namespace")

@@ -84,7 +84,7 @@ def test_home_of_nobody(capsys):
             load_ensemble(place)
 
 
-def test_a_folder_that_is_called_like_a_user(tmp_path, monkeypatch, capsys):
+def test_a_folder_that_is_called_like_a_user(tmp_path, monkeypatch):
     """The way out that the message names."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "~net").mkdir()
@@ -206,7 +206,7 @@ def test_a_reader_that_went_away(words, tmp_path):
     assert errors in ("", "note: standard output is closed; going on without it\n")  # "": it was quicker
 
 
-def test_a_closed_pipe_and_a_hung_up_terminal(tmp_path, capfd):
+def test_a_closed_pipe_and_a_hung_up_terminal():
     read, write = os.pipe()
     os.close(read)
     main_side, terminal = os.openpty()

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ from sklearn.neural_network import MLPClassifier
 
 from scripts import make_corrupted
 from tests import files
-from utils import InputError, RunError, cli
+from tests.commands import call, refusal
+from utils import InputError, RunError
 from utils.corruptions import CONSTANTS, FUNCTIONS, corrupt
 from utils.datasets import CORRUPTIONS, SEVERITIES, check_corrupted, find_corrupted, load_data, note, read_corrupted
 
@@ -279,19 +281,11 @@ def test_wrong_arguments(change, message):
         corrupt(**{**right, **change})
 
 
-def make(*argv):
-    """What `python scripts/make_corrupted.py ...` does, in this process."""
-    cli.run(make_corrupted.main, make_corrupted.parse_args([str(word) for word in argv]))
+make = partial(call, make_corrupted)
 
 
 def refused(capsys, *argv):
-    """The one line of an error, with exit status 2."""
-    with pytest.raises(SystemExit) as end:
-        make(*argv)
-    assert end.value.code == 2
-    error = capsys.readouterr().err.strip()
-    assert "\n" not in error
-    return error
+    return refusal(capsys, make, *argv)
 
 
 def test_digits_from_end_to_end(tmp_path):

@@ -258,19 +258,11 @@ def test_cifar_written_by_hand_in_any_protocol(labels, protocol, tmp_path):
     assert len(load_data("cifar10", tmp_path).train) == 27
 
 
-class Payload:
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.marker}",)
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (
-            lambda p: pickle.dumps({"data": Payload(p), "labels": []}),
+            lambda p: pickle.dumps({"data": files.Call(os.system, f"touch {p}"), "labels": []}),
             "refers to posix.system.*nothing in it was executed",
         ),
         (lambda p: pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [0, 10]}), "0 to 9, got 0 to 10"),
@@ -595,7 +587,8 @@ def test_given_split(tmp_path):
         np.save(tmp_path / "val.npy", bad)
         with pytest.raises(InputError, match=message):
             load_data("digits", train_idx_path=tmp_path / "train.npy", val_idx_path=tmp_path / "val.npy")
-    np.save(tmp_path / "val.npy", np.array([Payload(tmp_path / "executed")]), allow_pickle=True)
+    bad = files.Call(os.system, f"touch {tmp_path / 'executed'}")
+    np.save(tmp_path / "val.npy", np.array([bad]), allow_pickle=True)
     with pytest.raises(InputError, match=r"not a readable \.npy"):
         load_data("digits", train_idx_path=tmp_path / "train.npy", val_idx_path=tmp_path / "val.npy")
     assert not (tmp_path / "executed").exists()

@@ -281,7 +281,7 @@ def test_one_process_alone_has_nobody_to_wait_for():
     assert not distributed.lost()
 
 
-def test_a_refusal_on_rank_0_ends_all(whole, tmp_path):
+def test_a_refusal_on_rank_0_ends_all(whole):
     status, output = torchrun(whole, "--nproc-per-node 2", flags=[*FLAGS, "--rho", "0.3"])
     assert status != 0
     assert "--rho 0.3 here, 0.1 there" in output

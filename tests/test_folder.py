@@ -14,6 +14,7 @@ import sys
 import time
 import zlib
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +29,9 @@ import measure_sharpness
 import utils.datasets
 import utils.folder
 from scripts import make_corrupted
-from tests import files, reference
+from tests import commands, files, reference
 from tests.test_ensemble import ROOT, results
-from utils import InputError, RunError, cli
+from utils import InputError, RunError
 from utils.checkpoint import load_checkpoint, load_model
 from utils.corruptions import corrupt
 from utils.data import DatasetInfo, ImageSet, Preprocessing
@@ -61,9 +62,7 @@ def picture(height=20, width=20, channels=3, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-def call(*words):
-    words = list(map(str, words))
-    cli.run(main.main, main.parse_args(words))
+call = partial(commands.call, main)
 
 
 # One file.
@@ -360,7 +359,7 @@ def test_options_that_contradict(folder, tmp_path, capsys):
     assert "--download: given with --data folder" in refused(capsys, *flags, "--download")
 
 
-def test_parts_of_its_own(tmp_path, capsys):
+def test_parts_of_its_own(tmp_path):
     """train/, val/ and test/ are what they say, whatever else lies there."""
     counts = {f"{part}/{name}": n for part, n in zip(PARTS, (6, 3, 4), strict=True) for name in ("a", "b", "c")}
     place = files.write_image_folder(tmp_path / "x", counts)
@@ -635,7 +634,7 @@ def trained(tmp_path_factory):
     return place, place.parent / "run"
 
 
-def test_a_run_on_a_folder(trained, tmp_path, monkeypatch, capsys):
+def test_a_run_on_a_folder(trained, tmp_path, monkeypatch):
     """It trains, its checkpoint knows its classes, and all scripts measure it without being told anything again."""
     place, run = trained
     data = load_data("folder", place, image_size=8)
@@ -659,7 +658,7 @@ def test_a_run_on_a_folder(trained, tmp_path, monkeypatch, capsys):
         (measure_diversity_variance, []),
         (measure_sharpness, [*small, "--probes", "6", "--top_k", "2", "--ntk_samples", "6"]),
     ):
-        cli.run(script.main, script.parse_args(["--resume", str(run), "--save", "measured", *more]))
+        commands.call(script, "--resume", run, "--save", "measured", *more)
     result = json.loads(Path("measured/diversity.json").read_text())["result"]
     assert {"test", "corrupted"} <= result.keys()
     summary = json.loads((run / "summary.json").read_text())["best"]
@@ -688,11 +687,8 @@ def test_measuring_on_other_images(trained, tmp_path, capsys):
     _, run = trained
     other = files.write_image_folder(tmp_path / "other", {"ape": 20, "bee": 20, "dog": 20})
     words = ["--resume", str(run), "--save", str(tmp_path / "measured"), "--mode", "disagreement", "--bootstrap", "0"]
-    with pytest.raises(SystemExit) as end:
-        cli.run(measure_diversity.main, measure_diversity.parse_args([*words, "--data_path", str(other)]))
-    assert end.value.code == 2
     found = "expected the 3 classes of the checkpoint, but it lacks cat and also has dog; give the folder of"
-    assert found in capsys.readouterr().err
+    assert found in commands.refusal(capsys, commands.call, measure_diversity, *words, "--data_path", other)
     (other / "dog").rename(other / "cat")
     inputs = {
         name: load_checkpoint(run / "seed_13" / "checkpoint.pth.tar")[name] for name in ("classes", "mean", "std")
@@ -706,7 +702,7 @@ def test_measuring_on_other_images(trained, tmp_path, capsys):
     words[words.index("disagreement")] = "predict"
     (run / "temperatures.json").unlink(missing_ok=True)
     for place, kept in ((other, False), (trained[0], True)):
-        cli.run(measure_diversity.main, measure_diversity.parse_args([*words, "--data_path", str(place)]))
+        commands.call(measure_diversity, *words, "--data_path", place)
         assert ("not the images, or not the split, that the members were" in capsys.readouterr().err) == (not kept)
         assert (run / "temperatures.json").exists() == kept
 

@@ -30,22 +30,13 @@ import main
 import measure_diversity
 from scripts import summarize
 from tests import files
+from tests.files import Call
 from tests.test_measure import save_corrupted, save_member
 from utils import cli, predictions
 from utils.checkpoint import load_model
 from utils.datasets import check_corrupted, load_data, read_corrupted
 
 SECONDS, MEMORY = 5, 2**30  # what a refusal may take; seconds of CPU, so that other processes do not count
-
-
-class Call:
-    """Pickles as the call of a function."""
-
-    def __init__(self, function, *arguments, state=None):
-        self.reduced = (function, arguments) if state is None else (function, arguments, state)
-
-    def __reduce__(self):
-        return self.reduced
 
 
 def payloads(marker):

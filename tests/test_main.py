@@ -14,8 +14,7 @@ import torch
 import main
 import measure_diversity
 from main import parse_args
-from tests import files
-from utils import cli
+from tests import commands, files
 from utils.datasets import DATASETS
 from utils.run import current_settings
 
@@ -23,20 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def call(argv):
-    """What `python main.py ...` does, in this process."""
-    cli.run(main.main, parse_args([str(word) for word in argv]))
+    commands.call(main, *argv)
 
 
 def refused(argv, capsys):
-    """The one line of an error, with exit status 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        call(argv)
-    assert end.value.code == 2
-    error = capsys.readouterr().err.strip()
-    assert "\n" not in error
-    assert "Traceback" not in error
-    return error
+    return commands.refusal(capsys, call, argv)
 
 
 def test_no_flags():
@@ -250,7 +240,7 @@ def test_resume_by_the_folder(tmp_path, monkeypatch, capsys):
     assert "args.json: not the settings of a run" in refused(["--resume", moved], capsys)
 
 
-def test_the_accuracies_are_those_of_measure_diversity(tmp_path, monkeypatch, capsys):
+def test_the_accuracies_are_those_of_measure_diversity(tmp_path, monkeypatch):
     """What was --evaluate: on the images and the split of the run."""
     monkeypatch.chdir(tmp_path)
     np.save("train.npy", np.arange(0, 100))

@@ -22,6 +22,7 @@ import utils.metrics
 import utils.predictions
 from models import create_model
 from tests import files, reference
+from tests.commands import refusal
 from utils import cli
 from utils.checkpoint import load_model, save_checkpoint
 from utils.datasets import CORRUPTIONS, load_data
@@ -79,16 +80,7 @@ def call(name, *argv):
 
 
 def refused(capsys, name, *argv):
-    """The one line of an error with exit status 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        call(name, *argv)
-    assert end.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    error = "\n".join(line for line in lines if not line.startswith("note: "))
-    assert "\n" not in error
-    assert "Traceback" not in error
-    return error
+    return refusal(capsys, call, name, *argv)
 
 
 def no_pass(*args, **kwargs):
@@ -641,7 +633,7 @@ def test_average_sharpness_with_a_smaller_last_batch(size, equal, saved, tmp_pat
         assert error == pytest.approx(math.sqrt((gaps**2).sum() * count / (count - 1)), rel=1e-9)
 
 
-def test_variances_of_logits(saved, tmp_path):
+def test_variances_of_logits():
     """The authors' is of the logits as they are; a shift that softmax ignores changes no other."""
     args = measure_diversity_variance.parse_args(["--resume", "x"])
     random = np.random.default_rng(0)

@@ -15,7 +15,8 @@ import pytest
 from scipy.optimize import brentq
 
 from scripts import plot
-from utils import cli, plots, theory_plots, verification
+from tests.commands import call, refusal
+from utils import plots, theory_plots, verification
 from utils.plots import shades
 from utils.results import METHODS
 from utils.verification import (
@@ -253,7 +254,7 @@ def test_a_table():
 
 def test_the_script_draws_the_same_figures(grids, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plot, "simulate_all", lambda data_sets, progress: grids if data_sets == 2 else None)
-    cli.run(plot.main, plot.parse_args(["theory", "--to", str(tmp_path / "new/figures"), "--data-sets", "2"]))
+    call(plot, "theory", "--to", tmp_path / "new/figures", "--data-sets", "2")
     assert capsys.readouterr().out.count("wrote") == 8
     for path in plots.save(theory_plots.published(published()), tmp_path / "published"):
         assert (tmp_path / "new/figures" / path.name).read_bytes() == path.read_bytes()
@@ -331,13 +332,9 @@ def test_a_bad_file_of_numbers(text, tmp_path, capsys):
     path = tmp_path / "theory.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(SystemExit) as end:
-        cli.run(plot.main, plot.parse_args(["theory", "--from", str(path), "--to", str(tmp_path / "x")]))
-    assert end.value.code == 2
-    error = capsys.readouterr().err.strip()
+    error = refusal(capsys, call, plot, "theory", "--from", path, "--to", tmp_path / "x")
     assert str(path) in error
     assert "leave --from out" in error
-    assert "\n" not in error
     assert not list((tmp_path / "x").iterdir())
 
 
@@ -353,12 +350,7 @@ def test_a_bad_file_of_numbers(text, tmp_path, capsys):
     ],
 )
 def test_bad_input_to_the_script(words, message, capsys):
-    with pytest.raises(SystemExit) as end:
-        cli.run(plot.main, plot.parse_args(words))
-    assert end.value.code == 2
-    error = capsys.readouterr().err.strip()
-    assert message in error
-    assert "\n" not in error
+    assert message in refusal(capsys, call, plot, *words)
 
 
 def test_the_script_as_a_process():

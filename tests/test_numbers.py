@@ -13,6 +13,7 @@ import measure_diversity_variance
 import measure_sharpness
 import utils.member
 from models import create_model
+from tests.commands import call, refusal
 from utils import cli
 from utils.checkpoint import load_model
 from utils.datasets import load_data
@@ -84,13 +85,9 @@ def test_one_validation_image_and_absent_classes(tmp_path, capsys):
         (measure_diversity_variance, "variance", ["val"]),
         (measure_sharpness, "sharpness", ["val", "--mode", "all", *SMALL]),
     ):
-        cli.run(script.main, script.parse_args([*common, *words]))
+        call(script, *common, *words)
         strict(tmp_path / "m" / f"{name}.json")
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        cli.run(measure_diversity.main, measure_diversity.parse_args([*common, "val", "--mode", "CKA"]))
-    assert end.value.code == 2
-    assert "--mode CKA" in capsys.readouterr().err
+    assert "--mode CKA" in refusal(capsys, call, measure_diversity, *common, "val", "--mode", "CKA")
 
 
 @pytest.fixture
@@ -167,10 +164,7 @@ def test_a_share_that_picks_no_sample(partition, share, least, tmp_path, capsys)
     """0.001 of 20 samples is none. Runs that were begun with it go on."""
     flags = [*split(tmp_path, range(20), range(30, 40)), "--partition", partition, "--seed", "1 2", "--batch_size", "8"]
     flags = [*TINY, *flags, "--save_path", str(tmp_path / "run")]
-    with pytest.raises(SystemExit) as end:
-        cli.run(main.main, main.parse_args([*flags, "--flat_ratio", share]))
-    assert end.value.code == 2
-    error = capsys.readouterr().err
+    error = refusal(capsys, call, main, *flags, "--flat_ratio", share)
     assert (
         f"--flat_ratio: {share.replace('1e-9', '1e-09')} of 20 training images is none; give {least} or more" in error
     )

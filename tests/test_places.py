@@ -13,7 +13,8 @@ import torchvision
 
 import main
 from tests import files
-from utils import InputError, cli, places
+from tests.commands import call
+from utils import InputError, places
 from utils.datasets import load_data
 
 WRITE = {"tiny_imgnet": lambda folder: files.write_tiny_imagenet(folder, per_class=5)}
@@ -290,8 +291,7 @@ def test_downloads_that_cannot_be(tmp_path, capsys, monkeypatch):
 
     source(monkeypatch, "cifar10", bad)
     words = ["--data", "cifar10", "--data_path", str(tmp_path), "--download", "--save_path", str(tmp_path / "run")]
-    with pytest.raises(SystemExit) as end:
-        cli.run(main.main, main.parse_args(words))
-    assert end.value.code == 2
+    with pytest.raises(SystemExit, match="2"):
+        call(main, *words)
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if "error" in line and "data_batch_1: expected 'data'" in line] == lines[-1:]

@@ -15,9 +15,10 @@ from torch import nn
 
 from models import create_model
 from scripts import plot
+from tests import commands
 from tests.test_ensemble import ROOT
 from tests.test_measure import save_member
-from utils import InputError, claims, cli, landscape, plots
+from utils import InputError, claims, landscape, plots
 from utils.checkpoint import load_model
 from utils.datasets import load_data
 from utils.files import write_array, write_json
@@ -149,7 +150,7 @@ def few_steps(monkeypatch):
 
 
 def call(kind, folders, to):
-    cli.run(plot.main, plot.parse_args([kind, "--from", *map(str, folders), "--to", str(to)]))
+    commands.call(plot, kind, "--from", *folders, "--to", to)
 
 
 def figure(kind, folders, to="x"):
@@ -157,13 +158,7 @@ def figure(kind, folders, to="x"):
 
 
 def refused(capsys, kind, folders, to):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        call(kind, folders, to)
-    assert end.value.code == 2
-    error = capsys.readouterr().err.strip()
-    assert "\n" not in error
-    return error
+    return commands.refusal(capsys, call, kind, folders, to)
 
 
 def drawn_well(one, panels):
@@ -508,7 +503,7 @@ def test_curves(runs):
     assert "Until samples" not in notes(figure("curves", runs[:2]))
 
 
-def test_a_diverged_loss_does_not_squeeze_the_others(runs, tmp_path):
+def test_a_diverged_loss_does_not_squeeze_the_others(tmp_path):
     folder = make_run(tmp_path / "run", SAM, epochs=20)
     one = figure("curves", [folder])
     assert "cut off" not in notes(one)
@@ -914,7 +909,7 @@ def test_bad_measurements(three, tmp_path, capsys):
     assert not to.with_suffix(".png").exists()
 
 
-def test_bad_runs(runs, tmp_path, capsys, monkeypatch):
+def test_bad_runs(runs, tmp_path, capsys):
     to = tmp_path / "x"
     assert f"{tmp_path}: not a run of main.py" in refused(capsys, "curves", [tmp_path], to)
     assert "do not come from scores" in refused(capsys, "sets", [runs[1]], to)

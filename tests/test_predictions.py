@@ -253,7 +253,7 @@ def test_only_the_same_versions_are_the_same():
 
 
 @pytest.mark.parametrize("entry", [None, np.array("3"), np.array('{"weights": 1}'), np.zeros(3), np.array("{")])
-def test_caches_of_earlier_versions(entry, members, monkeypatch, capsys):
+def test_caches_of_earlier_versions(entry, members, capsys):
     """They name no version, or are damaged."""
     common = ["--resume", members[0][0], "--save", "m", "--mode", "predict", "--split", "val", "--bootstrap", 0]
     first = call("diversity", *common)
@@ -268,7 +268,7 @@ def test_caches_of_earlier_versions(entry, members, monkeypatch, capsys):
     assert ("by a version of logits that is not recorded" if entry is None else "by other weights") in error
 
 
-def test_modes_that_an_earlier_version_measured_are_not_kept(members, monkeypatch, capsys):
+def test_modes_that_an_earlier_version_measured_are_not_kept(members, capsys):
     common = ["--resume", *members[0], "--save", "m"]
     for script, first, second in (("diversity", "KL", "predict"), ("variance", "variance", "variance_mse")):
         more = ["--bootstrap", 0, "--split", "val"] if script == "diversity" else []

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ import torch
 from scipy import stats
 
 from scripts import experiment, report, summarize
+from tests import commands
 from tests.test_ensemble import ROOT
 from tests.test_summarize import SAM, write
-from utils import claims, cli
+from utils import claims
 from utils.metrics import OOD_SCORES, crossed_interval
 from utils.results import BOTH, METHODS, Ensemble, gap_between, interval_of, ood_name, p_value_of
 
@@ -190,17 +192,11 @@ def results(tmp_path):
     return tmp_path
 
 
-def call(folder):
-    cli.run(report.main, report.parse_args([str(folder)]))
+call = partial(commands.call, report)
 
 
 def refused(folder, capsys):
-    with pytest.raises(SystemExit) as end:
-        call(folder)
-    assert end.value.code == 2
-    error = capsys.readouterr().err.strip()
-    assert "\n" not in error
-    return error
+    return commands.refusal(capsys, call, folder)
 
 
 def test_report(results, capsys):

@@ -184,7 +184,7 @@ def test_readers_of_results_do_not_import_the_trainer(module):
         ("caf\udce9", r"caf\\udce9"),
     ],
 )
-def test_names_of_folders_in_tables(name, shown, tmp_path, capsys):
+def test_names_of_folders_in_tables(name, shown, tmp_path):
     """A name ends no cell and no line, and cannot control a terminal."""
     folder = tmp_path / name
     try:

@@ -125,7 +125,7 @@ def test_a_system_without_fcntl(monkeypatch, tmp_path, capsys):
 
 
 # Names
-def test_names_that_are_not_utf_8(tmp_path, monkeypatch, capsys):
+def test_names_that_are_not_utf_8(tmp_path, monkeypatch):
     """A run, its measurements and its row in a table, in a folder named in Latin-1; and a | in a name."""
     folder = tmp_path / os.fsdecode(b"exp\xe9riences") / "a|b"
     try:

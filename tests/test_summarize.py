@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from scipy import stats
 
 from scripts import summarize
-from utils import cli
+from tests import commands
 from utils.files import write_json
 from utils.metrics import (
     OOD_METRICS,
@@ -79,18 +80,11 @@ def _made(folder):
     return folder
 
 
-def call(*argv):
-    cli.run(summarize.main, summarize.parse_args([str(word) for word in argv]))
+call = partial(commands.call, summarize)
 
 
 def refused(capsys, *argv):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        call(*argv)
-    assert end.value.code == 2
-    error = capsys.readouterr().err.strip()
-    assert "\n" not in error
-    return error
+    return commands.refusal(capsys, call, *argv)
 
 
 def test_one_ensemble_each(tmp_path, capsys):
