@@ -391,7 +391,7 @@ def trained(finished: list[Setting]) -> list[str]:
         for method in ("sam", *rules):
             group = list(one.measured.get(method, {}).values())
             cost = training_cost(group) if group else None
-            costs.append("-" if cost is None else f"{cost / len(group[0].seeds):.1f}")
+            costs.append("-" if cost is None else f"{cost / len(group[0].seeds):.2f}")
         rows.append([one.title, chosen, *("-" if x is None else f"{100 * x:.0f} %" for x in shares), *costs])
     text = (
         "What was trained: the chosen values, the share of images that a member trains with SAM by each reading of "

@@ -363,7 +363,7 @@ def test_a_study(tmp_path, capsys):
     assert f"Against SAM:\n\n- accuracy, SharpBalance (released): better with {where}; A1, released)\n" in text
     before = "(+0.0800 nats; N2, released; before the temperature +0.0000 nats)\n"
     assert f"- calibrated NLL, SharpBalance (released): better with 20 % wrong labels, 1000 images {before}" in text
-    assert "| 0 % wrong labels, 4000 images | rho 0.1, k 0.5, T_d 5 | 25 % | 25 % | 2.0 | 1.9 | 1.9 |" in text
+    assert "| 0 % wrong labels, 4000 images | rho 0.1, k 0.5, T_d 5 | 25 % | 25 % | 2.00 | 1.85 | 1.85 |" in text
     said = (
         "with 20 % wrong labels, 1000 images, it helps because of which samples it picks (A1, released supported and A2"
     )
