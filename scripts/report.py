@@ -395,7 +395,7 @@ def trained(finished: list[Setting]) -> list[str]:
         rows.append([one.title, chosen, *("-" if x is None else f"{100 * x:.0f} %" for x in shares), *costs])
     text = (
         "What was trained: the chosen values, the share of images that a member trains with SAM by each reading of "
-        "SharpBalance after epoch T_d (before it, all), and passes of training, in those of a plain member:"
+        "SharpBalance after epoch T_d (before it, all), and passes of training and scores, in those of a plain member:"
     )
     shares, costs = ([f"{what}, {name}" for name in rules.values()] for what in ("images with SAM", "passes"))
     return [text, _table(rows, ["setting", "chosen", *shares, "passes, SAM", *costs])]
