@@ -36,6 +36,10 @@ class SAM(torch.optim.Optimizer):
     Where the norm of the gradient at w, or at w + eps, is not finite, the step is skipped: eps is 0, and afterwards
     weights and state are as before, bit for bit (but for state that the base optimizer keeps on another device).
 
+    A BatchNorm in train mode takes both passes into its running statistics; give it momentum 0 in the second to keep
+    those of w. With a `torch.amp.GradScaler` scale both losses, call `scaler.unscale_(optimizer)` before `second_step`
+    and `scaler.update()` after it: eps does not depend on the scale, and a step that overflows is skipped.
+
     Attributes:
         skipped: int64 [2], on the device of the weights: how many steps were skipped, and how many of them in a row up
             to now. Nothing here waits for the device; reading them does.

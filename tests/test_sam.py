@@ -315,3 +315,33 @@ def test_added_groups_get_all_defaults():
     optimizer.step(closure_of(model, optimizer, *batch()))
     assert optimizer.base_optimizer.param_groups[1]["momentum"] == 0.9
     assert len(optimizer.state) == 4
+
+
+def test_scaled_gradients():
+    """With a GradScaler the steps are those without; one that overflows is skipped, and the scale falls."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    other, scaler = copy.deepcopy(model), torch.amp.GradScaler("cpu")
+    images, labels = torch.randn(4, 16, 5).double(), torch.randint(0, 3, (4, 16))
+    plain, scaled = (SAM(m.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9) for m in (model, other))
+
+    def step(batch, target):
+        scaler.scale(F.cross_entropy(other(batch), target)).backward()
+        scaled.first_step(zero_grad=True)
+        scaler.scale(F.cross_entropy(other(batch), target)).backward()
+        scaler.unscale_(scaled)
+        scaled.second_step(zero_grad=True)
+        scaler.update()
+
+    for batch, target in zip(images, labels, strict=True):
+        F.cross_entropy(model(batch), target).backward()
+        plain.first_step(zero_grad=True)
+        F.cross_entropy(model(batch), target).backward()
+        plain.second_step(zero_grad=True)
+        step(batch, target)
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
+    before, scale = [p.clone() for p in other.parameters()], scaler.get_scale()
+    step(images[0] * float("inf"), labels[0])
+    assert all(map(torch.equal, before, other.parameters()))
+    assert scaler.get_scale() == scale / 2
