@@ -369,6 +369,9 @@ def count_processes(args: argparse.Namespace) -> int:
             note(f"{count} processes of {args.threads} threads share {cores} cores")
         return count
     if not distributed.on_cpu(args.device):
+        share = min(torch.cuda.device_count() if args.device in ("auto", "cuda") else 1, members)
+        if share > 1:
+            note(f"one GPU is used; torchrun --nproc-per-node {share} main.py ... shares the members among {share}")
         return 1
     count = distributed.default_jobs(members, threads)
     fit = processes.that_fit(count, memory_of_process(args, -(-members // count)))

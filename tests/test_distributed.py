@@ -163,6 +163,21 @@ def test_jobs_fit_into_the_memory(monkeypatch, capsys):
     assert main.count_processes(args) == 1
 
 
+def test_more_gpus_than_are_used(monkeypatch, capsys):
+    """One process trains on a GPU; where others are idle, a line says how they are used."""
+    monkeypatch.setattr(distributed, "on_cpu", lambda device: False)
+    for gpus, device, share in ((1, "auto", None), (2, "auto", 2), (8, "cuda", 3), (8, "cuda:1", None)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        args = main.parse_args(["--seed", "1 2 3"])
+        args.device = device
+        capsys.readouterr()
+        assert main.count_processes(args) == 1
+        assert capsys.readouterr().err.count(f"torchrun --nproc-per-node {share} main.py") == (share is not None)
+        args.seed = [1]
+        assert main.count_processes(args) == 1
+        assert capsys.readouterr().err == ""
+
+
 FATAL = {
     "in warm-up": "utils.training.sharpbalance_step 10 before 9 1",
     "in the exchange": "utils.distributed.dist.all_gather 1 after 9 1",

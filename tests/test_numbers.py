@@ -186,6 +186,7 @@ def test_out_of_memory(error, capsys):
 
     for arguments, way_out in (
         ({"batch_size": 128, "width": 64, "jobs": None}, "a smaller --batch_size or --width needs less"),
+        ({"batch_size": 8, "width": 64, "jobs": 1, "model": "torchvision:x"}, "a smaller --batch_size needs less"),
         ({"width": None, "eval_batch_size": 5}, "a smaller --eval_batch_size needs less"),
         ({"width": 64}, "use a larger machine or device"),
     ):

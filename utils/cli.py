@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from models import MODELS, expand_user, full_name
+from models import MODELS, expand_user, full_name, is_external
 from utils import InputError, RunError, again, out_of_memory, printable, processes
 from utils.datasets import CORRUPTIONS, DEFAULT_SIZE, NAMES, SEVERITIES, SPLITS
 from utils.files import PINNED, broken_link, pinned
 
 UNSET = object()
 # Options, of the scripts that have them, whose smaller values need less memory.
-LESS_MEMORY = ("batch_size", "jobs", "eval_batch_size", "hessian_samples", "ntk_samples", "images")
+LESS_MEMORY = ("batch_size", "jobs", "eval_batch_size", "hessian_samples", "ntk_samples", "images", "image_size")
 
 
 class Parser(argparse.ArgumentParser):
@@ -166,8 +166,9 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace, fo
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        training = ("width",) * hasattr(args, "batch_size")  # that of saved members is what it is
-        smaller = [f"--{name}" for name in (*LESS_MEMORY, *training) if getattr(args, name, None)]
+        # That of saved members is what it is, and networks of others have none.
+        width = ("width",) * (hasattr(args, "batch_size") and not is_external(getattr(args, "model", "")))
+        smaller = [f"--{name}" for name in (*LESS_MEMORY, *width) if getattr(args, name, None) not in (None, 1)]
         way_out = f"a smaller {' or '.join(smaller)} needs less" if smaller else "use a larger machine or device"
         fail(f"out of memory; {way_out}", status=1)
     except OSError as error:  # unexpected ones: a failing disk, permissions that were taken away
