@@ -131,7 +131,7 @@ VERDICTS = (
     f"or below 0 with a p value of at most {100 * LEVEL:g} % after Holm's correction for the claims of its family; "
     "*equivalent* where it is neither, and lies within the margin by two one-sided tests at 5 % (the 90 % interval is "
     "within it; each claim for itself, not corrected for their number); else *undecided*. *Within the margin* is added "
-    "where a difference is decided and of no interest. "
+    "where a difference is supported or contradicted, and of no interest. "
     "Intervals are of 95 %, each for itself, over new ensembles and new test images, or over ensembles alone where "
     "that is written beside them; all hold for one draw of training and validation images and of wrong labels."
 )
@@ -139,10 +139,11 @@ STUDY_OPENING = (
     "# Where does SharpBalance help?",
     "`bash scripts/experiments/study.sh` trains, measures and writes this page from the JSON files beside it; "
     "`scripts/report.py` alone writes it again. Settings, methods, claims and margins were written down in "
-    "results/study/PLAN.md before any network of a setting was measured on test images, as its dated changes say. "
-    "Earlier ones had been, on those of Fashion-MNIST, and suggested the claims.",
-    f"{VERDICTS} The primary family of a setting is A1, each reading of SharpBalance against SAM by ensemble accuracy; "
-    "all others are the secondary one.",
+    "[PLAN.md](../study/PLAN.md) before networks of a setting were measured on test images, as its dated changes say. "
+    "Networks of earlier experiments had been measured on the same test images, and suggested the claims. "
+    "[INTERPRETATION.md](../fashion_mnist/INTERPRETATION.md) says in words what those of Fashion-MNIST mean.",
+    f"{VERDICTS} The primary family of a setting is A1, each [reading of SharpBalance](../../docs/METHOD.md#sets) against "
+    "SAM by ensemble accuracy; all others are the secondary one.",
 )
 OPENING = (
     "# The paper's claims",
@@ -454,7 +455,7 @@ def advice(finished: list[Setting]) -> list[str]:
         for name, judged in one.judged.items()
         if name not in told and judged.word != "undecided"
     ]
-    decided = f"these are decided: {'; '.join(others)}" if others else "none is decided"
+    decided = f"these are not undecided: {'; '.join(others)}" if others else "all are undecided"
     differ = [
         name for one in finished for name, judged in one.judged.items() if judged.word in ("supported", "contradicted")
     ]
@@ -478,7 +479,7 @@ def outcomes(finished: list[Setting]) -> str:
                     named = " and ".join(f"{key} {one.judged[key].word}" for key in by_claim)
                     found.setdefault(f"{meaning} ({named})", []).append(one.title)
     told = [f"with {' and with '.join(dict.fromkeys(titles))}, {text}" for text, titles in found.items()]
-    return f"**What was said before of such outcomes:** {'; '.join(told) or 'none of those named is there'}."
+    return f"**What the plan says of such outcomes:** {'; '.join(told) or 'none of those named is there'}."
 
 
 def chosen_on(finished: list[Setting]) -> str:

@@ -423,7 +423,7 @@ def test_advice():
     assert "- calibrated NLL, SharpBalance (released): better with A (+1.000; N2, released)\n" in text
     assert "in the last eighth of training: worse by less than the margin with A (+1.000; A6, late)\n" in text
     both = "with A, the rule changes nothing of interest (A1, {0} equivalent and N1, {0} equivalent)"
-    said = f"said before of such outcomes:** {both.format('released')}; {both.format('paper')}.\n"
+    said = f"plan says of such outcomes:** {both.format('released')}; {both.format('paper')}.\n"
     assert said in text
     assert "Supported or contradicted are 0 primary and 3 secondary claims." in text
     other = setting_of({"A3, SAM": ("supported", False)}, "B")
@@ -431,7 +431,7 @@ def test_advice():
     two = "\n".join(report.advice([setting_of(found), other]))
     assert "- accuracy, SAM: better with B; undecided in 1 of 2 settings (+1.000 to +2.000; A3, SAM)\n" in two
     others = "; ".join(f"{name} {found[name][0]} with A" for name in names if name[:2] in ("A5", "D1", "D2", "U1"))
-    assert f"table below these are decided: {others.replace('; U1, paper undecided with A', '')}." in text
+    assert f"table below these are not undecided: {others.replace('; U1, paper undecided with A', '')}." in text
     choice = "The choice of rho and k and T_d, on some of the ensembles that are compared, favours SAM and SharpBalance"
     assert f"{choice} (released) a little; the plan says how much." in text
 
@@ -440,7 +440,7 @@ def test_advice():
     text = "\n".join(report.advice([setting_of(few, **of_others)]))
     assert "Are fewer passes as good?" not in text
     assert "outcomes:** with A, neither SAM nor SharpBalance is worth its passes (A3, SAM equivalent).\n" in text
-    assert "none is decided." in text
+    assert "all are undecided." in text
     assert "favours" not in text
     assert "With A they are those of b, chosen on other networks." in text
     text = report.chosen_on([setting_of(few, plan={}, validation={"rho": {"0.1": 1, "0.2": 1}, "k": {"0.5": 1}})])
