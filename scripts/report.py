@@ -142,8 +142,8 @@ STUDY_OPENING = (
     "[PLAN.md](../study/PLAN.md) before networks of a setting were measured on test images, as its dated changes say. "
     "Networks of earlier experiments had been measured on the same test images, and suggested the claims. "
     "[INTERPRETATION.md](../fashion_mnist/INTERPRETATION.md) says in words what those of Fashion-MNIST mean.",
-    f"{VERDICTS} The primary family of a setting is A1, each [reading of SharpBalance](../../docs/METHOD.md#sets) against "
-    "SAM by ensemble accuracy; all others are the secondary one.",
+    f"{VERDICTS} The primary family of a setting is A1, each [reading of SharpBalance](../../docs/METHOD.md#sets) "
+    "against SAM by ensemble accuracy; all others are the secondary one.",
 )
 OPENING = (
     "# The paper's claims",
