@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Where does SharpBalance help? On Fashion-MNIST with 0, 20 and 40 % wrong labels and 1,000 and 4,000 training images,
 # SharpBalance (released) and (paper) against SAM, random sets of their size and plain training, by results/study/PLAN.md. Writes results/study/.
-# About half a day on 2 cores, five and a half hours for the first three settings; re-run it to resume, on another machine as well.
+# On 2 cores it takes 6 hours for the first three settings, 14 for five; re-run it to resume, on another machine as well.
 #   bash scripts/experiments/study.sh --settings noise_0.2_images_1000    # one of them, or some, separated by commas
 #   bash scripts/experiments/study.sh --settings mine --data_path DIR     # your own images: 1,000 take an hour
 # --to NAME writes results/NAME/ instead. scripts/experiment.py explains options and variables; other options go to main.py.
