@@ -386,14 +386,11 @@ def trained(finished: list[Setting]) -> list[str]:
     """What was compared in each setting: the chosen values, the images that have SAM, and the cost of training."""
     rules, rows = {rule: name for name, (rule, _) in READINGS.items()}, []
     for one in finished:
-        chosen = ", ".join(f"{name} {value:g}" for name, value in one.plan["chosen"].items() if value is not None)
         shares = [one.plan["mislabelled"].get(f"{rule}_size") for rule in rules]
-        costs = []
-        for method in ("sam", *rules):
-            group = list(one.measured.get(method, {}).values())
-            cost = training_cost(group) if group else None
-            costs.append("-" if cost is None else f"{cost / len(group[0].seeds):.2f}")
-        rows.append([one.title, chosen, *("-" if x is None else f"{100 * x:.0f} %" for x in shares), *costs])
+        groups = [list(one.measured.get(method, {}).values()) for method in ("sam", *rules)]
+        cells = ["-" if share is None else f"{100 * share:.0f} %" for share in shares]
+        cells += ["-" if x is None else f"{x / len(groups[0][0].seeds):.2f}" for x in map(training_cost, groups)]
+        rows.append([one.title, chosen_values(one.plan), *cells])
     text = (
         "What was trained: the chosen values, the share of images that a member trains with SAM by each reading of "
         "SharpBalance after epoch T_d (before it, all), and passes of training and scores, in those of a plain member:"
@@ -418,10 +415,9 @@ def advice(finished: list[Setting]) -> list[str]:
         for one in those:
             found.setdefault(one.judged[name].verdict, []).append(one.title)
         parts = []
-        for verdict in sorted(found, key=lambda verdict: (list(WORDS).index(verdict.split(",")[0]), verdict)):
+        for verdict, titles in sorted(found.items(), key=lambda one: (list(WORDS).index(one[0].split(",")[0]), one)):
             word, _, small = verdict.partition(",")
             named = len(those) == 1 or word in ("supported", "contradicted")
-            titles = found[verdict]
             place = f"with {' and with '.join(titles)}" if named else f"in {len(titles)} of {len(those)} settings"
             parts.append(f"{WORDS[word]}{' by less than the margin' * bool(small)} {place}")
         about = [means([one.judged[name] for one in those]), name]
@@ -530,12 +526,16 @@ def undecided(finished: list[Setting]) -> list[str]:
     return [text, _table(rows, ["setting", "claim", "mean", "95 % interval", "margin", "ensembles"])]
 
 
+def chosen_values(plan: dict[str, Any]) -> str:
+    """rho, k and T_d of an experiment, but for what main.py chose."""
+    return ", ".join(f"{name} {value:g}" for name, value in plan["chosen"].items() if value is not None)
+
+
 def choices(plan: dict[str, Any]) -> str:
     """The ensemble accuracies on validation that rho, k and T_d were chosen by."""
     found, tried = [], plan["validation"]
     if plan.get("choices_of"):
-        values = (f"{name} {value:g}" for name, value in plan["chosen"].items() if value is not None)
-        return f"not compared; {', '.join(values)} are those of {table_cell(plan['choices_of'])}"
+        return f"not compared; {chosen_values(plan)} are those of {table_cell(plan['choices_of'])}"
     on = f"the first {plan['choose_on']} ensembles" if plan.get("choose_on") else "the first seeds"
     if "deep ensemble" in tried:
         found.append(f"deep ensemble, all of them, {100 * tried['deep ensemble']:.2f} %")

@@ -135,6 +135,6 @@ def _curve(ensemble: Ensemble) -> list[Tensor | float]:
 def training_cost(ensembles: list[Ensemble]) -> float | None:
     """Forward-backward passes of training, in trainings of one plain member by as many epochs; mean over ensembles."""
     passes = [one.content.get("passes") for one in ensembles]
-    if not all(isinstance(count, int | float) for count in passes):
+    if not passes or not all(isinstance(count, int | float) for count in passes):
         return None
     return len(ensembles[0].seeds) * sum(passes) / len(passes)
